@@ -1,0 +1,1 @@
+"""Algorithms: one file each. Installed as `vlarl_bench.algorithms`."""

@@ -1,0 +1,1 @@
+"""Task suites. Installed as `vlarl_bench.tasks`."""

@@ -1,0 +1,43 @@
+"""The algorithm seam. An algorithm sees a policy and data; it never opens an environment or a file."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+    from .policies.base import Policy, Sample
+
+
+class Algorithm(ABC):
+    """One fine-tuning method: settings, how it acts while collecting, and how it updates."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    requires: ClassVar[frozenset[str]]
+    """Policy capabilities without which the method is undefined."""
+    learns_from: ClassVar[Literal["rollouts", "demonstrations"]]
+    Settings: ClassVar[type]
+    """Frozen dataclass; each field has a default and a docstring with unit and source."""
+
+    @abstractmethod
+    def __init__(self, settings: Any, policy: Policy, seed: int) -> None: ...
+
+    def act(self, policy: Policy, context: Any, generators: Sequence[torch.Generator]) -> Sample:
+        """How actions are chosen while collecting; the policy's own sampling unless the method explores."""
+        return policy.sample(context, generators)
+
+    @abstractmethod
+    def update(self, policy: Policy, data: Any) -> dict[str, float]:
+        """Trains on one `Rollout` (or on all `Demonstration`s) and returns metrics to log."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Everything besides the policy's weights that the next update depends on: tensors, numbers, nested dicts."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...

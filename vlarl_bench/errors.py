@@ -1,0 +1,9 @@
+"""The one exception that a user is meant to see."""
+
+
+class BenchError(Exception):
+    """A mistake that the user can mend.
+
+    Its text is one line that names the field, the value and what would be right. The command line prints that line
+    and exits with status 2; any other exception is a bug of ours.
+    """

@@ -1,0 +1,1 @@
+"""Tables, plots and videos, made from rows and nothing else."""

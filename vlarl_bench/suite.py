@@ -1,0 +1,113 @@
+"""The suite seam: tasks, and simulators that run them. NumPy only; an environment never sees a tensor.
+
+A simulator here is one task's physics with exact snapshots. An episode in flight is nothing but a snapshot, so one
+simulator serves many interleaved episodes, and a row never depends on which worker ran it.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol as Interface
+
+import numpy as np
+
+from .protocol import Protocol
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of a suite."""
+
+    suite: str
+    """The concrete suite (`libero_object`), also when it was reached through a group (`libero`)."""
+    name: str
+    instruction: str
+
+    @property
+    def key(self) -> str:
+        """`suite/name`: unique over all suites."""
+        return f"{self.suite}/{self.name}"
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What the policy is shown at one decision."""
+
+    instruction: str
+    proprio: np.ndarray
+    """[P] float32. LIBERO: end-effector position (m), its axis-angle (rad), gripper joint positions (m); P = 8."""
+    objects: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Name -> [7] float32: world position (m) and quaternion (x, y, z, w); empty in `pixels` mode."""
+    images: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Camera -> [S, S, 3] uint8, upright; empty in `state` mode."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What executing an action chunk led to."""
+
+    executed: int
+    """Actions executed: the whole chunk, or fewer when the task succeeded inside it."""
+    success: bool
+
+
+class Simulator(Interface):
+    """One task, open. Not shared between processes."""
+
+    def reset(self, init_state: int) -> None:
+        """Puts the task into its stored initial state and lets it settle."""
+
+    def step(self, actions: np.ndarray) -> Outcome:
+        """Executes [n, A] actions one after another; stops at the first success."""
+
+    def observe(self) -> Observation:
+        """Shows the present state; renders only here, and only in `pixels` mode."""
+
+    def save(self) -> Any:
+        """Exact snapshot of everything that decides the future (picklable)."""
+
+    def restore(self, snapshot: Any) -> None:
+        """Goes back to a snapshot; what follows replays bitwise."""
+
+    def render(self, camera: str, size: int) -> np.ndarray:
+        """An upright [size, size, 3] uint8 frame; needs `open(..., video=True)` or `pixels` mode."""
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """One expert episode; entry t of each list is what was seen and done at environment step t."""
+
+    task: Task
+    init_state: int
+    success: bool
+    observations: tuple[Observation, ...]
+    actions: np.ndarray
+    """[T, A] float32, environment units."""
+
+
+class Suite(ABC):
+    """A set of tasks. Importing and constructing one is cheap; the simulator is imported by `open`."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    action_dim: ClassVar[int]
+    proprio_dim: ClassVar[int]
+
+    @property
+    @abstractmethod
+    def tasks(self) -> tuple[Task, ...]:
+        """All tasks, in the order of the upstream suite."""
+
+    @abstractmethod
+    def protocol(self, observation: str) -> Protocol:
+        """The suite's own (`tiny`) protocol for `state` or `pixels`."""
+
+    @abstractmethod
+    def open(self, task: Task, protocol: Protocol, video: bool = False) -> Simulator:
+        """Builds one task's simulator; with `video`, one that can render also in `state` mode."""
+
+    @abstractmethod
+    def demonstrate(self, simulator: Simulator, task: Task, init_state: int, seed: int) -> Demonstration:
+        """One episode of the scripted expert, from a stored initial state."""
