@@ -1,0 +1,150 @@
+"""LIBERO's operational-space controller without robosuite's bookkeeping.
+
+robosuite calls its controller 25 times an environment step and spends most of that time on lookups by name, repeated
+Jacobians, pseudo-inverses and ring buffers. Here one compiled function does the arithmetic, and MuJoCo is asked for
+each quantity once. `tests/tasks/test_simulator.py` holds it against the stock environment.
+"""
+
+from typing import Any
+
+import mujoco
+import numba
+import numpy as np
+from robosuite.controllers.osc import set_goal_orientation
+
+
+@numba.njit(cache=True)
+def _cross(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.array([a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0]])
+
+
+@numba.njit(cache=True)
+def osc_torques(
+    goal_position: np.ndarray,
+    goal_rotation: np.ndarray,
+    position: np.ndarray,
+    rotation: np.ndarray,
+    twist: np.ndarray,
+    jacobian: np.ndarray,
+    mass: np.ndarray,
+    joints: np.ndarray,
+    joint_velocity: np.ndarray,
+    rest: np.ndarray,
+    kp: np.ndarray,
+    kd: np.ndarray,
+    bias: np.ndarray,
+) -> np.ndarray:
+    """[7] joint torques that pull the end effector to its goal pose (Khatib, 1987; robosuite's `OSC_POSE`).
+
+    Position and rotation are decoupled, gravity is compensated by `bias`, and in the null space of `jacobian` [6, 7]
+    the joints are pulled to `rest` with stiffness 10 and critical damping. `twist` [6] is the end effector's velocity.
+    """
+    error = np.empty(6)
+    error[:3] = goal_position - position
+    error[3:] = 0.5 * (
+        _cross(rotation[:, 0], goal_rotation[:, 0])
+        + _cross(rotation[:, 1], goal_rotation[:, 1])
+        + _cross(rotation[:, 2], goal_rotation[:, 2])
+    )
+    force = error * kp - twist * kd
+    mobility = np.linalg.solve(mass, jacobian.T.copy())  # M^-1 J^T
+    inverse_inertia = np.dot(jacobian, mobility)
+    wrench = np.empty(6)
+    wrench[:3] = np.linalg.solve(inverse_inertia[:3, :3].copy(), force[:3])
+    wrench[3:] = np.linalg.solve(inverse_inertia[3:, 3:].copy(), force[3:])
+    posture = np.dot(mass, 10.0 * (rest - joints) - 2.0 * np.sqrt(10.0) * joint_velocity)
+    in_task_space = np.linalg.solve(inverse_inertia, np.dot(mobility.T.copy(), posture))
+    return np.dot(jacobian.T.copy(), wrench - in_task_space) + bias + posture
+
+
+class OscController:
+    """Drives the Panda arm and gripper of one LIBERO environment (robosuite 1.4, `OSC_POSE`, fixed impedance)."""
+
+    def __init__(self, env: Any) -> None:
+        self.model: mujoco.MjModel = env.sim.model._model
+        self.data: mujoco.MjData = env.sim.data._data
+        robot = env.robots[0]
+        stock = robot.controller
+        assert stock.uncoupling and stock.interpolator_pos is None and stock.use_delta and stock.use_ori
+        assert stock.position_limits is None and stock.orientation_limits is None
+        self.qpos = np.array(stock.qpos_index)
+        self.qvel = np.array(stock.qvel_index)
+        self.rest = np.array(stock.initial_joint)
+        self.kp, self.kd = np.array(stock.kp), np.array(stock.kd)
+        self.low, self.high = robot.torque_limits
+        self.scale_action = stock.scale_action
+        self.site = mujoco.mj_name2id(self.model, mujoco.mjtObj.mjOBJ_SITE, stock.eef_name)
+        self.arm = np.array(robot._ref_joint_actuator_indexes)
+        self.fingers = np.array([env.sim.model.actuator_name2id(name) for name in robot.gripper.actuators])
+        limits = self.model.actuator_ctrlrange[self.fingers]
+        self.finger_bias = 0.5 * (limits[:, 1] + limits[:, 0])
+        self.finger_weight = 0.5 * (limits[:, 1] - limits[:, 0])
+        self.finger_step = np.array([-1.0, 1.0]) * robot.gripper.speed
+        self.finger_action = np.array(robot.gripper.current_action, dtype=float) * np.ones(2)
+        # After a reset robosuite computes its first torque from the robot as the reset left it, even when the state
+        # has been set since: `stale` says that `look` must not be called before that torque.
+        self.stale: bool = not stock.new_update
+        self.goal_position, self.goal_rotation = np.array(stock.goal_pos), np.array(stock.goal_ori)
+        self.position, self.rotation = np.array(stock.ee_pos), np.array(stock.ee_ori_mat)
+        self.twist = np.concatenate([stock.ee_pos_vel, stock.ee_ori_vel])
+        self.joints, self.joint_velocity = np.array(stock.joint_pos), np.array(stock.joint_vel)
+        self.jacobian, self.mass = np.ascontiguousarray(stock.J_full), np.ascontiguousarray(stock.mass_matrix)
+        self._jacobian = np.zeros((6, self.model.nv))
+        self._mass = np.zeros((self.model.nv, self.model.nv))
+        self._block = np.ix_(self.qvel, self.qvel)
+
+    _VIEW = ("position", "rotation", "twist", "joints", "joint_velocity", "jacobian", "mass")
+
+    def save(self) -> dict[str, Any]:
+        """What the next torque depends on besides MuJoCo's own state."""
+        names = ("goal_position", "goal_rotation", "finger_action", *(self._VIEW if self.stale else ()))
+        return {"stale": self.stale, **{name: getattr(self, name).copy() for name in names}}
+
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        """Undoes everything since `save`."""
+        for name, value in snapshot.items():
+            setattr(self, name, value.copy() if isinstance(value, np.ndarray) else value)
+
+    def look(self) -> None:
+        """Reads the robot's state; valid after `mj_step1`."""
+        data, jacobian = self.data, self._jacobian
+        self.position = data.site_xpos[self.site].copy()
+        self.rotation = data.site_xmat[self.site].reshape(3, 3).copy()
+        mujoco.mj_jacSite(self.model, data, jacobian[:3], jacobian[3:], self.site)
+        self.twist = np.dot(jacobian, data.qvel)
+        self.joints, self.joint_velocity = data.qpos[self.qpos], data.qvel[self.qvel]
+        self.jacobian = np.ascontiguousarray(jacobian[:, self.qvel])
+        mujoco.mj_fullM(self.model, self._mass, data.qM)
+        self.mass = self._mass[self._block]
+
+    def set_goal(self, action: np.ndarray) -> None:
+        """Sets the pose to reach from [6] normalised deltas (position, axis-angle) to the pose last looked at."""
+        delta = self.scale_action(action)
+        # robosuite keeps the previous orientation goal when no rotation is asked for.
+        if np.any(delta[3:] != 0.0):
+            self.goal_rotation = np.ascontiguousarray(set_goal_orientation(delta[3:], self.rotation))
+        self.goal_position = self.position + delta[:3]
+
+    def apply(self, gripper: float) -> None:
+        """Writes one substep's torques and finger targets into `data.ctrl`."""
+        data = self.data
+        torques = osc_torques(
+            self.goal_position,
+            self.goal_rotation,
+            self.position,
+            self.rotation,
+            self.twist,
+            self.jacobian,
+            self.mass,
+            self.joints,
+            self.joint_velocity,
+            self.rest,
+            self.kp,
+            self.kd,
+            data.qfrc_bias[self.qvel],
+        )
+        data.ctrl[self.arm] = np.minimum(np.maximum(torques, self.low), self.high)
+        step = self.finger_action + self.finger_step * np.sign(gripper)
+        self.finger_action = np.minimum(np.maximum(step, -1.0), 1.0)
+        data.ctrl[self.fingers] = self.finger_bias + self.finger_weight * self.finger_action
+        self.stale = False

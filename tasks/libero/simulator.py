@@ -1,0 +1,201 @@
+"""One LIBERO task, open: stock LIBERO's scene, physics and success test, stepped a chunk at a time.
+
+The scene, the initial states and the goal predicates are LIBERO's own. Only the inner loop is ours: one forward pass a
+substep instead of three (`mj_step1`/`mj_step2`), `OscController`, no observables and no images that nobody looks at.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import mujoco
+import numpy as np
+
+from vlarl_bench.errors import BenchError
+from vlarl_bench.suite import Observation, Outcome, Task
+
+if TYPE_CHECKING:
+    from scipy.spatial.transform import Rotation
+
+    from vlarl_bench.protocol import Protocol
+
+logging.getLogger("robosuite_logs").setLevel(logging.ERROR)  # "No private macro file found": nothing a user can mend
+with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    import robosuite
+    from libero.libero import benchmark, get_libero_path
+    from libero.libero.envs import TASK_MAPPING
+    from libero.libero.envs import bddl_utils
+    from robosuite.utils.errors import RandomizationError
+    from robosuite.utils.transform_utils import quat2axisangle
+
+from .controller import OscController
+
+SETTLE_ACTION = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])
+"""What every published LIBERO evaluation does while objects settle: no motion, gripper open."""
+_STATE = mujoco.mjtState.mjSTATE_INTEGRATION
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything that decides the future of an episode, and what was last seen of it."""
+
+    physics: np.ndarray
+    controller: dict[str, Any]
+    seen: Observation | None
+
+
+class LiberoSimulator:
+    """One task. Stepping is bitwise equal to the stock environment after `reset(); set_init_state(...)`."""
+
+    def __init__(self, task: Task, protocol: Protocol, render: bool) -> None:
+        self.task, self.protocol = task, protocol
+        with contextlib.redirect_stdout(io.StringIO()):
+            suite = benchmark.get_benchmark(task.suite)()
+        names = [upstream.name for upstream in suite.tasks]
+        index = names.index(task.name)
+        self.init_states = np.asarray(suite.get_task_init_states(index))
+        upstream = suite.get_task(index)
+        bddl = os.path.join(get_libero_path("bddl_files"), upstream.problem_folder, upstream.bddl_file)
+        self.env = _open_stock(bddl, render)
+        self.model: mujoco.MjModel = self.env.sim.model._model
+        self.data: mujoco.MjData = self.env.sim.data._data
+        self.controller = OscController(self.env)
+        self.substeps = int(self.env.control_timestep / self.env.model_timestep)
+        robot = self.env.robots[0]
+        self._hand = mujoco.mj_name2id(self.model, mujoco.mjtObj.mjOBJ_BODY, robot.robot_model.eef_name)
+        self._fingers = np.array(robot._ref_gripper_joint_pos_indexes)
+        self._bodies = dict(self.env.obj_body_id)
+        self._seen: Observation | None = None
+        self._after_reset = self.save()
+        self._settled: dict[int, Snapshot] = {}
+
+    def reset(self, init_state: int) -> None:
+        """Stock `reset()`, `set_init_state(init_states[init_state])` and the protocol's settle steps.
+
+        The stock reset rebuilds the model and takes a second; restoring what it left behind is exact and is not
+        repeated. Fixtures that LIBERO places at random stand where a reset after `seed(0)` puts them.
+        """
+        if not 0 <= init_state < len(self.init_states):
+            raise BenchError(f"init state: {init_state} of {self.task.key}; it has 0 to {len(self.init_states) - 1}")
+        if init_state not in self._settled:
+            self.restore(self._after_reset)
+            self.env.sim.set_state_from_flattened(self.init_states[init_state])
+            self.env.sim.forward()
+            self._seen = None
+            for _ in range(self.protocol.settle_steps):
+                self._step(SETTLE_ACTION)
+            self._settled[init_state] = self.save()
+        self.restore(self._settled[init_state])
+
+    def step(self, actions: np.ndarray) -> Outcome:
+        """Executes [n, 7] actions in [-1, 1] (others are clipped by the controller); stops at the first success."""
+        self._seen = None
+        for executed, action in enumerate(np.asarray(actions, dtype=np.float64), start=1):
+            self._step(action)
+            if self.success():
+                return Outcome(executed, True)
+        return Outcome(len(actions), False)
+
+    def _step(self, action: np.ndarray) -> None:
+        model, data, controller = self.model, self.data, self.controller
+        for substep in range(self.substeps):
+            mujoco.mj_step1(model, data)
+            if not controller.stale:
+                controller.look()
+            if substep == 0:
+                controller.set_goal(action[:6])
+            controller.apply(action[6])
+            mujoco.mj_step2(model, data)
+        self.env._post_process()
+
+    def success(self) -> bool:
+        """LIBERO's own goal predicates on the present state."""
+        return bool(self.env._check_success())
+
+    def observe(self) -> Observation:
+        """Proprioception, and object poses (`state`) or camera images (`pixels`)."""
+        if self._seen is None:
+            objects, images = {}, {}
+            if self.protocol.observation == "state":
+                objects = {name: self._pose(body) for name, body in self._bodies.items()}
+            else:
+                images = {camera: self.render(camera, self.protocol.image_size) for camera in self.protocol.cameras}
+            self._seen = Observation(self.task.instruction, self._proprio(), objects, images)
+        return self._seen
+
+    def _proprio(self) -> np.ndarray:
+        quaternion = np.roll(self.data.xquat[self._hand], -1)
+        fingers = self.data.qpos[self._fingers]
+        return np.concatenate([self.eef_position(), quat2axisangle(quaternion), fingers]).astype(np.float32)
+
+    def _pose(self, body: int) -> np.ndarray:
+        return np.concatenate([self.data.xpos[body], np.roll(self.data.xquat[body], -1)]).astype(np.float32)
+
+    def eef_position(self) -> np.ndarray:
+        """[3] world position of the grip site (m)."""
+        return self.data.site_xpos[self.controller.site].copy()
+
+    def eef_rotation(self) -> Rotation:
+        """World rotation of the hand."""
+        from scipy.spatial.transform import Rotation
+
+        return Rotation.from_quat(np.roll(self.data.xquat[self._hand], -1))
+
+    def gripper_width(self) -> float:
+        """Distance between the fingers (m)."""
+        left, right = self.data.qpos[self._fingers]
+        return float(left - right)
+
+    def save(self) -> Snapshot:
+        """Exact snapshot (a few kB)."""
+        physics = np.empty(mujoco.mj_stateSize(self.model, _STATE))
+        mujoco.mj_getState(self.model, self.data, physics, _STATE)
+        return Snapshot(physics, self.controller.save(), self._seen)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Goes back to a snapshot of this task."""
+        mujoco.mj_setState(self.model, self.data, snapshot.physics, _STATE)
+        mujoco.mj_forward(self.model, self.data)  # derived quantities, for whoever looks before the next step
+        mujoco.mj_setState(self.model, self.data, snapshot.physics, _STATE)  # forward moved the solver's warm start
+        self.controller.restore(snapshot.controller)
+        self._seen = snapshot.seen
+
+    def render(self, camera: str, size: int) -> np.ndarray:
+        """Upright [size, size, 3] uint8 frame by robosuite's own renderer (its frames come upside down)."""
+        return self.env.sim.render(camera_name=camera, width=size, height=size)[::-1].copy()
+
+    def close(self) -> None:
+        """Frees the scene and the renderer."""
+        self.env.close()
+
+
+def _open_stock(bddl: str, render: bool) -> Any:
+    """The environment that LIBERO's ControlEnv wraps, built with the same arguments and reset once after seed 0."""
+    problem = bddl_utils.get_problem_info(bddl)
+    with contextlib.redirect_stdout(io.StringIO()):
+        env = TASK_MAPPING[problem["problem_name"]](
+            bddl,
+            robots=["Panda"],
+            controller_configs=robosuite.load_controller_config(default_controller="OSC_POSE"),
+            gripper_types="default",
+            initialization_noise=None,
+            use_camera_obs=False,
+            has_renderer=False,
+            has_offscreen_renderer=render,
+            control_freq=20,
+            horizon=10**9,
+            hard_reset=True,
+        )
+        env.seed(0)
+        for _ in range(20):  # stock ControlEnv.reset retries for ever
+            try:
+                env.reset()
+                return env
+            except RandomizationError:
+                continue
+    raise BenchError(f"LIBERO: could not place the objects of {bddl} in 20 tries; is the installation intact?")
