@@ -1,0 +1,256 @@
+"""What a run is asked to do, as frozen dataclasses; written whole into the run folder and read back on `--resume`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from . import registry
+from .errors import BenchError
+
+if TYPE_CHECKING:
+    from .protocol import Protocol
+    from .suite import Suite, Task
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much data and compute a run may use. The same numbers for every algorithm that is compared."""
+
+    name: str
+    """Preset that the numbers come from; `custom` once one of them was changed."""
+    tasks: int
+    """Tasks of the suite, where `--tasks` names none."""
+    iterations: int
+    """Rounds of collecting and updating (algorithms that learn from rollouts)."""
+    episodes: int
+    """Training episodes an iteration, over all tasks."""
+    eval_states: int
+    """Held-out initial states a task in the evaluations before and after."""
+    eval_repeats: int
+    """Episodes a task and held-out initial state."""
+    demos: int
+    """Expert episodes a task (algorithms that learn from demonstrations)."""
+    gradient_steps: int
+    """Optimiser steps (algorithms that learn from demonstrations)."""
+    batch_size: int
+    """Action chunks an optimiser step (algorithms that learn from demonstrations)."""
+
+    def __post_init__(self) -> None:
+        read(Budget, _fields(self), "budget")
+        for field in dataclasses.fields(self)[1:]:
+            _at_least(1, f"budget.{field.name}", getattr(self, field.name))
+
+    def check_protocol(self, protocol: Protocol) -> None:
+        """Raises BenchError if the budget asks for more held-out states than the protocol has."""
+        if self.eval_states > len(protocol.eval_states):
+            raise BenchError(
+                f"budget.eval_states: {self.eval_states}; {protocol.label} holds out {len(protocol.eval_states)}"
+            )
+
+
+BUDGETS = {
+    budget.name: budget
+    for budget in (
+        Budget(
+            name="smoke",
+            tasks=1,
+            iterations=1,
+            episodes=4,
+            eval_states=2,
+            eval_repeats=1,
+            demos=2,
+            gradient_steps=10,
+            batch_size=32,
+        ),
+        Budget(
+            name="quick",
+            tasks=3,
+            iterations=12,
+            episodes=48,
+            eval_states=25,
+            eval_repeats=2,
+            demos=25,
+            gradient_steps=2000,
+            batch_size=256,
+        ),
+        Budget(
+            name="standard",
+            tasks=10,
+            iterations=60,
+            episodes=120,
+            eval_states=25,
+            eval_repeats=4,
+            demos=25,
+            gradient_steps=20000,
+            batch_size=256,
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run, resolved: everything that decides its rows, and where they go."""
+
+    algorithm: str
+    suite: str
+    policy: str
+    budget: Budget
+    settings: Any
+    """The algorithm's `Settings`."""
+    out: str
+    """Run folder."""
+    base: str = "prior"
+    """Weights to start from: `prior` (shipped with the policy), `scratch` (random) or a policy folder."""
+    tasks: tuple[str, ...] = ()
+    """Task names or `suite/name` keys; empty takes the first `budget.tasks` tasks."""
+    seed: int = 0
+    workers: int = 2
+    """Simulator processes; changes the speed, never the rows."""
+    slots: int = 16
+    """Episodes in flight, decoded as one batch."""
+    demos: str = ""
+    """Folder of demonstrations; empty makes them first, if the algorithm learns from them."""
+    video: bool = True
+    """Whether to film one episode before and one after."""
+
+    def __post_init__(self) -> None:
+        read(RunConfig, _fields(self), "config")
+        check_settings(self.settings)
+        for name in ("algorithm", "suite", "policy", "out", "base"):
+            if not getattr(self, name):
+                raise BenchError(f"{name}: ''; it must not be empty")
+        if not 0 <= self.seed < 2**31:
+            raise BenchError(f"seed: {self.seed}; it must be in [0, 2147483647]")
+        _at_least(1, "workers", self.workers)
+        _at_least(1, "slots", self.slots)
+        for i, task in enumerate(self.tasks):
+            if not task or task in self.tasks[:i]:
+                raise BenchError(f"tasks: {task!r}; names must be distinct and not empty")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; `from_dict` gives the equal config back."""
+        data: dict[str, Any] = _listed(dataclasses.asdict(self))
+        return data
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> RunConfig:
+        """Reads what `to_dict` wrote; the registry supplies the type of `settings`.
+
+        Raises:
+            BenchError: naming the first field that is unknown, missing, mistyped or out of range.
+        """
+        config = dict(read(RunConfig, data, "config"))
+        settings = registry.get("algorithm", config["algorithm"]).Settings
+        config["settings"] = settings(**read(settings, config["settings"], "algo"))
+        config["budget"] = Budget(**config["budget"])
+        return RunConfig(**config)
+
+
+def check_settings(settings: Any) -> None:
+    """Checks the types of an algorithm's settings and, through their own `check()` if there is one, their ranges."""
+    if not dataclasses.is_dataclass(settings) or isinstance(settings, type):
+        raise BenchError(f"settings: {settings!r}; it must be the algorithm's Settings")
+    read(type(settings), _fields(settings), "algo")
+    if hasattr(settings, "check"):
+        settings.check()
+
+
+def select_tasks(suite: Suite, wanted: tuple[str, ...], count: int) -> tuple[Task, ...]:
+    """The wanted tasks (names, where they are unique in the suite, or keys) in the suite's order; if none, the first
+    `count`.
+
+    Raises:
+        BenchError: for a name that the suite lacks or has twice, or if it has fewer than `count` tasks.
+    """
+    tasks = suite.tasks
+    if not wanted:
+        if count > len(tasks):
+            raise BenchError(f"budget.tasks: {count}; suite {suite.name!r} has {len(tasks)}")
+        return tasks[:count]
+    chosen = set()
+    for word in wanted:
+        matches = [task for task in tasks if word in (task.key, task.name)]
+        if not matches:
+            near = registry.did_you_mean(word, [t.key if "/" in word else t.name for t in tasks]).split("known:")[0]
+            raise BenchError(f"tasks: {word!r} is not in suite {suite.name!r}; {near}`vlarl-bench list` shows all")
+        if len(matches) > 1:
+            raise BenchError(f"tasks: {word!r} names {len(matches)} tasks; write {matches[0].key!r}")
+        chosen.add(matches[0])
+    return tuple(task for task in tasks if task in chosen)
+
+
+def read(annotation: Any, value: Any, where: str) -> Any:
+    """Checks a JSON-like value against a type and returns it in that type; dataclasses come back as dicts of fields.
+
+    Raises:
+        BenchError: naming the field (`where`), the value and what would be right.
+    """
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation is Any:
+        return value
+    if origin is typing.Annotated:
+        return read(args[0], value, where)
+    if dataclasses.is_dataclass(annotation):
+        return _read_fields(annotation, value, where)
+    if origin is Literal:
+        if any(value == arg and type(value) is type(arg) for arg in args):
+            return value
+        raise BenchError(f"{where}: {value!r}; it must be one of {', '.join(map(repr, args))}")
+    if origin in (typing.Union, types.UnionType) and len(args) == 2 and args[1] is types.NoneType:
+        return None if value is None else read(args[0], value, where)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise BenchError(f"{where}: {value!r}; it must be a list")
+        kinds = (args[0],) * len(value) if args[1:] == (Ellipsis,) else args
+        if len(kinds) != len(value):
+            raise BenchError(f"{where}: {value!r}; it must have {len(kinds)} entries")
+        return tuple(read(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(kinds, value, strict=True)))
+    if annotation is float and type(value) in (int, float):
+        if not math.isfinite(value):
+            raise BenchError(f"{where}: {value!r}; it must be finite")
+        return float(value)
+    if annotation in (bool, int, float, str):
+        if type(value) is not annotation:
+            raise BenchError(f"{where}: {value!r}; it must be {_WORDS[annotation]}")
+        return value
+    raise TypeError(f"{where}: settings cannot have the type {annotation!r}")
+
+
+_WORDS = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
+
+
+def _read_fields(kind: Any, value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise BenchError(f"{where}: {value!r}; it must be a table of {kind.__name__} fields")
+    hints = typing.get_type_hints(kind, include_extras=True)
+    known = [field.name for field in dataclasses.fields(kind)]
+    for name in value:
+        if name not in known:
+            raise BenchError(f"{where}.{name}: unknown field; {registry.did_you_mean(str(name), known)}")
+    for name in known:
+        if name not in value:
+            raise BenchError(f"{where}.{name}: missing; the file is incomplete or of another version")
+    return {name: read(hints[name], value[name], f"{where}.{name}") for name in known}
+
+
+def _fields(instance: Any) -> dict[str, Any]:
+    """One level of fields; nested dataclasses as dicts, since `read` takes JSON-like values."""
+    return dataclasses.asdict(instance)
+
+
+def _listed(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _listed(item) for key, item in value.items()}
+    return [_listed(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _at_least(least: int, where: str, value: int) -> None:
+    if value < least:
+        raise BenchError(f"{where}: {value}; it must be at least {least}")
