@@ -54,46 +54,6 @@ class Budget:
             )
 
 
-BUDGETS = {
-    budget.name: budget
-    for budget in (
-        Budget(
-            name="smoke",
-            tasks=1,
-            iterations=1,
-            episodes=4,
-            eval_states=2,
-            eval_repeats=1,
-            demos=2,
-            gradient_steps=10,
-            batch_size=32,
-        ),
-        Budget(
-            name="quick",
-            tasks=3,
-            iterations=12,
-            episodes=48,
-            eval_states=25,
-            eval_repeats=2,
-            demos=25,
-            gradient_steps=2000,
-            batch_size=256,
-        ),
-        Budget(
-            name="standard",
-            tasks=10,
-            iterations=60,
-            episodes=120,
-            eval_states=25,
-            eval_repeats=4,
-            demos=25,
-            gradient_steps=20000,
-            batch_size=256,
-        ),
-    )
-}
-
-
 @dataclass(frozen=True)
 class RunConfig:
     """One run, resolved: everything that decides its rows, and where they go."""
@@ -254,3 +214,43 @@ def _listed(value: Any) -> Any:
 def _at_least(least: int, where: str, value: int) -> None:
     if value < least:
         raise BenchError(f"{where}: {value}; it must be at least {least}")
+
+
+BUDGETS = {
+    budget.name: budget
+    for budget in (
+        Budget(
+            name="smoke",
+            tasks=1,
+            iterations=1,
+            episodes=4,
+            eval_states=2,
+            eval_repeats=1,
+            demos=2,
+            gradient_steps=10,
+            batch_size=32,
+        ),
+        Budget(
+            name="quick",
+            tasks=3,
+            iterations=12,
+            episodes=48,
+            eval_states=25,
+            eval_repeats=2,
+            demos=25,
+            gradient_steps=2000,
+            batch_size=256,
+        ),
+        Budget(
+            name="standard",
+            tasks=10,
+            iterations=60,
+            episodes=120,
+            eval_states=25,
+            eval_repeats=4,
+            demos=25,
+            gradient_steps=20000,
+            batch_size=256,
+        ),
+    )
+}
