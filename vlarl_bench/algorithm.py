@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from .config import Budget
     from .policies.base import Policy, Sample
 
 
@@ -25,7 +26,8 @@ class Algorithm(ABC):
     """Frozen dataclass; each field has a default and a docstring with unit and source."""
 
     @abstractmethod
-    def __init__(self, settings: Any, policy: Policy, seed: int) -> None: ...
+    def __init__(self, settings: Any, policy: Policy, budget: Budget, seed: int) -> None:
+        """Prepares critics and optimisers for `policy`; `budget` says how long the run will be, for schedules."""
 
     def act(self, policy: Policy, context: Any, generators: Sequence[torch.Generator]) -> Sample:
         """How actions are chosen while collecting; the policy's own sampling unless the method explores."""

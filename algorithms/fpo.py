@@ -1,0 +1,354 @@
+"""FPO: reinforcement fine-tuning of flow-matching policies (Lyu et al., 2025, arXiv 2510.09976).
+
+Not McAllister et al.'s FPO (2507.21053), which shares the idea of a ratio made from flow-matching losses.
+
+A flow policy has no cheap likelihood. FPO replaces the log-probability ratio of PPO by the change of the conditional
+flow-matching (CFM) loss on the chunk that was executed: a chunk that the new policy would denoise better has become
+more likely. The paper leaves several points open; each reading is a setting, and docs/methods/fpo.md says which one
+works here and why. Equations are numbered as in the paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from vlarl_bench.algorithm import Algorithm
+from vlarl_bench.errors import BenchError
+from vlarl_bench.lazy import lazy_import
+from vlarl_bench.policy_gradient import clipped_surrogate, gae
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from vlarl_bench.config import Budget
+    from vlarl_bench.policies.base import FlowPolicy, Sample
+    from vlarl_bench.rollout import Rollout
+else:
+    torch = lazy_import("torch")
+
+
+@dataclass(frozen=True)
+class FPOSettings:
+    """The paper gives no values; these are ours, found as docs/experiments.md tells."""
+
+    lr: float = 1e-4
+    """Actor learning rate (Adam)."""
+    epochs: int = 4
+    """Passes over an iteration's decisions."""
+    minibatch: int = 128
+    """Decisions a gradient step; each counts with all its draws."""
+    draws: int = 8
+    """Stored (tau, eps) pairs a decision."""
+    clip_eps: float = 0.05
+    """Clip range e of eq. 4; 0 turns clipping off (ablation)."""
+    ratio: Literal["difference", "scaled", "standardised", "none"] = "difference"
+    """rho from the loss change dl (eq. 2-3): `difference` exp(beta dl); `scaled` exp(beta dl / std);
+    `standardised` exp(beta (dl - mean) / std), the paper's eq. 3; `none` ascends min Q through the sampler instead
+    (the paper's ablation without the CFM ratio)."""
+    beta: float = 1.0
+    """Scale in the exponent of the ratio; 1 for `difference`, about 0.1 for the standardised readings."""
+    std_floor: float = 0.1
+    """Smallest standard deviation that dl is divided by; on the first pass dl is 0 for every sample."""
+    drift_penalty: float = 0.0
+    """Weight of relu(-mean dl), which holds the loss drift that `standardised` leaves free."""
+    ratio_gradient: Literal["through", "weight"] = "through"
+    """`through` differentiates rho as PPO does; `weight` stops the gradient at rho and weighs the CFM loss by it."""
+    gamma: float = 0.99
+    """Discount a decision (one executed chunk)."""
+    gae_lambda: float = 0.95
+    """Lambda of the advantage estimator."""
+    critics: int = 2
+    """Members of the Q-ensemble (eq. 5-6); 1 is the paper's single-critic ablation."""
+    critic_lr: float = 1e-3
+    """Critic learning rate (Adam)."""
+    critic_steps: int = 150
+    """Critic gradient steps an iteration."""
+    critic_batch: int = 256
+    """Decisions a critic gradient step."""
+    critic_width: int = 256
+    """Hidden width of each critic."""
+    critic_target: Literal["td", "return"] = "td"
+    """`td`: bootstrapped min over target critics (eq. 5); `return`: the episode's discounted return."""
+    polyak: float = 0.05
+    """Step of the target critics towards the critics after each gradient step."""
+    window: int = 4
+    """Iterations kept in the replay window."""
+    value_chunk: Literal["fresh", "stored"] = "fresh"
+    """Chunk at which V(s) = min Q(s, x) is read; `stored` makes the baseline depend on the action it judges."""
+    explore_steps: int = 1
+    """K of eq. 7, multi-step latent exploration; 1 executes the sampled chunk itself."""
+    explore_size: float = 0.1
+    """eta of eq. 7."""
+    explore_time: float = 0.5
+    """Flow time (1 = noise) at which eq. 7 asks for the velocity."""
+    bootstrap_time_limit: bool = False
+    """Whether running out of time is a cut-off to bootstrap from; False counts it as a failure, as success rates do."""
+
+    def check(self) -> None:
+        """Raises BenchError on a value out of range."""
+        for name in ("lr", "beta", "std_floor", "critic_lr"):
+            if getattr(self, name) <= 0:
+                raise BenchError(f"algo.{name}: {getattr(self, name)}; it must be above 0")
+        for name in ("epochs", "minibatch", "draws", "critics", "critic_batch", "critic_width", "window"):
+            if getattr(self, name) < 1:
+                raise BenchError(f"algo.{name}: {getattr(self, name)}; it must be at least 1")
+        if self.explore_steps < 1 or self.critic_steps < 0 or self.drift_penalty < 0:
+            raise BenchError("algo: explore_steps must be at least 1, critic_steps and drift_penalty at least 0")
+        for name in ("gamma", "gae_lambda", "polyak", "explore_time"):
+            if not 0 < getattr(self, name) <= 1:
+                raise BenchError(f"algo.{name}: {getattr(self, name)}; it must be in (0, 1]")
+        if not 0 <= self.clip_eps < 1:
+            raise BenchError(f"algo.clip_eps: {self.clip_eps}; it must be in [0, 1), 0 turns clipping off")
+
+
+def chunk_loss(policy: FlowPolicy, context: Any, latent: Tensor, mask: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """[B, K] CFM losses: squared error averaged over the executed steps (mask [B, H]) and all action dimensions.
+
+    A sum, or a mean that counts padding or steps that were never executed, scales the ratio away from 1 (methods of
+    McAllister et al. and their replications fail on this).
+    """
+    error = policy.flow_loss(context, latent, t, noise)
+    return (error * mask[:, None, :, None]).sum((2, 3)) / (mask.sum(1, keepdim=True) * error.shape[-1])
+
+
+def cfm_ratio(difference: Tensor, settings: FPOSettings) -> Tensor:
+    """rho of eq. 3 from dl = old loss - new loss, any shape; statistics are over all elements and not differentiated.
+
+    The exponent is clamped to [-3, 3] so that one wild draw cannot overflow.
+    """
+    if settings.ratio == "difference":
+        exponent = difference
+    else:
+        centre = difference.mean().detach() if settings.ratio == "standardised" else 0.0
+        exponent = (difference - centre) / difference.std().detach().clamp_min(settings.std_floor)
+    return torch.exp((settings.beta * exponent).clamp(-3.0, 3.0))
+
+
+def actor_loss(new: Tensor, old: Tensor, advantage: Tensor, settings: FPOSettings) -> tuple[Tensor, Tensor]:
+    """Scalar loss (eq. 4) from [B, K] new and stored losses and [B] advantages, and the [B, K] ratio.
+
+    One advantage serves all draws of a decision: the credit of the whole executed chunk.
+    """
+    difference = old - new
+    ratio = cfm_ratio(difference, settings)
+    advantage = advantage[:, None]
+    if settings.ratio_gradient == "weight":
+        low, high = (1 - settings.clip_eps, 1 + settings.clip_eps) if settings.clip_eps else (0.0, torch.inf)
+        loss = (ratio.detach().clamp(low, high) * advantage * new).mean()
+    elif settings.clip_eps:
+        loss = -clipped_surrogate(ratio, advantage, settings.clip_eps).mean()
+    else:
+        loss = -(ratio * advantage).mean()
+    if settings.drift_penalty:
+        loss = loss + settings.drift_penalty * torch.relu(-difference.mean())
+    return loss, ratio
+
+
+class FPO(Algorithm):
+    """Flow policy optimisation with CFM ratios, whole-chunk credit, latent exploration and a Q-ensemble."""
+
+    name = "fpo"
+    summary = "Flow policy optimisation (Lyu et al.): PPO on CFM-loss ratios, Q-ensemble, latent exploration"
+    requires = frozenset({"flow"})
+    learns_from = "rollouts"
+    Settings = FPOSettings
+
+    def __init__(self, settings: FPOSettings, policy: FlowPolicy, budget: Budget, seed: int) -> None:
+        from vlarl_bench.critics import QEnsemble
+
+        self.settings = settings
+        self.generator = torch.Generator().manual_seed(seed)
+        for parameter in policy.parameters():
+            parameter.requires_grad_(False)
+        self.actor = policy.actor_parameters()
+        for parameter in self.actor:
+            parameter.requires_grad_(True)
+        self.optimizer = torch.optim.Adam(self.actor, lr=settings.lr)
+        inputs = policy.feature_dim + 1 + policy.chunk * policy.action_dim
+        self.critic = QEnsemble(settings.critics, inputs, settings.critic_width, self.generator)
+        self.target = QEnsemble(settings.critics, inputs, settings.critic_width, self.generator)
+        self.target.load_state_dict(self.critic.state_dict())
+        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=settings.critic_lr)
+        self.replay: list[dict[str, Tensor]] = []
+
+    def act(self, policy: FlowPolicy, context: Any, generators: Sequence[torch.Generator] | None) -> Sample:
+        """Samples a chunk and refines it K - 1 times (eq. 7): x <- x + eta v, in pi0's sign x <- x - eta v."""
+        from vlarl_bench.policies.base import Sample
+
+        sample = policy.sample(context, generators)
+        if self.settings.explore_steps == 1:
+            return sample
+        x = sample.latent
+        t = torch.full((len(x), 1), self.settings.explore_time)
+        for _ in range(self.settings.explore_steps - 1):
+            x = x - self.settings.explore_size * policy.velocity(context, x[:, None], t)[:, 0]
+        return Sample(actions=policy.unnormalise(x), latent=x)
+
+    def update(self, policy: FlowPolicy, rollout: Rollout) -> dict[str, float]:
+        """Critic steps on the replay window, then clipped actor epochs on this rollout."""
+        s = self.settings
+        with torch.no_grad():
+            seen = [seen for episode in rollout.episodes for seen in episode.observations]
+            context = policy.encode(policy.preprocess(seen))
+            data, rows, episode_of = self._decisions(policy, context, rollout)
+        self.replay = [*self.replay, data][-s.window :]
+        metrics = self._fit_critic()
+        advantage = self._advantages(data, episode_of)
+        metrics |= {"advantage_std": float(advantage.std())}
+        # Floored: near 100 % (or 0 %) success the spread is noise, and dividing by it would amplify that noise.
+        advantage = (advantage - advantage.mean()) / advantage.std().clamp_min(0.05)
+        if s.ratio == "none":
+            return metrics | self._ascend_critic(policy, context, rows, data)
+        return metrics | self._ascend_surrogate(policy, context, rows, data, advantage)
+
+    def _decisions(self, policy: FlowPolicy, context: Any, rollout: Rollout) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """One entry a decision: what the critic and the actor need, the context's row, and the episode's number."""
+        s = self.settings
+        first, steps_taken, rows, episode_of, last, success = 0, [], [], [], [], []
+        for number, episode in enumerate(rollout.episodes):
+            n = len(episode.latents)
+            rows += range(first, first + n)
+            first += n + 1
+            steps_taken += [i / rollout.max_decisions for i in range(n + 1)]
+            episode_of += [number] * n
+            last += [False] * (n - 1) + [True]
+            success += [False] * (n - 1) + [episode.success]
+        fresh = policy.sample(context, self._generators(first)).latent
+        features = torch.cat([policy.features(context), torch.tensor(steps_taken)[:, None]], dim=1)
+        row = torch.tensor(rows)
+        ended, succeeded = torch.tensor(last), torch.tensor(success)
+        returns = torch.zeros(len(rows))
+        following = 0.0
+        for i in reversed(range(len(rows))):
+            following = float(succeeded[i]) + (0.0 if ended[i] else s.gamma * following)
+            returns[i] = following
+        executed = torch.tensor([n for episode in rollout.episodes for n in episode.executed])
+        latent = torch.from_numpy(np.stack([x for episode in rollout.episodes for x in episode.latents]))
+        data = {
+            "features": features[row],
+            "latent": latent,
+            "mask": (torch.arange(latent.shape[1]) < executed[:, None]).float(),
+            "reward": succeeded.float(),
+            "ended": ended,
+            "terminated": succeeded if s.bootstrap_time_limit else ended,
+            "returns": returns,
+            "value_chunk": fresh[row] if s.value_chunk == "fresh" else latent,
+            "next_features": features[row + 1],
+            "next_chunk": fresh[row + 1],
+        }
+        return data, row, torch.tensor(episode_of)
+
+    def _generators(self, count: int) -> list[torch.Generator]:
+        seeds = torch.randint(2**62, (count,), generator=self.generator).tolist()
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def _fit_critic(self) -> dict[str, float]:
+        """Eq. 5-6: regression to the bootstrapped minimum of the target ensemble, or to returns."""
+        s = self.settings
+        replay = {key: torch.cat([data[key] for data in self.replay]) for key in self.replay[0]}
+        loss = torch.zeros(())
+        for _ in range(s.critic_steps):
+            i = torch.randint(len(replay["reward"]), (s.critic_batch,), generator=self.generator)
+            if s.critic_target == "td":
+                with torch.no_grad():
+                    following = self.target(replay["next_features"][i], replay["next_chunk"][i]).amin(0)
+                    goal = replay["reward"][i] + s.gamma * following * ~replay["terminated"][i]
+            else:
+                goal = replay["returns"][i]
+            loss = ((self.critic(replay["features"][i], replay["latent"][i]) - goal) ** 2).mean()
+            self.critic_optimizer.zero_grad()
+            loss.backward()
+            self.critic_optimizer.step()
+            with torch.no_grad():
+                for slow, fast in zip(self.target.parameters(), self.critic.parameters(), strict=True):
+                    slow.lerp_(fast, s.polyak)
+        return {"critic_loss": float(loss)}
+
+    def _advantages(self, data: dict[str, Tensor], episode_of: Tensor) -> Tensor:
+        """[n] GAE with V(s) = min_i Q_i(s, x)."""
+        with torch.no_grad():
+            values = self.critic(data["features"], data["value_chunk"]).amin(0)
+            next_values = self.critic(data["next_features"], data["next_chunk"]).amin(0)
+        arrays = [data["reward"], values, next_values, data["terminated"], data["ended"]]
+        advantages = gae(*(array.numpy() for array in arrays), self.settings.gamma, self.settings.gae_lambda)
+        return torch.from_numpy(advantages.astype(np.float32))
+
+    def _ascend_surrogate(
+        self, policy: FlowPolicy, context: Any, rows: Tensor, data: dict[str, Tensor], advantage: Tensor
+    ) -> dict[str, float]:
+        """Eq. 4 over stored (tau, eps): the same draws score the old and the new policy, in every epoch."""
+        s = self.settings
+        latent, mask, n = data["latent"], data["mask"], len(rows)
+        t = torch.rand(n, s.draws, generator=self.generator)
+        noise = torch.randn(n, s.draws, *latent.shape[1:], generator=self.generator)
+
+        def losses(i: Tensor) -> Tensor:
+            return chunk_loss(policy, context.index(rows[i]), latent[i], mask[i], t[i], noise[i])
+
+        with torch.no_grad():
+            old = torch.cat([losses(i) for i in torch.arange(n).split(s.minibatch)])
+        metrics = {"cfm_loss": float(old.mean())}
+        clipped, moved, drift = [], [], []
+        for epoch in range(s.epochs):
+            for i in torch.randperm(n, generator=self.generator).split(s.minibatch):
+                loss, ratio = actor_loss(losses(i), old[i], advantage[i], s)
+                off = (ratio.detach() - 1).abs()
+                if not moved and float(off.max()) > 1e-3:
+                    raise RuntimeError(f"fpo: the ratio is off 1 by {float(off.max()):.2g} before the first update")
+                self._step(loss)
+                clipped.append(float((off > s.clip_eps).float().mean()))
+                moved.append(float(off.mean()))
+                if epoch == s.epochs - 1:
+                    drift.append(float(-torch.log(ratio.detach()).mean() / s.beta))
+        return metrics | {
+            "clip_fraction": float(np.mean(clipped)),
+            "ratio_off_one": float(np.mean(moved)),
+            "cfm_drift": float(np.mean(drift)),
+        }
+
+    def _ascend_critic(
+        self, policy: FlowPolicy, context: Any, rows: Tensor, data: dict[str, Tensor]
+    ) -> dict[str, float]:
+        """The ablation without the CFM ratio: the chunk itself climbs min Q, through ten Euler steps of the flow."""
+        values = []
+        for _ in range(self.settings.epochs):
+            for i in torch.randperm(len(rows), generator=self.generator).split(self.settings.minibatch):
+                x = torch.randn(data["latent"][i].shape, generator=self.generator)[:, None]
+                view = context.index(rows[i])
+                for step in range(10):
+                    x = x - 0.1 * policy.velocity(view, x, torch.full((len(i), 1), 1 - 0.1 * step))
+                value = self.critic(data["features"][i], x[:, 0]).amin(0).mean()
+                self._step(-value)
+                values.append(float(value))
+        return {"chunk_value": float(np.mean(values))}
+
+    def _step(self, loss: Tensor) -> None:
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.actor, 1.0)
+        self.optimizer.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Optimisers, critics, replay window and generator."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "critic": self.critic.state_dict(),
+            "target": self.target.state_dict(),
+            "critic_optimizer": self.critic_optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "replay": list(self.replay),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues where `state_dict` was taken."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.critic.load_state_dict(state["critic"])
+        self.target.load_state_dict(state["target"])
+        self.critic_optimizer.load_state_dict(state["critic_optimizer"])
+        self.generator.set_state(state["generator"])
+        self.replay = list(state["replay"])

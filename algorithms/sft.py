@@ -1,0 +1,113 @@
+"""SFT: supervised fine-tuning on demonstrations, with the policy's own imitation loss.
+
+For flow policies that loss is conditional flow matching (Lipman et al., 2023; Black et al., 2024, eq. 1). Every
+environment step of a demonstration is a training example: what was seen there, and the expert's next H actions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vlarl_bench.algorithm import Algorithm
+from vlarl_bench.errors import BenchError
+from vlarl_bench.lazy import lazy_import
+
+if TYPE_CHECKING:
+    import torch
+
+    from vlarl_bench.config import Budget
+    from vlarl_bench.policies.base import Policy
+    from vlarl_bench.suite import Demonstration
+else:
+    torch = lazy_import("torch")
+
+
+@dataclass(frozen=True)
+class SFTSettings:
+    """Settings of supervised fine-tuning."""
+
+    lr: float = 1e-3
+    """Peak learning rate (AdamW); warmed up over 5 % of the budget's gradient steps, then cosine to 0."""
+    weight_decay: float = 1e-4
+    """Decoupled weight decay."""
+    grad_norm: float = 1.0
+    """Largest gradient norm; longer gradients are scaled down to it."""
+
+    def check(self) -> None:
+        """Raises BenchError on a value out of range."""
+        if self.lr <= 0 or self.grad_norm <= 0 or self.weight_decay < 0:
+            raise BenchError(
+                f"algo: lr {self.lr}, grad_norm {self.grad_norm}, weight_decay {self.weight_decay}; "
+                "lr and grad_norm must be above 0, weight_decay at least 0"
+            )
+
+
+def chunks(actions: np.ndarray, horizon: int) -> tuple[np.ndarray, np.ndarray]:
+    """[T, A] actions to [T, H, A] next-H-actions windows and their [T, H] masks; past the end the mask is 0."""
+    index = np.arange(len(actions))[:, None] + np.arange(horizon)
+    return actions[index.clip(max=len(actions) - 1)], (index < len(actions)).astype(np.float32)
+
+
+class SFT(Algorithm):
+    """Supervised fine-tuning on demonstrations."""
+
+    name = "sft"
+    summary = "Supervised fine-tuning on demonstrations, with the policy's own imitation loss"
+    requires = frozenset({"sft"})
+    learns_from = "demonstrations"
+    Settings = SFTSettings
+
+    def __init__(self, settings: SFTSettings, policy: Policy, budget: Budget, seed: int) -> None:
+        self.settings, self.budget = settings, budget
+        self.generator = torch.Generator().manual_seed(seed)
+        parameters = [parameter.requires_grad_(True) for parameter in policy.parameters()]
+        self.optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+        self.steps = 0
+        self._examples: tuple[Any, torch.Tensor, torch.Tensor] | None = None
+
+    def update(self, policy: Policy, data: Sequence[Demonstration]) -> dict[str, float]:
+        """One of the budget's iterations: its share of the gradient steps, on minibatches over all tasks."""
+        s, budget = self.settings, self.budget
+        if self._examples is None:
+            seen = [seen for demonstration in data for seen in demonstration.observations]
+            windows, masks = zip(*(chunks(demonstration.actions, policy.chunk) for demonstration in data), strict=True)
+            self._examples = (
+                policy.preprocess(seen),
+                torch.from_numpy(np.concatenate(windows)),
+                torch.from_numpy(np.concatenate(masks)),
+            )
+        batch, actions, mask = self._examples
+        losses = []
+        for _ in range(math.ceil(budget.gradient_steps / budget.iterations)):
+            warm = min(1.0, (self.steps + 1) / max(1.0, 0.05 * budget.gradient_steps))
+            cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, self.steps / budget.gradient_steps)))
+            for group in self.optimizer.param_groups:
+                group["lr"] = s.lr * warm * cosine
+            i = torch.randint(len(actions), (budget.batch_size,), generator=self.generator)
+            loss = policy.sft_loss(policy.encode(batch.index(i)), actions[i], mask[i], self.generator)
+            self.optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(policy.parameters(), s.grad_norm)
+            self.optimizer.step()
+            self.steps += 1
+            losses.append(float(loss))
+        return {"sft_loss": float(np.mean(losses)), "gradient_steps": float(self.steps)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Optimiser, step counter and generator."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "steps": self.steps,
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues where `state_dict` was taken."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.steps = state["steps"]
+        self.generator.set_state(state["generator"])
