@@ -37,6 +37,11 @@ class Policy(nn.Module):
     feature_dim: int
     """Width of `features`."""
 
+    @property
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """JSON-able: with the weights, all that rebuilds the policy; has at least its registered name, `policy`."""
+
     @abstractmethod
     def preprocess(self, observations: Sequence[Observation]) -> Any:
         """Observations to a batch of tensors; the batch has `index(i: Tensor)` and `__len__`."""

@@ -1,0 +1,434 @@
+"""pi0 (Black et al., 2024, arXiv:2410.24164): transformers' `PI0ForConditionalGeneration`, at sizes that a CPU trains.
+
+A vision-language prefix is encoded once per observation into a key-value cache; an action expert then predicts flow
+velocities against that cache. In `pixels` mode the prefix is pi0's own (SigLIP patches, then instruction words); in
+`state` mode one token an object takes the place of the images.
+
+Shapes: B observations, K draws, H actions a chunk, A action dimensions, P proprio, M objects, W words a name, T words
+an instruction, C cameras, S prefix tokens, L layers, D prefix width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PI0Config, PI0ForConditionalGeneration
+from transformers.cache_utils import DynamicCache
+
+from ..errors import BenchError
+from ..suite import Observation
+from .base import FlowPolicy, Sample
+from .vocabulary import Vocabulary
+
+CLIP = 6.0  # standard deviations; keeps a proprio reading far outside the demonstrations from saturating the expert
+OBJECT_FEATURES = 15
+
+
+@dataclass(frozen=True)
+class Pi0Architecture:
+    """Everything that decides the network's shape and how it decodes; stored in the policy folder's config.json."""
+
+    observation: str
+    """`state` or `pixels`."""
+    action_dim: int
+    proprio_dim: int
+    """The first three proprio entries are the end-effector position (m)."""
+    chunk: int = 8
+    layers: int = 3
+    heads: int = 4
+    head_dim: int = 32
+    prefix_width: int = 128
+    prefix_mlp: int = 256
+    expert_width: int = 96
+    expert_mlp: int = 192
+    euler_steps: int = 5
+    max_objects: int = 12
+    max_name_words: int = 6
+    max_words: int = 20
+    cameras: tuple[str, ...] = ()
+    image_size: int = 0
+    patch: int = 8
+    vision_layers: int = 3
+
+    @property
+    def image_tokens(self) -> int:
+        """Prefix tokens of all cameras."""
+        return len(self.cameras) * (self.image_size // self.patch) ** 2 if self.cameras else 0
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Tensors that share their first axis."""
+
+    def __len__(self) -> int:
+        return len(getattr(self, fields(self)[0].name))
+
+    def index(self, i: Tensor) -> Self:
+        """The rows `i` [N] (integers or a mask), as a new value."""
+        return type(self)(**{field.name: getattr(self, field.name)[i] for field in fields(self)})
+
+
+@dataclass(frozen=True)
+class Batch(Rows):
+    """Observations as tensors, padded to the architecture's own sizes so that a row never depends on its neighbours."""
+
+    proprio: Tensor
+    """[B, P] in the suite's units."""
+    words: Tensor
+    """[B, T] instruction ids, 0 is padding."""
+    objects: Tensor
+    """[B, M, 15] features; M = 0 in `pixels` mode."""
+    names: Tensor
+    """[B, M, W] ids of each object's name; a row of zeros is padding."""
+    images: Tensor
+    """[B, C, 3, size, size] uint8; C = 0 in `state` mode."""
+
+
+@dataclass(frozen=True)
+class Context(Rows):
+    """An encoded observation. Plain tensors that nothing writes to, so contexts can be shared and indexed freely."""
+
+    cache: Tensor
+    """[B, L, 2, heads, S, head_dim] keys (rotated) and values of the prefix."""
+    mask: Tensor
+    """[B, S] bool, true for real tokens."""
+    proprio: Tensor
+    """[B, P] normalised."""
+    pooled: Tensor
+    """[B, 2 D] mean and maximum of the prefix's hidden states."""
+
+    def detach(self) -> Context:
+        """The same context, cut from the prefix's graph."""
+        return replace(self, **{field.name: getattr(self, field.name).detach() for field in fields(self)})
+
+
+class Pi0(FlowPolicy):
+    """Scaled-down pi0 behind the flow seam. Fresh weights come from `Pi0.create`, stored ones from `Pi0.restore`."""
+
+    capabilities: ClassVar[frozenset[str]] = frozenset({"sft", "flow"})
+    sft_draws: ClassVar[int] = 4
+    """Draws of (t, noise) an observation in `sft_loss`: the prefix is encoded once, so more draws are cheap."""
+
+    def __init__(self, name: str, architecture: Pi0Architecture, vocabulary: Vocabulary) -> None:
+        super().__init__()
+        self.name, self.architecture, self.vocabulary = name, architecture, vocabulary
+        a = architecture
+        self.chunk, self.action_dim = a.chunk, a.action_dim
+        self.feature_dim = 2 * a.prefix_width + a.proprio_dim
+        self.model = PI0ForConditionalGeneration(_transformers_config(a, len(vocabulary)))
+        if a.observation == "state":
+            # No image ever reaches a state policy: without its tower no dead weight is stored, hashed or optimised.
+            self.model.model.vlm.vision_tower = nn.Identity()
+            self.model.model.vlm.multi_modal_projector = nn.Identity()
+            self.object_in = nn.Linear(OBJECT_FEATURES, a.prefix_width)
+            self.object_out = nn.Linear(a.prefix_width, a.prefix_width)
+        for embedding in (self.model.model.vlm.get_input_embeddings(), self.model.model.dit.get_input_embeddings()):
+            # Gemma scales embeddings by sqrt(width): this makes them unit variance, on a par with the object tokens.
+            nn.init.normal_(embedding.weight, std=embedding.weight.shape[1] ** -0.5)
+        self.action_mean: Tensor
+        self.action_std: Tensor
+        self.proprio_mean: Tensor
+        self.proprio_std: Tensor
+        self.register_buffer("action_mean", torch.zeros(a.action_dim))
+        self.register_buffer("action_std", torch.ones(a.action_dim))
+        self.register_buffer("proprio_mean", torch.zeros(a.proprio_dim))
+        self.register_buffer("proprio_std", torch.ones(a.proprio_dim))
+        self.eval()
+
+    @classmethod
+    def create(cls, name: str, architecture: Pi0Architecture, texts: Sequence[str], seed: int) -> Pi0:
+        """Random weights from `seed`, and a vocabulary of every word in `texts`; leaves the global generator alone."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return cls(name, architecture, Vocabulary.of(texts))
+
+    @classmethod
+    def restore(cls, config: Mapping[str, Any]) -> Pi0:
+        """The policy that `config` describes, its weights still to be loaded.
+
+        Raises BenchError if the configuration is not one of this architecture.
+        """
+        try:
+            stored = dict(config["architecture"])
+            stored["cameras"] = tuple(stored["cameras"])
+            return cls.create_from(config["policy"], Pi0Architecture(**stored), Vocabulary(config["vocabulary"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise BenchError(f"config.json: {error!r} does not describe a pi0 policy") from None
+
+    @classmethod
+    def create_from(cls, name: str, architecture: Pi0Architecture, vocabulary: Vocabulary) -> Pi0:
+        """As the constructor, but leaves the global generator alone."""
+        with torch.random.fork_rng(devices=[]):
+            return cls(name, architecture, vocabulary)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What config.json holds besides the card: enough to rebuild the policy around its weights."""
+        return {
+            "policy": self.name,
+            "architecture": {**asdict(self.architecture), "cameras": list(self.architecture.cameras)},
+            "normalisation": {
+                "actions": "(x - action_mean) / action_std",
+                "proprio": f"clip((x - proprio_mean) / proprio_std, {-CLIP}, {CLIP})",
+                "stored": "model.safetensors",
+            },
+            "vocabulary": list(self.vocabulary.entries),
+        }
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.action_mean.device
+
+    # Normalisation
+
+    def fit_normalisation(self, actions: np.ndarray, proprio: np.ndarray) -> None:
+        """Sets mean and deviation from demonstrated actions [N, A] and proprio [N, P], in the suite's units."""
+        for prefix, values, floor in (("action", actions, 0.1), ("proprio", proprio, 0.01)):
+            # The floor keeps a dimension that hardly moves in the demonstrations from being blown up to unit variance.
+            flat = torch.as_tensor(np.asarray(values, dtype=np.float64))
+            getattr(self, f"{prefix}_mean").copy_(flat.mean(0))
+            getattr(self, f"{prefix}_std").copy_(flat.std(0, unbiased=False).clamp_min(floor))
+
+    def normalise(self, actions: Tensor) -> Tensor:
+        """Environment units to latent."""
+        return (actions - self.action_mean) / self.action_std
+
+    def unnormalise(self, latent: Tensor) -> Tensor:
+        """Latent to environment units."""
+        return latent * self.action_std + self.action_mean
+
+    # Prefix
+
+    def preprocess(self, observations: Sequence[Observation]) -> Batch:
+        """Observations to padded tensors. Raises BenchError if one does not fit the architecture."""
+        a, n = self.architecture, len(observations)
+        state = a.observation == "state"
+        proprio = np.zeros((n, a.proprio_dim), np.float32)
+        words = np.zeros((n, a.max_words), np.int64)
+        poses = np.zeros((n, a.max_objects if state else 0, 7), np.float32)
+        names = np.zeros((n, poses.shape[1], a.max_name_words), np.int64)
+        images = np.zeros((n, len(a.cameras), 3, a.image_size, a.image_size), np.uint8)
+        for row, observation in enumerate(observations):
+            if observation.proprio.shape != (a.proprio_dim,):
+                raise BenchError(f"proprio: {observation.proprio.shape}, but {self.name} takes ({a.proprio_dim},)")
+            proprio[row] = observation.proprio
+            _put(words[row], self.vocabulary.encode(observation.instruction), "instruction", observation.instruction)
+            if state:
+                if not 0 < len(observation.objects) <= a.max_objects:
+                    raise BenchError(f"objects: {len(observation.objects)}, but {self.name} takes 1-{a.max_objects}")
+                for slot, name in enumerate(sorted(observation.objects)):
+                    poses[row, slot] = observation.objects[name]
+                    _put(names[row, slot], self.vocabulary.encode(name), "object name", name)
+            for slot, camera in enumerate(a.cameras):
+                images[row, slot] = self._image(observation, camera)
+        move = lambda array: torch.from_numpy(array).to(self.device)  # noqa: E731
+        objects = object_features(poses, proprio[:, :3])
+        return Batch(move(proprio), move(words), move(objects), move(names), move(images))
+
+    def _image(self, observation: Observation, camera: str) -> np.ndarray:
+        size = self.architecture.image_size
+        image = observation.images.get(camera)
+        if image is None or image.shape != (size, size, 3) or image.dtype != np.uint8:
+            found = "none" if image is None else f"{image.shape} {image.dtype}"
+            raise BenchError(f"images[{camera!r}]: {found}, but {self.name} takes ({size}, {size}, 3) uint8")
+        return image.transpose(2, 0, 1)
+
+    def encode(self, batch: Batch) -> Context:
+        """Runs the vision-language prefix once; gradients flow unless the caller forbids them.
+
+        Without gradients a row's result does not depend, to the bit, on its neighbours or on its place.
+        """
+        if torch.is_grad_enabled():
+            return self._encode(batch)
+        with _one_thread():
+            return self._encode(batch)
+
+    def _encode(self, batch: Batch) -> Context:
+        a, vlm = self.architecture, self.model.model.vlm
+        mask, embeddings, positions = self._tokens(batch)
+        out = vlm(
+            inputs_embeds=embeddings,
+            attention_mask=mask,
+            position_ids=positions,
+            token_type_ids=torch.zeros_like(positions),  # pi0's prefix sees itself in both directions
+            use_cache=True,
+            output_hidden_states=True,
+        )
+        cache = torch.stack([torch.stack((x.keys, x.values), 1) for x in out.past_key_values.layers], 1)
+        # The last layer's own output feeds nothing that training reaches, so features come from what enters it.
+        hidden = F.rms_norm(out.hidden_states[a.layers - 1], (a.prefix_width,))
+        real = mask[..., None]
+        mean = (hidden * real).sum(1) / real.sum(1)
+        top = hidden.masked_fill(~real, -torch.inf).amax(1)
+        proprio = ((batch.proprio - self.proprio_mean) / self.proprio_std).clamp(-CLIP, CLIP)
+        return Context(cache, mask, proprio, torch.cat((mean, top), -1))
+
+    def _tokens(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Mask [B, S], embeddings [B, S, D] and positions [B, S] of the prefix."""
+        a, vlm = self.architecture, self.model.model.vlm
+        spoken = batch.words != 0
+        if a.observation == "pixels":
+            seen = torch.ones(len(batch), a.image_tokens, dtype=torch.bool, device=self.device)
+            mask = torch.cat((seen, spoken), 1)
+            ids = torch.cat((seen * vlm.config.image_token_id, batch.words), 1)
+            pixels = batch.images.float() / 127.5 - 1
+            cameras = torch.ones(pixels.shape[:2], dtype=torch.bool, device=self.device)
+            return mask, self.model.model.embed_prefix(ids, pixels, cameras), mask.cumsum(-1) - 1
+        embed = vlm.get_input_embeddings()
+        named = batch.names != 0
+        # An object shares its words with the instruction: that is what lets language point at it.
+        label = (embed(batch.names) * named[..., None]).sum(2) / named.sum(2, keepdim=True).clamp_min(1)
+        objects = self.object_out(F.silu(self.object_in(batch.objects))) + label
+        # Objects are a set, so all stand at position 0; words follow in their order.
+        positions = torch.cat((torch.zeros_like(batch.names[..., 0]), spoken.cumsum(-1)), 1)
+        return torch.cat((named.any(-1), spoken), 1), torch.cat((objects, embed(batch.words)), 1), positions
+
+    def features(self, context: Context) -> Tensor:
+        """[B, 2 D + P]: mean and maximum of the prefix's hidden states, and normalised proprio."""
+        return torch.cat((context.pooled, context.proprio), -1)
+
+    # Action expert
+
+    def velocity(self, context: Context, x: Tensor, t: Tensor) -> Tensor:
+        """[B, K, H, A] velocities at x [B, K, H, A], t [B, K].
+
+        Equal to K calls of `PI0ForConditionalGeneration.forward`, in one pass: the state token and the prefix, which
+        see no action, are shared by the K chunks, and a chunk sees no other.
+        """
+        b, k, h, _ = x.shape
+        embed, s = self.model.embed_action_time, context.mask.shape[1]
+        time = embed.sinusoid_embeds(t.flatten()).view(b, k, 1, -1).expand(-1, -1, h, -1)
+        chunks = torch.cat((embed.action_in_proj(x), time), -1)
+        chunks = embed.action_time_mlp_out(F.silu(embed.action_time_mlp_in(chunks)))
+        tokens = torch.cat((embed.state_proj(context.proprio)[:, None], chunks.flatten(1, 2)), 1)
+        q = tokens.shape[1]
+        draw = torch.arange(q - 1, device=x.device) // h
+        mask = torch.zeros(b, 1, q, s + q, dtype=torch.bool, device=x.device)
+        mask[..., :s] = context.mask[:, None, None]
+        mask[..., s] = True
+        mask[..., 1:, s + 1 :] = draw[:, None] == draw
+        step = torch.cat((draw.new_zeros(1), torch.arange(h, device=x.device).repeat(k) + 1))
+        out = self.model.model.dit(
+            inputs_embeds=tokens,
+            attention_mask=mask,
+            position_ids=context.mask.sum(1, keepdim=True) + step,
+            past_key_values=self.transformers_cache(context),
+        )
+        return self.model.action_out_proj(out.last_hidden_state[:, 1:]).view(x.shape)
+
+    def transformers_cache(self, context: Context) -> DynamicCache:
+        """A fresh cache over the context's tensors; transformers appends to the cache, never to the tensors."""
+        return DynamicCache([(layer[:, 0], layer[:, 1]) for layer in context.cache.unbind(1)])
+
+    @torch.no_grad()
+    def sample(self, context: Context, generators: Sequence[torch.Generator] | None) -> Sample:
+        """Integrates from t = 1 (noise) to 0 in `euler_steps` Euler steps; a function of its arguments alone.
+
+        At a given batch size a row does not depend, to the bit, on its neighbours or on its place.
+        """
+        a, n = self.architecture, len(context)
+        if generators is None:
+            x = torch.zeros(n, a.chunk, a.action_dim, device=self.device)
+        else:
+            noise = [torch.randn(a.chunk, a.action_dim, generator=g, device=g.device) for g in generators]
+            x = torch.stack(noise).to(self.device)
+        with _one_thread():
+            for step in range(a.euler_steps):
+                t = torch.full((n, 1), 1 - step / a.euler_steps, device=self.device)
+                x = x - self.velocity(context, x[:, None], t)[:, 0] / a.euler_steps
+        return Sample(self.unnormalise(x), x)
+
+    def sft_loss(self, context: Context, actions: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+        """Conditional flow matching with pi0's own times, t ~ 0.001 + 0.999 Beta(1.5, 1); mean over real steps."""
+        latent = self.normalise(actions)
+        shape = (len(latent), self.sft_draws)
+        uniform = torch.rand(shape, generator=generator, device=generator.device).to(latent)
+        noise = torch.randn(*shape, *latent.shape[1:], generator=generator, device=generator.device).to(latent)
+        t = 0.001 + 0.999 * uniform ** (1 / 1.5)  # the inverse of Beta(1.5, 1)'s distribution function, t^1.5
+        errors = self.flow_loss(context, latent, t, noise).mean((1, 3))
+        return (errors * mask).sum() / mask.sum()
+
+    def actor_parameters(self) -> list[nn.Parameter]:
+        """The action expert and its projections: exactly what receives a gradient from a detached context."""
+        modules = (self.model.model.dit.layers, self.model.model.dit.norm, self.model.embed_action_time)
+        return [p for module in (*modules, self.model.action_out_proj) for p in module.parameters()]
+
+
+def object_features(poses: np.ndarray, eef: np.ndarray) -> np.ndarray:
+    """[B, M, 15] features of poses [B, M, 7] (m, xyzw) seen from end-effector positions eef [B, 3] (m).
+
+    Position in the world and from the gripper, coarse (reach) and fine (grasp), and the rotation matrix's first two
+    columns (Zhou et al., 2019), which unlike a quaternion has no sign to choose. Scales are fixed, in metres: the
+    workspace, an arm's reach, a finger's opening.
+    """
+    position, quaternion = poses[..., :3], poses[..., 3:]
+    offset = position - eef[:, None]
+    x, y, z, w = np.moveaxis(quaternion / np.maximum(np.linalg.norm(quaternion, axis=-1, keepdims=True), 1e-6), -1, 0)
+    columns = (
+        1 - 2 * (y * y + z * z),
+        2 * (x * y + w * z),
+        2 * (x * z - w * y),
+        2 * (x * y - w * z),
+        1 - 2 * (x * x + z * z),
+        2 * (y * z + w * x),
+    )
+    parts = (position / 0.3, offset / 0.15, np.tanh(offset / 0.04), np.stack(columns, -1))
+    return np.concatenate(parts, -1).astype(np.float32)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """BLAS cuts a matrix between threads at rows of its choice, and rows at a cut round differently: with one thread a
+    row has the same bits wherever it stands. At these sizes a second thread gains little."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _put(slot: np.ndarray, ids: list[int], field: str, text: str) -> None:
+    if not 0 < len(ids) <= len(slot):
+        raise BenchError(f"{field}: {text!r} has {len(ids)} words, this policy takes 1-{len(slot)}")
+    slot[: len(ids)] = ids
+
+
+def _transformers_config(a: Pi0Architecture, vocabulary: int) -> PI0Config:
+    attention = {"num_hidden_layers": a.layers, "num_attention_heads": a.heads, "num_key_value_heads": a.heads}
+    gemma = {"model_type": "gemma", "head_dim": a.head_dim, "vocab_size": vocabulary, "pad_token_id": 0, **attention}
+    ids = {"bos_token_id": None, "eos_token_id": None, "initializer_range": 0.05}
+    pixels = a.observation == "pixels"
+    vision = {
+        "model_type": "siglip_vision_model",
+        "hidden_size": a.prefix_width if pixels else 4,
+        "intermediate_size": a.prefix_mlp if pixels else 4,
+        "num_hidden_layers": a.vision_layers if pixels else 1,
+        "num_attention_heads": a.heads,
+        "image_size": a.image_size or 8,
+        "patch_size": a.patch,
+        "vision_use_head": False,
+    }
+    return PI0Config(
+        vlm_config={
+            "model_type": "paligemma",
+            "text_config": {**gemma, **ids, "hidden_size": a.prefix_width, "intermediate_size": a.prefix_mlp},
+            "vision_config": vision,
+            "projection_dim": a.prefix_width,
+            "image_token_id": vocabulary,
+        },
+        dit_config={**gemma, **ids, "hidden_size": a.expert_width, "intermediate_size": a.expert_mlp},
+        chunk_size=a.chunk,
+        max_state_dim=a.proprio_dim,
+        max_action_dim=a.action_dim,
+        num_inference_steps=a.euler_steps,
+        loss_reduction="none",
+    )

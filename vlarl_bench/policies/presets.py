@@ -1,0 +1,80 @@
+"""The shipped policies by name. Light: `list` imports this, so torch stays out until a policy is made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import BenchError
+
+if TYPE_CHECKING:
+    from .pi0 import Pi0
+
+
+@dataclass(frozen=True)
+class PolicySpec:
+    """What the registry knows of a policy before it is built."""
+
+    name: str
+    summary: str
+    capabilities: frozenset[str]
+    observation: str
+    """`state` or `pixels`: what a protocol must show it."""
+    prior: str | None
+    """Folder under `vlarl_bench/policies/priors/` with the weights that fine-tuning starts from."""
+    cameras: tuple[str, ...] = ()
+    image_size: int = 0
+    """Side of the square images (pixels); 0 in `state` mode."""
+
+    @property
+    def prior_folder(self) -> Path | None:
+        """Where the shipped prior lies, whether or not it is there."""
+        return Path(__file__).parent / "priors" / self.prior if self.prior else None
+
+    def create(
+        self, action_dim: int, proprio_dim: int, vocabulary: Sequence[str], seed: int = 0, chunk: int = 8
+    ) -> Pi0:
+        """Random weights. `vocabulary`: the instructions and object names (any texts) whose words it will know."""
+        from .pi0 import Pi0, Pi0Architecture
+
+        architecture = Pi0Architecture(
+            observation=self.observation,
+            action_dim=action_dim,
+            proprio_dim=proprio_dim,
+            chunk=chunk,
+            cameras=self.cameras,
+            image_size=self.image_size,
+        )
+        return Pi0.create(self.name, architecture, vocabulary, seed)
+
+    def load(self, folder: Path | str) -> Pi0:
+        """The policy stored in `folder`. Raises BenchError if it is damaged, or another policy's."""
+        from .pi0 import Pi0
+        from .store import load_weights, read_policy
+
+        config, tensors = read_policy(folder)
+        if config.get("policy") != self.name:
+            raise BenchError(f"policy: {folder} holds {config.get('policy')!r}, not {self.name!r}")
+        policy = Pi0.restore(config)
+        load_weights(policy, tensors, folder)
+        return policy
+
+
+PI0_TINY = PolicySpec(
+    name="pi0-tiny",
+    summary="pi0 scaled down to 1 M parameters: instruction, object poses (privileged state) and proprioception",
+    capabilities=frozenset({"sft", "flow"}),
+    observation="state",
+    prior="pi0-tiny",
+)
+PI0_TINY_PIXELS = PolicySpec(
+    name="pi0-tiny-pixels",
+    summary="pi0 scaled down to 2 M parameters: instruction, two cameras (64 x 64) and proprioception",
+    capabilities=frozenset({"sft", "flow"}),
+    observation="pixels",
+    prior="pi0-tiny-pixels",
+    cameras=("agentview", "robot0_eye_in_hand"),
+    image_size=64,
+)

@@ -1,0 +1,141 @@
+"""A policy as a folder: config.json, model.safetensors, hashes.json (SHA-256 of both) and README.md, the model card."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as parse_safetensors
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from ..errors import BenchError
+from .base import Policy
+
+CONFIG, WEIGHTS, HASHES, CARD = "config.json", "model.safetensors", "hashes.json", "README.md"
+
+
+def content_hash(policy: Policy) -> str:
+    """First 12 hex digits of the SHA-256 of the configuration and of every tensor: equal means the same policy."""
+    digest = hashlib.sha256(json.dumps(policy.config, sort_keys=True, separators=(",", ":")).encode())
+    for key, tensor in sorted(policy.state_dict().items()):
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def save_policy(folder: Path | str, policy: Policy, card: Mapping[str, Any], half: bool = False) -> None:
+    """Writes a policy folder atomically, over an older policy folder if there is one.
+
+    `card` (for example tasks, made_by, protocol) goes into config.json beside the policy's own configuration. With
+    `half`, parameters are stored as float16; buffers (normalisation) keep their precision. Raises BenchError if the
+    folder holds something else or cannot be written.
+    """
+    folder = Path(folder)
+    clash = sorted(set(card) & set(policy.config))
+    if clash:
+        raise BenchError(f"card: {', '.join(clash)} belong to the policy's own configuration")
+    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / CONFIG).is_file())):
+        raise BenchError(f"folder: {folder} exists and is not a policy folder")
+    halved = {key for key, _ in policy.named_parameters()} if half else set()
+    tensors = {
+        key: (tensor.detach().half() if key in halved else tensor.detach()).cpu().contiguous()
+        for key, tensor in policy.state_dict().items()
+    }
+    files = {
+        CONFIG: (json.dumps({**policy.config, **card}, indent=1, sort_keys=True) + "\n").encode(),
+        WEIGHTS: to_safetensors(tensors),
+    }
+    hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    files[HASHES] = (json.dumps(hashes, indent=1, sort_keys=True) + "\n").encode()
+    files[CARD] = _card(policy, card, half).encode()
+    try:
+        _write_folder(folder, files)
+    except OSError as error:
+        raise BenchError(f"folder: cannot write {folder}: {error.strerror}") from None
+
+
+def read_policy(folder: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A folder's configuration and tensors, verified against its hashes before either is parsed.
+
+    Raises BenchError naming the file that is missing, damaged or not what it claims to be.
+    """
+    folder = Path(folder)
+    try:
+        hashes = json.loads((folder / HASHES).read_bytes())
+        files = {name: (folder / name).read_bytes() for name in (CONFIG, WEIGHTS)}
+    except OSError as error:
+        raise BenchError(f"policy: cannot read {error.filename}: {error.strerror}") from None
+    except ValueError:
+        raise BenchError(f"policy: {folder / HASHES} is not JSON") from None
+    for name, data in files.items():
+        expected = hashes.get(name) if isinstance(hashes, dict) else None
+        if hashlib.sha256(data).hexdigest() != expected:
+            raise BenchError(f"policy: {folder / name} is damaged: its SHA-256 is not the one in {HASHES}")
+    try:
+        config = json.loads(files[CONFIG])
+        tensors = parse_safetensors(files[WEIGHTS])
+    except ValueError:
+        raise BenchError(f"policy: {folder / CONFIG} is not JSON") from None
+    except SafetensorError as error:
+        raise BenchError(f"policy: {folder / WEIGHTS} is not a safetensors file: {error}") from None
+    if not isinstance(config, dict):
+        raise BenchError(f"policy: {folder / CONFIG} is not a JSON object")
+    return config, tensors
+
+
+def load_weights(policy: Policy, tensors: Mapping[str, Tensor], folder: Path | str) -> None:
+    """Puts tensors (float16 or float32) into a policy that must have exactly these keys and shapes."""
+    own, file = policy.state_dict(), Path(folder) / WEIGHTS
+    for problem, keys in (("lacks", own.keys() - tensors.keys()), ("has unknown", tensors.keys() - own.keys())):
+        if keys:
+            raise BenchError(f"policy: {file} {problem} {_some(keys)}; is it another policy's file?")
+    for key, tensor in tensors.items():
+        if tensor.shape != own[key].shape or tensor.dtype not in (own[key].dtype, torch.float16):
+            found, right = f"{tensor.dtype} {list(tensor.shape)}", f"{own[key].dtype} {list(own[key].shape)}"
+            raise BenchError(f"policy: {file}: {key} is {found}, should be {right}")
+    policy.load_state_dict(dict(tensors))
+
+
+def _some(keys: set[str]) -> str:
+    shown = sorted(keys)[:3]
+    return ", ".join(shown) + (f" and {len(keys) - len(shown)} more" if len(keys) > len(shown) else "")
+
+
+def _card(policy: Policy, card: Mapping[str, Any], half: bool) -> str:
+    size = sum(p.numel() for p in policy.parameters())
+    lines = [
+        f"# {policy.config['policy']}",
+        "",
+        f"{size:,} parameters, stored as {'float16' if half else 'float32'}.",
+        "",
+    ]
+    for key, value in card.items():
+        text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+        lines.append(f"- {key}: {text}")
+    return "\n".join(lines) + "\n"
+
+
+def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fresh, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))
+    try:
+        fresh.mkdir()
+        for name, data in files.items():
+            with open(fresh / name, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(fresh, folder)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,32 @@
+"""Word-level vocabulary: what turns instructions and object names into ids."""
+
+import re
+from collections.abc import Iterable
+
+PAD, UNKNOWN = "<pad>", "<unk>"
+
+
+def words(text: str) -> list[str]:
+    """`"alphabet_soup_1"` -> `["alphabet", "soup", "1"]`: runs of letters or of digits, in lower case."""
+    return re.findall(r"[a-z]+|[0-9]+", text.lower())
+
+
+class Vocabulary:
+    """Words with ids; 0 is padding, 1 stands for every unknown word."""
+
+    def __init__(self, entries: Iterable[str]) -> None:
+        """Takes the stored list, as `entries` gives it back."""
+        self.entries = tuple(entries)
+        self._ids = {word: i for i, word in enumerate(self.entries)}
+
+    @classmethod
+    def of(cls, texts: Iterable[str]) -> "Vocabulary":
+        """Every word of the given instructions and object names, sorted."""
+        return cls([PAD, UNKNOWN, *sorted({word for text in texts for word in words(text)})])
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the words of a text."""
+        return [self._ids.get(word, 1) for word in words(text)]
