@@ -1,0 +1,39 @@
+# vlarl-bench. Every target sets up what it needs first: .venv with pinned packages, and the GL libraries.
+# Another interpreter: make setup PYTHON=/path/to/python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+# Written last, so an interrupted set-up leaves none and the next `make` starts it again.
+STAMP := $(VENV)/.setup-done
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test lint type bench clean
+
+help: ## show this help
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## make .venv with the pinned packages (the other targets do it when needed)
+
+$(STAMP): pyproject.toml constraints.txt scripts/setup.sh
+	@rm -f $@
+	@PYTHON='$(PYTHON)' sh scripts/setup.sh
+	@touch $@
+
+demo: $(STAMP) ## fine-tune a flow policy with FPO on LIBERO and show what it gained (10 minutes)
+	$(BIN)/vlarl-bench run --algo fpo --suite libero
+
+test: $(STAMP) ## run the tests
+	$(BIN)/python -m pytest
+
+lint: $(STAMP) ## ruff: rules and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: $(STAMP) ## mypy
+	$(BIN)/mypy
+
+bench: $(STAMP) ## speed of the parts that decide how long a run takes
+	$(BIN)/python -m pytest tests/benchmarks --benchmark-only
+
+clean: ## remove .venv and caches (runs, demonstrations and results stay)
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis
