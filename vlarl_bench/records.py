@@ -282,7 +282,7 @@ def explain_oserror(error: OSError, path: str | os.PathLike[str]) -> BenchError:
         return BenchError(f"{path}: no such file or folder")
     if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
         return BenchError(f"{path}: a file is where a folder should be or the reverse; choose another folder")
-    return BenchError(f"{path}: {error.strerror or error}")
+    return BenchError(f"{path}: {error.strerror or str(error).strip().partition(chr(10))[0]}")
 
 
 @contextlib.contextmanager

@@ -1,0 +1,61 @@
+"""A table as Markdown, CSV, JSON or terminal output."""
+
+import csv
+import io
+import json
+import sys
+from typing import TextIO
+
+from .table import Table
+
+
+def to_markdown(table: Table) -> str:
+    """GitHub Markdown, notes below."""
+    lines = [f"**{table.title}**", "", _row(table.columns), _row(["---"] * len(table.columns))]
+    for i, line in enumerate(table.lines):
+        total = i >= len(table.lines) - table.totals
+        lines.append(_row([f"**{text}**" for text in line] if total else line))
+    return "\n".join([*lines, "", *(f"{note}  " for note in table.notes)]).rstrip() + "\n"
+
+
+def _row(texts: tuple[str, ...] | list[str]) -> str:
+    return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
+
+
+def to_csv(table: Table) -> str:
+    """The numbers of each line in full precision; a title row, then one row a line."""
+    columns = list(dict.fromkeys(name for record in table.records for name in record))
+    out = io.StringIO()
+    writer = csv.DictWriter(out, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table.records)
+    return out.getvalue()
+
+
+def to_json(table: Table) -> str:
+    """`{"title", "notes", "cells": [{"algorithm", "policy", "suite", "seeds", "episodes", "successes", ...}]}`."""
+    document = {"title": table.title, "notes": table.notes, "cells": table.cells}
+    return json.dumps(document, indent=2, allow_nan=False) + "\n"
+
+
+def print_table(table: Table, file: TextIO | None = None) -> None:
+    """Draws the table on a terminal; without one, in plain lines wide enough for every cell."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table as Drawing
+    from rich.text import Text
+
+    console = Console(file=file or sys.stdout, highlight=False)
+    if not console.is_terminal:
+        console.width = 200
+    drawing = Drawing(title=Text(table.title, "bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, column in enumerate(table.columns):
+        drawing.add_column(column, overflow="fold", min_width=min(len(column), 12) if i else None)
+    for i, line in enumerate(table.lines):
+        if table.totals and i == len(table.lines) - table.totals:
+            drawing.add_section()
+        texts = [Text(text, "bold red" if "INCOMPLETE" in text or text == "not run" else "") for text in line]
+        drawing.add_row(*texts)
+    console.print(drawing)
+    for note in table.notes:
+        console.print(Text(note, "dim"))

@@ -1,0 +1,275 @@
+"""Tables as pure functions of rows: what a run gained on each task, and several runs side by side."""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..errors import BenchError
+from ..records import EpisodeRow
+from ..stats import Episode, paired_result, seeds_interval, wilson_interval
+from .runs import RunFolder
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table before it is rendered."""
+
+    title: str
+    notes: tuple[str, ...]
+    """What stands behind the numbers; part of the table, never left out."""
+    columns: tuple[str, ...]
+    lines: tuple[tuple[str, ...], ...]
+    """Text of each line, one entry a column; the last `totals` lines sum up the others."""
+    totals: int
+    records: tuple[Record, ...]
+    """The numbers of each line, in full precision."""
+    cells: tuple[Record, ...]
+    """One for each (algorithm, policy, suite, settings, decoding), with the records that it is made of."""
+
+
+def comparison_table(run: RunFolder) -> Table:
+    """Base against fine-tuned policy of one run, for each task and overall."""
+    keys = run.manifest["evaluation"]["tasks"]
+    lines: list[tuple[str, ...]] = []
+    records: list[Record] = []
+    cells: list[Record] = []
+    name = run.manifest["algorithm"] if run.compares else run.manifest["policy"]
+    for decoding in run.decodings:
+        suffix = f" ({decoding})" if len(run.decodings) > 1 else ""
+        for key in keys:
+            record = _record(run, [key], decoding)
+            shown = key if len(run.suites) > 1 else key.split("/", 1)[1]
+            lines.append((shown.replace("_", " ") + suffix, *_score_texts(record, run.compares)))
+            records.append(record | {"task": key.split("/", 1)[1]})
+        total = _record(run, keys, decoding)
+        lines.append((f"all {len(keys)} tasks{suffix}", *_score_texts(total, run.compares)))
+        records.append(total)
+        for suite in run.suites:
+            mine = [key for key in keys if key.startswith(f"{suite}/")]
+            tasks = [_record(run, [key], decoding) | {"task": key.split("/", 1)[1]} for key in mine]
+            cells.append(_cell([_record(run, mine, decoding)]) | {"per_task": tasks})
+    compared = ("base", name, "change, pp [95%]", "p") if run.compares else (name,)
+    manifest = run.manifest
+    title = f"{manifest['algorithm']} on {manifest['policy']}, {manifest['suite']}, seed {manifest['seed']}"
+    if not run.compares:
+        title = f"evaluation of {manifest['policy']}, {manifest['suite']}, seed {manifest['seed']}"
+    return Table(title, _notes([run], records), ("task", *compared), tuple(lines), 1, tuple(records), tuple(cells))
+
+
+def summary_table(runs: Sequence[RunFolder]) -> Table:
+    """Several runs under one protocol: one line a run and suite, and one for all seeds where there are several.
+
+    Runs count as seeds of one experiment only if their configs agree in everything else. Raises BenchError for no
+    runs, and for two runs of one experiment with the same seed.
+    """
+    if not runs:
+        raise BenchError("runs: none given; name at least one run folder")
+    groups: dict[tuple[str, str, str, str, str, str], list[Record]] = {}
+    for run, settings in zip(runs, _settings_labels(runs), strict=True):
+        for suite in run.suites:
+            for decoding in run.decodings:
+                keys = [key for key in run.manifest["evaluation"]["tasks"] if key.startswith(f"{suite}/")]
+                record = _record(run, keys, decoding) | {"suite": suite, "settings": settings}
+                phase = "run" if run.compares else "eval"
+                group = (record["algorithm"], record["policy"], suite, settings, decoding, phase)
+                groups.setdefault(group, []).append(record)
+    groups = dict(sorted(groups.items()))
+    several_settings = len({group[3] for group in groups}) > 1
+    several_decodings = len({group[4] for group in groups}) > 1
+    lines: list[tuple[str, ...]] = []
+    records: list[Record] = []
+    cells: list[Record] = []
+    for group, unsorted in groups.items():
+        members = sorted(unsorted, key=lambda record: record["seed"])
+        for one, two in itertools.pairwise(members):
+            if one["seed"] == two["seed"]:
+                raise BenchError(
+                    f"{one['run']} and {two['run']} are seed {one['seed']} of the same experiment; give one"
+                )
+        cell = _cell(members)
+        cells.append(cell | {"runs": members})
+        for record in members + ([cell] if len(members) > 1 else []):
+            seed = str(record["seed"]) if "seed" in record else f"all {len(members)} seeds"
+            line: tuple[str, ...] = (
+                record["algorithm"] if group[5] == "run" else "(evaluation)",
+                record["policy"],
+                record["suite"],
+            )
+            line += (group[3] or "-",) if several_settings else ()
+            line += (group[4],) if several_decodings else ()
+            lines.append((*line, seed, _coverage(record), *_score_texts(record, True)))
+            records.append(record)
+    columns: tuple[str, ...] = ("algorithm", "policy", "suite")
+    columns += ("settings",) if several_settings else ()
+    columns += ("decoding",) if several_decodings else ()
+    columns += ("seed", "tasks", "base", "score", "change, pp [95%]", "p")
+    notes = _notes(runs, records)
+    if any(len(members) > 1 for members in groups.values()):
+        notes += ("All seeds: the mean change with Student's t interval and p over training seeds; its unit is a run.",)
+    return Table(f"{len(runs)} runs" if len(runs) > 1 else "1 run", notes, columns, tuple(lines), 0, tuple(records),
+                 tuple(cells))  # fmt: skip
+
+
+def _record(run: RunFolder, keys: Sequence[str], decoding: str) -> Record:
+    """The numbers of one line: these tasks of one run."""
+    plan = run.manifest["evaluation"]
+    after, base = (
+        {_pair(row): row.success for row in rows if f"{row.suite}/{row.task}" in keys and row.decoding == decoding}
+        for rows in (run.evaluated, run.base)
+    )
+    owed = {
+        (*key.split("/", 1), state, repeat)
+        for key in keys for state in plan["init_states"] for repeat in range(plan["repeats"])
+    }  # fmt: skip
+    change = dataclasses.asdict(paired_result(base, after))
+    change |= {"difference_low": change.pop("low"), "difference_high": change.pop("high")}
+    base_expected = len(owed) if run.compares and run.config.get("base") != "scratch" else 0
+    return {
+        "algorithm": run.manifest["algorithm"],
+        "policy": run.manifest["policy"],
+        "asked_suite": run.manifest["suite"],
+        "suite": ", ".join(dict.fromkeys(key.split("/")[0] for key in keys)),
+        "seed": run.manifest["seed"],
+        "decoding": decoding,
+        "tasks": len(keys),
+        "suite_tasks": plan["suite_tasks"],
+        "expected": len(owed),
+        "base_expected": base_expected,
+        "complete": owed <= after.keys() and (base_expected == 0 or owed <= base.keys()),
+        **_score(after),
+        **{f"base_{name}": value for name, value in _score(base).items()},
+        **(change if change["n_pairs"] else dict.fromkeys(change)),
+        "protocol": run.manifest["protocol"]["hash"],
+        "run": str(run.folder),
+    }
+
+
+def _pair(row: EpisodeRow) -> Episode:
+    return (row.suite, row.task, row.init_state, row.repeat)
+
+
+def _score(outcomes: dict[Episode, bool]) -> Record:
+    n, successes = len(outcomes), sum(outcomes.values())
+    low, high = wilson_interval(successes, n) if n else (None, None)
+    return {"episodes": n, "successes": successes, "rate": successes / n if n else None, "low": low, "high": high}
+
+
+def _cell(members: list[Record]) -> Record:
+    """Runs of one experiment taken together. The seed is the unit, so pooled episodes get no Wilson interval: they
+    share initial states."""
+    cell = {name: value for name, value in members[0].items() if name not in ("seed", "run")}
+    cell["seeds"] = [record["seed"] for record in members]
+    if len(members) == 1:
+        return cell
+    for name in ("expected", "base_expected", "episodes", "successes", "base_episodes", "base_successes"):
+        cell[name] = sum(record[name] for record in members)
+    for name in ("rate", "base_rate"):
+        rates = [record[name] for record in members if record[name] is not None]
+        cell[name] = float(np.mean(rates)) if rates else None
+    cell |= dict.fromkeys(("low", "high", "base_low", "base_high"))
+    cell["complete"] = all(record["complete"] for record in members)
+    changes = [record["difference"] for record in members if record["difference"] is not None]
+    pairs = [record for record in members if record["n_pairs"]]
+    cell |= {name: sum(record[name] for record in pairs) for name in ("n_pairs", "gained", "lost")}
+    cell |= dict.fromkeys(("n_clusters", "difference_low", "difference_high", "p_value", "mcnemar_p"))
+    cell["difference"] = float(np.mean(changes)) if changes else None
+    over_seeds = seeds_interval(changes)
+    if over_seeds:
+        cell["difference_low"], cell["difference_high"], cell["p_value"] = over_seeds
+    return cell
+
+
+def _score_texts(record: Record, compares: bool) -> tuple[str, ...]:
+    after = _score_text(record, "", record["expected"])
+    if not compares:
+        return (after,)
+    base = _score_text(record, "base_", record["base_expected"])
+    if record["difference"] is None:
+        return base, after, "-", "-"
+    change = f"{100 * record['difference']:+.1f}"
+    if record["difference_low"] is not None:
+        change += f" [{100 * record['difference_low']:+.1f}, {100 * record['difference_high']:+.1f}]"
+    p = record["p_value"]
+    return base, after, change, "-" if p is None else "<0.0001" if p < 1e-4 else f"{p:.4f}"
+
+
+def _score_text(record: Record, prefix: str, expected: int) -> str:
+    n, successes = record[f"{prefix}episodes"], record[f"{prefix}successes"]
+    if n == 0:
+        return "not run" if expected else "-"
+    text = f"{successes}/{n} {100 * record[f'{prefix}rate']:.0f}%"
+    if record[f"{prefix}low"] is not None:
+        text += f" [{100 * record[f'{prefix}low']:.0f}, {100 * record[f'{prefix}high']:.0f}]"
+    return text if n >= expected else f"{text} INCOMPLETE ({n} of {expected})"
+
+
+def _coverage(record: Record) -> str:
+    """`3 of 20`, and of which suite where that is a group."""
+    group = f" ({record['asked_suite']})" if record["asked_suite"] != record["suite"] else ""
+    return f"{record['tasks']} of {record['suite_tasks']}{group}"
+
+
+def _settings_labels(runs: Sequence[RunFolder]) -> list[str]:
+    """For each run, the settings in which it differs from other runs of the same algorithm and policy."""
+    flats = [run.settings() for run in runs]
+    families = [(run.manifest["algorithm"], run.manifest["policy"], run.compares) for run in runs]
+    labels = []
+    for family, flat in zip(families, flats, strict=True):
+        kin = [other for other, theirs in zip(flats, families, strict=True) if theirs == family]
+        odd = sorted({name for other in kin for name in flat.keys() | other.keys() if len(_values(kin, name)) > 1})
+        labels.append(", ".join(f"{name}={flat.get(name, '(absent)')}" for name in odd))
+    return labels
+
+
+def _values(flats: list[dict[str, Any]], name: str) -> set[str]:
+    return {repr(flat.get(name)) for flat in flats}
+
+
+def _notes(runs: Sequence[RunFolder], records: Sequence[Record]) -> tuple[str, ...]:
+    protocol = runs[0].manifest["protocol"]
+    plans = [run.manifest["evaluation"] for run in runs]
+    coverage = dict.fromkeys(
+        f"{len(plan['tasks'])} of {plan['suite_tasks']} tasks of {run.manifest['suite']}"
+        for run, plan in zip(runs, plans, strict=True)
+    )
+    seen = {
+        "state": "state: object poses and proprioception, privileged, no camera",
+        "pixels": "pixels: " + ", ".join(protocol["cameras"]),
+    }[protocol["observation"]]
+    states = sorted({state for plan in plans for state in plan["init_states"]})
+    repeats = sorted({plan["repeats"] for plan in plans})
+    seeds = sorted({run.manifest["seed"] for run in runs})
+    scored = [row for run in runs for row in run.base + run.evaluated]
+    decodings = sorted({row.decoding for row in scored}) or [protocol["decoding"]]
+    notes = [
+        f"Covers {'; '.join(coverage)}. Protocol {protocol['label']}. Observation {seen}.",
+        f"Decoding {', '.join(decodings)}. Held-out initial states {spans(states)}, "
+        f"{' or '.join(map(str, repeats))} episode(s) each; seed {spans(seeds)}; "
+        f"{sum(len(run.base) for run in runs)} base and {sum(len(run.evaluated) for run in runs)} scored episodes. "
+        f"Code {', '.join(sorted({row.code for row in scored})) or '-'}.",
+        "Scores: successes/episodes and Wilson 95% interval. Change: paired by initial state and repeat, 95% interval "
+        "and two-sided p (exact sign-flip test) with the initial state as the independent unit.",
+    ]
+    machines = {row.fingerprint for row in scored}
+    if len(machines) > 1:
+        notes.append(f"Rows come from {len(machines)} machines or installations: {', '.join(sorted(machines))}.")
+    if not all(record["complete"] for record in records):
+        notes.append("INCOMPLETE: episodes are missing; continue with `vlarl-bench run --resume DIR`.")
+    return tuple(notes)
+
+
+def spans(numbers: Sequence[int]) -> str:
+    """Sorted integers in short: 0-24, 30."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ", ".join(f"{low}-{high}" if low < high else str(low) for low, high in parts)
