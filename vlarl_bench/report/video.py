@@ -1,5 +1,6 @@
 """Films of single episodes that say what is to be seen."""
 
+import contextlib
 import os
 from collections.abc import Iterable
 
@@ -56,6 +57,7 @@ def write_video(path: str | os.PathLike[str], frames: Iterable[np.ndarray], fps:
         writer = imageio.get_writer(
             temporary, format="FFMPEG", fps=fps, codec="libx264", pixelformat="yuv420p", macro_block_size=2
         )
-        with writer:
+        # imageio's own `with` leaves ffmpeg running, and writing, when an exception passes through it.
+        with contextlib.closing(writer):
             for frame in frames:
                 writer.append_data(frame)

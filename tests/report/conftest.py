@@ -1,0 +1,87 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vlarl_bench.protocol import Protocol
+from vlarl_bench.provenance import make_manifest
+from vlarl_bench.records import EpisodeLog, EpisodeRow, write_json_atomic
+
+PROTOCOL = Protocol("tiny-state", 1, "state", {"suite_a": 200, "suite_b": 200}, 10, 8, (0, 1, 2, 3), (4, 5, 6, 7))
+TASKS = ("suite_a/pick_it_up", "suite_a/put_it_down")
+
+Outcome = Callable[[str, int, int], bool]
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a run folder. base, final and evaluated say for (task key, init_state, repeat) whether it succeeded."""
+
+    def make(
+        name: str,
+        *,
+        base: Outcome | None = None,
+        final: Outcome | None = None,
+        evaluated: Outcome | None = None,
+        train: tuple[tuple[int, bool], ...] = (),
+        skip: tuple[int, ...] = (),
+        seed: int = 0,
+        algorithm: str = "fpo",
+        tasks: tuple[str, ...] = TASKS,
+        protocol: Protocol = PROTOCOL,
+        config: dict[str, Any] | None = None,
+        **fields: Any,
+    ) -> Path:
+        folder = tmp_path / name
+
+        def row(phase: str, task: str, state: int, repeat: int, success: bool, **more: Any) -> EpisodeRow:
+            values: dict[str, Any] = {
+                "run": name, "phase": phase, "iteration": 2 if phase == "final" else 0, "algorithm": algorithm,
+                "policy": "pi0-tiny", "checkpoint": "0" * 12, "suite": task.split("/")[0], "task": task.split("/")[1],
+                "init_state": state, "repeat": repeat, "seed": 0, "decoding": "sampled", "observation": "state",
+                "success": success, "steps": 100, "return_": float(success), "protocol": protocol.hash,
+                "fingerprint": "f" * 12, "code": "0.1.0",
+            }  # fmt: skip
+            return EpisodeRow(**(values | fields | more))
+
+        rows = [
+            row(phase, task, state, repeat, outcome(task, state, repeat))
+            for phase, outcome in (("base", base), ("final", final), ("eval", evaluated))
+            if outcome is not None
+            for task in tasks
+            for state in protocol.eval_states
+            for repeat in range(2)
+            if not (phase == "final" and state in skip)
+        ]
+        rows += [
+            row("train", tasks[0], i % 4, i // 4, success, iteration=iteration, decoding="explore")
+            for i, (iteration, success) in enumerate(train)
+        ]
+        with EpisodeLog(folder / "episodes.jsonl") as log:
+            log.append_all(rows)
+        resolved = {"algorithm": algorithm, "seed": seed, "out": str(folder), "base": "prior", "budget": {"tasks": 2}}
+        write_json_atomic(folder / "config.json", resolved | (config or {}))
+        manifest = make_manifest(
+            run=name, argv=["run"], algorithm=algorithm, policy="pi0-tiny", suite="suite", seed=seed,
+            base_checkpoint="0" * 12, protocol=protocol, tasks=tasks, suite_tasks=20,
+            init_states=protocol.eval_states, repeats=2,
+        )  # fmt: skip
+        write_json_atomic(folder / "manifest.json", manifest)
+        return folder
+
+    return make
+
+
+def never(task: str, state: int, repeat: int) -> bool:
+    return False
+
+
+def always(task: str, state: int, repeat: int) -> bool:
+    return True
+
+
+@pytest.fixture
+def outcomes() -> dict[str, Outcome]:
+    """`half` succeeds on repeat 0 only."""
+    return {"never": never, "always": always, "half": lambda task, state, repeat: repeat == 0}

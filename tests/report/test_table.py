@@ -1,0 +1,206 @@
+import csv
+import dataclasses
+import io
+import json
+import shutil
+
+import pytest
+
+from vlarl_bench.errors import BenchError
+from vlarl_bench.protocol import Protocol
+from vlarl_bench.records import write_json_atomic
+from vlarl_bench.report.render import print_table, to_csv, to_json, to_markdown
+from vlarl_bench.report.runs import read_run, read_runs
+from vlarl_bench.report.table import comparison_table, spans, summary_table
+from vlarl_bench.stats import wilson_interval
+
+
+def gains_first_task(task, state, repeat):
+    return task.endswith("pick_it_up") or repeat == 0
+
+
+def test_comparison_counts_by_hand(make_run, outcomes):
+    run = read_run(make_run("r", base=outcomes["half"], final=gains_first_task, train=((1, True), (1, True))))
+    table = comparison_table(run)
+    first, second, total = table.records
+    # two tasks x four states x two repeats; `half` wins 4 of 8
+    assert (first["task"], first["base_successes"], first["successes"], first["episodes"]) == ("pick_it_up", 4, 8, 8)
+    assert (second["base_successes"], second["successes"], second["difference"]) == (4, 4, 0.0)
+    assert (total["base_successes"], total["successes"], total["episodes"]) == (8, 12, 16)
+    assert total["difference"] == pytest.approx(4 / 16)
+    assert (total["low"], total["high"]) == pytest.approx(wilson_interval(12, 16))
+    assert (total["n_clusters"], total["gained"], total["lost"]) == (8, 4, 0)
+    assert total["p_value"] == pytest.approx(2 / 16)  # four clusters gained 1 each, four did not change
+    assert table.columns == ("task", "base", "fpo", "change, pp [95%]", "p")
+    assert table.lines[2][0] == "all 2 tasks"
+    assert table.lines[2][1].startswith("8/16 50% [")
+    assert table.lines[2][4] == "0.1250"
+    assert total["complete"]
+
+
+def test_the_notes_say_what_stands_behind_the_numbers(make_run, outcomes):
+    run = read_run(make_run("r", base=outcomes["half"], final=outcomes["always"]))
+    text = to_markdown(comparison_table(run))
+    for words in (
+        "2 of 20 tasks of suite", run.manifest["protocol"]["label"], "privileged", "sampled", "4-7", "2 episode(s)",
+        "seed 0", "16 base and 16 scored episodes", "Wilson",
+    ):  # fmt: skip
+        assert words in text
+
+
+def test_training_rows_never_count(make_run, outcomes):
+    without = make_run("a", base=outcomes["half"], final=outcomes["half"])
+    with_them = make_run("b", base=outcomes["half"], final=outcomes["half"], train=((1, True),) * 8)
+    a, b = (comparison_table(read_run(folder)) for folder in (without, with_them))
+    assert a.lines == b.lines
+    assert a.notes == b.notes
+
+
+@pytest.mark.parametrize("skipped", [1, 4])
+def test_missing_episodes_are_seen(make_run, outcomes, skipped):
+    folder = make_run("r", base=outcomes["half"], final=outcomes["always"], skip=(4, 5, 6, 7)[:skipped])
+    table = comparison_table(read_run(folder))
+    assert not table.records[-1]["complete"]
+    shown = "12/12 100% [76, 100] INCOMPLETE (12 of 16)" if skipped == 1 else "not run"
+    assert table.lines[-1][2] == shown
+    assert any("--resume" in note for note in table.notes)
+    assert json.loads(to_json(table))["cells"][0]["complete"] is False
+
+
+def test_only_the_latest_final_iteration_counts(make_run, outcomes):
+    run = read_run(make_run("r", base=outcomes["half"], final=outcomes["always"]))
+    earlier = [
+        dataclasses.replace(row, iteration=1, success=False, return_=0.0) for row in run.rows if row.phase == "final"
+    ]
+    both = dataclasses.replace(run, rows=(*run.rows, *earlier))
+    assert comparison_table(both).records[-1]["successes"] == 16
+
+
+def test_an_evaluation_alone_has_no_base(make_run, outcomes):
+    run = read_run(make_run("r", evaluated=outcomes["half"]))
+    table = comparison_table(run)
+    assert table.columns == ("task", "pi0-tiny")
+    assert table.records[-1]["successes"] == 8
+    assert table.records[-1]["complete"]
+    assert summary_table([run]).lines[0][5:] == ("-", "8/16 50% [28, 72]", "-", "-")
+
+
+def test_decodings_are_kept_apart(make_run, outcomes):
+    run = read_run(make_run("r", evaluated=outcomes["half"]))
+    zero = [dataclasses.replace(row, decoding="zero-noise", repeat=row.repeat + 2) for row in run.rows]
+    table = comparison_table(dataclasses.replace(run, rows=(*run.rows, *zero)))
+    assert [cell["decoding"] for cell in table.cells] == ["sampled", "zero-noise"]
+    assert [cell["episodes"] for cell in table.cells] == [16, 16]
+
+
+def test_suites_of_a_group_have_cells_of_their_own(make_run, outcomes):
+    tasks = ("suite_a/x", "suite_b/x")
+    run = read_run(make_run("r", base=outcomes["never"], final=lambda t, s, r: t == "suite_a/x", tasks=tasks))
+    for table in (comparison_table(run), summary_table([run])):
+        assert [(c["suite"], c["successes"], c["episodes"], c["seeds"]) for c in table.cells] == [
+            ("suite_a", 8, 8, [0]),
+            ("suite_b", 0, 8, [0]),
+        ]
+    assert comparison_table(run).lines[0][0] == "suite a/x"
+
+
+def seeds(make_run, outcomes, **more):
+    finals = [gains_first_task, outcomes["always"], outcomes["half"]]
+    return [make_run(f"{more}{i}", base=outcomes["half"], final=f, seed=i, **more) for i, f in enumerate(finals)]
+
+
+def test_seeds_are_listed_and_summed_up(make_run, outcomes):
+    table = summary_table(read_runs(seeds(make_run, outcomes)))
+    assert [line[3] for line in table.lines] == ["0", "1", "2", "all 3 seeds"]
+    (cell,) = table.cells
+    assert (cell["seeds"], cell["episodes"], cell["successes"]) == ([0, 1, 2], 48, 12 + 16 + 8)
+    assert (cell["base_episodes"], cell["base_successes"]) == (48, 24)
+    assert cell["difference"] == pytest.approx(0.25)  # of 0.25, 0.5 and 0
+    half = 4.302653 * 0.25 / 3**0.5
+    assert cell["difference_low"] == pytest.approx(0.25 - half, abs=1e-6)
+    assert len(cell["runs"]) == 3
+
+
+def test_other_settings_are_another_experiment(make_run, outcomes):
+    real = seeds(make_run, outcomes, config={"rewards": "success"})
+    control = make_run("control", base=outcomes["half"], final=outcomes["half"], config={"rewards": "shuffled"})
+    table = summary_table(read_runs([*real, control]))
+    assert [(cell["settings"], cell["seeds"]) for cell in table.cells] == [
+        ("rewards=shuffled", [0]),
+        ("rewards=success", [0, 1, 2]),
+    ]
+    assert table.columns[3] == "settings"
+
+
+def test_algorithms_are_not_told_apart_by_their_own_settings(make_run, outcomes):
+    fpo = make_run("a", base=outcomes["half"], final=outcomes["half"], config={"settings": {"clip": 0.1}})
+    sft = make_run("b", base=outcomes["half"], final=outcomes["half"], algorithm="sft", config={"settings": {"lr": 1}})
+    table = summary_table(read_runs([fpo, sft]))
+    assert [cell["algorithm"] for cell in table.cells] == ["fpo", "sft"]
+    assert "settings" not in table.columns
+
+
+def test_a_seed_counts_once(make_run, outcomes):
+    folder = make_run("r", base=outcomes["half"], final=outcomes["half"])
+    assert len(read_runs([folder, str(folder)])) == 1
+    shutil.copytree(folder, folder.parent / "copy")
+    with pytest.raises(BenchError, match=r"r and .*copy are seed 0 of the same experiment"):
+        summary_table(read_runs([folder, folder.parent / "copy"]))
+
+
+def test_protocols_do_not_mix(make_run, outcomes):
+    first = make_run("a", base=outcomes["half"])
+    run = read_run(first)
+    other = Protocol("tiny-state", 2, "state", {"suite_a": 100}, 10, 8, (0, 1), (4, 5))
+    second = make_run("b", base=outcomes["half"], protocol=other)
+    with pytest.raises(BenchError, match="do not compare") as caught:
+        read_runs([first, second])
+    assert run.manifest["protocol"]["label"] in str(caught.value)
+    assert other.label in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"protocol": "0" * 12}, "has protocol 000000000000, but the manifest says"),
+        ({"task": "another"}, "of a task that the manifest does not list"),
+        ({"init_state": 0}, "does not hold out"),
+    ],
+)
+def test_rows_that_contradict_the_manifest_are_refused(make_run, outcomes, fields, words):
+    folder = make_run("r", base=outcomes["half"])
+    run = read_run(folder)
+    with pytest.raises(BenchError, match=words):
+        dataclasses.replace(run, rows=(dataclasses.replace(run.rows[0], **fields),))
+
+
+def test_what_is_not_a_run_folder_is_named(tmp_path, make_run, outcomes):
+    with pytest.raises(BenchError, match="not a run folder"):
+        read_run(tmp_path / "nothing")
+    folder = make_run("r", base=outcomes["half"])
+    write_json_atomic(folder / "manifest.json", {"run": "r"})
+    with pytest.raises(BenchError, match="not a manifest of this version"):
+        read_run(folder)
+    with pytest.raises(BenchError, match="none given"):
+        summary_table([])
+
+
+def test_renderers_agree(make_run, outcomes):
+    table = summary_table(read_runs(seeds(make_run, outcomes)))
+    drawn = io.StringIO()
+    print_table(table, drawn)
+    markdown = to_markdown(table)
+    for line in table.lines:
+        assert "| " + " | ".join(line) + " |" in markdown
+        assert all(text in drawn.getvalue() for text in line)
+    for note in table.notes:
+        assert note in markdown
+        assert note[:60] in drawn.getvalue()
+    parsed = list(csv.DictReader(io.StringIO(to_csv(table))))
+    assert [int(row["successes"]) for row in parsed] == [12, 16, 8, 36]
+    cells = json.loads(to_json(table))["cells"]
+    assert {"algorithm", "policy", "suite", "seeds", "episodes", "successes"} <= cells[0].keys()
+
+
+def test_spans():
+    assert spans([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
