@@ -195,10 +195,10 @@ class FPO(Algorithm):
         with torch.no_grad():
             seen = [seen for episode in rollout.episodes for seen in episode.observations]
             context = policy.encode(policy.preprocess(seen))
-            data, rows, episode_of = self._decisions(policy, context, rollout)
+            data, rows = self._decisions(policy, context, rollout)
         self.replay = [*self.replay, data][-s.window :]
         metrics = self._fit_critic()
-        advantage = self._advantages(data, episode_of)
+        advantage = self._advantages(data)
         metrics |= {"advantage_std": float(advantage.std())}
         # Floored: near 100 % (or 0 %) success the spread is noise, and dividing by it would amplify that noise.
         advantage = (advantage - advantage.mean()) / advantage.std().clamp_min(0.05)
@@ -206,16 +206,17 @@ class FPO(Algorithm):
             return metrics | self._ascend_critic(policy, context, rows, data)
         return metrics | self._ascend_surrogate(policy, context, rows, data, advantage)
 
-    def _decisions(self, policy: FlowPolicy, context: Any, rollout: Rollout) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """One entry a decision: what the critic and the actor need, the context's row, and the episode's number."""
+    def _decisions(
+        self, policy: FlowPolicy, context: Any, rollout: Rollout
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """One entry a decision: what critic and actor need; and the context's row of each."""
         s = self.settings
-        first, steps_taken, rows, episode_of, last, success = 0, [], [], [], [], []
-        for number, episode in enumerate(rollout.episodes):
+        first, steps_taken, rows, last, success = 0, [], [], [], []
+        for episode in rollout.episodes:
             n = len(episode.latents)
             rows += range(first, first + n)
             first += n + 1
             steps_taken += [i / rollout.max_decisions for i in range(n + 1)]
-            episode_of += [number] * n
             last += [False] * (n - 1) + [True]
             success += [False] * (n - 1) + [episode.success]
         fresh = policy.sample(context, self._generators(first)).latent
@@ -241,7 +242,7 @@ class FPO(Algorithm):
             "next_features": features[row + 1],
             "next_chunk": fresh[row + 1],
         }
-        return data, row, torch.tensor(episode_of)
+        return data, row
 
     def _generators(self, count: int) -> list[torch.Generator]:
         seeds = torch.randint(2**62, (count,), generator=self.generator).tolist()
@@ -269,7 +270,7 @@ class FPO(Algorithm):
                     slow.lerp_(fast, s.polyak)
         return {"critic_loss": float(loss)}
 
-    def _advantages(self, data: dict[str, Tensor], episode_of: Tensor) -> Tensor:
+    def _advantages(self, data: dict[str, Tensor]) -> Tensor:
         """[n] GAE with V(s) = min_i Q_i(s, x)."""
         with torch.no_grad():
             values = self.critic(data["features"], data["value_chunk"]).amin(0)

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 class Budget:
     """How much data and compute a run may use. The same numbers for every algorithm that is compared."""
 
-    name: str
-    """Preset that the numbers come from; `custom` once one of them was changed."""
     tasks: int
     """Tasks of the suite, where `--tasks` names none."""
     iterations: int
@@ -42,9 +40,14 @@ class Budget:
     """Action chunks an optimiser step (algorithms that learn from demonstrations)."""
 
     def __post_init__(self) -> None:
-        read(Budget, _fields(self), "budget")
-        for field in dataclasses.fields(self)[1:]:
+        read(Budget, dataclasses.asdict(self), "budget")
+        for field in dataclasses.fields(self):
             _at_least(1, f"budget.{field.name}", getattr(self, field.name))
+
+    @property
+    def name(self) -> str:
+        """The preset that has these numbers, else `custom`."""
+        return next((name for name, preset in BUDGETS.items() if preset == self), "custom")
 
     def check_protocol(self, protocol: Protocol) -> None:
         """Raises BenchError if the budget asks for more held-out states than the protocol has."""
@@ -77,22 +80,17 @@ class RunConfig:
     """Episodes in flight, decoded as one batch."""
     demos: str = ""
     """Folder of demonstrations; empty makes them first, if the algorithm learns from them."""
+    rewards: Literal["success", "shuffled"] = "success"
+    """What the learner is told: `shuffled` permutes outcomes within each task, a control that must not learn."""
     video: bool = True
     """Whether to film one episode before and one after."""
 
     def __post_init__(self) -> None:
-        read(RunConfig, _fields(self), "config")
+        read(RunConfig, dataclasses.asdict(self), "config")
         check_settings(self.settings)
-        for name in ("algorithm", "suite", "policy", "out", "base"):
-            if not getattr(self, name):
-                raise BenchError(f"{name}: ''; it must not be empty")
-        if not 0 <= self.seed < 2**31:
-            raise BenchError(f"seed: {self.seed}; it must be in [0, 2147483647]")
-        _at_least(1, "workers", self.workers)
-        _at_least(1, "slots", self.slots)
-        for i, task in enumerate(self.tasks):
-            if not task or task in self.tasks[:i]:
-                raise BenchError(f"tasks: {task!r}; names must be distinct and not empty")
+        if not self.algorithm:
+            raise BenchError("algorithm: ''; it must not be empty")
+        _check_common(self)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; `from_dict` gives the equal config back."""
@@ -113,11 +111,52 @@ class RunConfig:
         return RunConfig(**config)
 
 
+@dataclass(frozen=True)
+class EvalConfig:
+    """One evaluation without training, resolved."""
+
+    suite: str
+    policy: str
+    out: str
+    """Run folder."""
+    base: str = "prior"
+    """Weights: `prior` (shipped with the policy), `scratch` (random) or a policy folder."""
+    tasks: tuple[str, ...] = ()
+    """Task names or `suite/name` keys; empty takes all tasks of the suite."""
+    states: int = 25
+    """Held-out initial states a task."""
+    repeats: int = 1
+    """Episodes a task and held-out initial state."""
+    decoding: Literal["sampled", "zero-noise"] = "sampled"
+    seed: int = 0
+    workers: int = 2
+    """Simulator processes; changes the speed, never the rows."""
+    slots: int = 16
+    """Episodes in flight, decoded as one batch."""
+    video: bool = False
+
+    def __post_init__(self) -> None:
+        read(EvalConfig, dataclasses.asdict(self), "config")
+        _check_common(self)
+        for name in ("states", "repeats"):
+            _at_least(1, name, getattr(self, name))
+
+    def check_protocol(self, protocol: Protocol) -> None:
+        """Raises BenchError if more held-out states are asked for than the protocol has."""
+        if self.states > len(protocol.eval_states):
+            raise BenchError(f"states: {self.states}; {protocol.label} holds out {len(protocol.eval_states)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        data: dict[str, Any] = _listed(dataclasses.asdict(self))
+        return data
+
+
 def check_settings(settings: Any) -> None:
     """Checks the types of an algorithm's settings and, through their own `check()` if there is one, their ranges."""
     if not dataclasses.is_dataclass(settings) or isinstance(settings, type):
         raise BenchError(f"settings: {settings!r}; it must be the algorithm's Settings")
-    read(type(settings), _fields(settings), "algo")
+    read(type(settings), dataclasses.asdict(settings), "algo")
     if hasattr(settings, "check"):
         settings.check()
 
@@ -200,15 +239,23 @@ def _read_fields(kind: Any, value: Any, where: str) -> dict[str, Any]:
     return {name: read(hints[name], value[name], f"{where}.{name}") for name in known}
 
 
-def _fields(instance: Any) -> dict[str, Any]:
-    """One level of fields; nested dataclasses as dicts, since `read` takes JSON-like values."""
-    return dataclasses.asdict(instance)
-
-
 def _listed(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _listed(item) for key, item in value.items()}
     return [_listed(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _check_common(config: RunConfig | EvalConfig) -> None:
+    for name in ("suite", "policy", "out", "base"):
+        if not getattr(config, name):
+            raise BenchError(f"{name}: ''; it must not be empty")
+    if not 0 <= config.seed < 2**31:
+        raise BenchError(f"seed: {config.seed}; it must be in [0, 2147483647]")
+    _at_least(1, "workers", config.workers)
+    _at_least(1, "slots", config.slots)
+    for i, task in enumerate(config.tasks):
+        if not task or task in config.tasks[:i]:
+            raise BenchError(f"tasks: {task!r}; names must be distinct and not empty")
 
 
 def _at_least(least: int, where: str, value: int) -> None:
@@ -217,40 +264,34 @@ def _at_least(least: int, where: str, value: int) -> None:
 
 
 BUDGETS = {
-    budget.name: budget
-    for budget in (
-        Budget(
-            name="smoke",
-            tasks=1,
-            iterations=1,
-            episodes=4,
-            eval_states=2,
-            eval_repeats=1,
-            demos=2,
-            gradient_steps=10,
-            batch_size=32,
-        ),
-        Budget(
-            name="quick",
-            tasks=3,
-            iterations=12,
-            episodes=48,
-            eval_states=25,
-            eval_repeats=2,
-            demos=25,
-            gradient_steps=2000,
-            batch_size=256,
-        ),
-        Budget(
-            name="standard",
-            tasks=10,
-            iterations=60,
-            episodes=120,
-            eval_states=25,
-            eval_repeats=4,
-            demos=25,
-            gradient_steps=20000,
-            batch_size=256,
-        ),
-    )
+    "smoke": Budget(
+        tasks=1,
+        iterations=1,
+        episodes=4,
+        eval_states=2,
+        eval_repeats=1,
+        demos=2,
+        gradient_steps=10,
+        batch_size=32,
+    ),
+    "quick": Budget(
+        tasks=3,
+        iterations=12,
+        episodes=48,
+        eval_states=25,
+        eval_repeats=2,
+        demos=25,
+        gradient_steps=2000,
+        batch_size=256,
+    ),
+    "standard": Budget(
+        tasks=10,
+        iterations=60,
+        episodes=120,
+        eval_states=25,
+        eval_repeats=4,
+        demos=25,
+        gradient_steps=20000,
+        batch_size=256,
+    ),
 }

@@ -57,6 +57,34 @@ def osc_torques(
     return np.dot(jacobian.T.copy(), wrench - in_task_space) + bias + posture
 
 
+@numba.njit(cache=True)
+def _gather(
+    qvel: np.ndarray,
+    qpos: np.ndarray,
+    dofs: np.ndarray,
+    angles: np.ndarray,
+    full_jacobian: np.ndarray,
+    full_mass: np.ndarray,
+    twist: np.ndarray,
+    jacobian: np.ndarray,
+    mass: np.ndarray,
+    joints: np.ndarray,
+    joint_velocity: np.ndarray,
+) -> None:
+    """Picks the arm's entries out of the whole scene's arrays. The site moves with the arm's joints only."""
+    for row in range(6):
+        total = 0.0
+        for column in range(len(dofs)):
+            jacobian[row, column] = full_jacobian[row, dofs[column]]
+            total += jacobian[row, column] * qvel[dofs[column]]
+        twist[row] = total
+    for row in range(len(dofs)):
+        joints[row] = qpos[angles[row]]
+        joint_velocity[row] = qvel[dofs[row]]
+        for column in range(len(dofs)):
+            mass[row, column] = full_mass[dofs[row], dofs[column]]
+
+
 class OscController:
     """Drives the Panda arm and gripper of one LIBERO environment (robosuite 1.4, `OSC_POSE`, fixed impedance)."""
 
@@ -67,19 +95,18 @@ class OscController:
         stock = robot.controller
         assert stock.uncoupling and stock.interpolator_pos is None and stock.use_delta and stock.use_ori
         assert stock.position_limits is None and stock.orientation_limits is None
-        self.qpos = np.array(stock.qpos_index)
-        self.qvel = np.array(stock.qvel_index)
         self.rest = np.array(stock.initial_joint)
         self.kp, self.kd = np.array(stock.kp), np.array(stock.kd)
         self.low, self.high = robot.torque_limits
         self.scale_action = stock.scale_action
         self.site = mujoco.mj_name2id(self.model, mujoco.mjtObj.mjOBJ_SITE, stock.eef_name)
-        self.arm = np.array(robot._ref_joint_actuator_indexes)
-        self.fingers = np.array([env.sim.model.actuator_name2id(name) for name in robot.gripper.actuators])
-        limits = self.model.actuator_ctrlrange[self.fingers]
-        self.finger_bias = 0.5 * (limits[:, 1] + limits[:, 0])
-        self.finger_weight = 0.5 * (limits[:, 1] - limits[:, 0])
-        self.finger_step = np.array([-1.0, 1.0]) * robot.gripper.speed
+        self._angles, self._dofs = np.array(stock.qpos_index), np.array(stock.qvel_index)
+        self._arm = np.array(robot._ref_joint_actuator_indexes)
+        self._fingers = np.array([env.sim.model.actuator_name2id(name) for name in robot.gripper.actuators])
+        limits = self.model.actuator_ctrlrange[self._fingers]
+        self._finger_bias = 0.5 * (limits[:, 1] + limits[:, 0])
+        self._finger_weight = 0.5 * (limits[:, 1] - limits[:, 0])
+        self._finger_step = np.array([-1.0, 1.0]) * robot.gripper.speed
         self.finger_action = np.array(robot.gripper.current_action, dtype=float) * np.ones(2)
         # After a reset robosuite computes its first torque from the robot as the reset left it, even when the state
         # has been set since: `stale` says that `look` must not be called before that torque.
@@ -88,10 +115,21 @@ class OscController:
         self.position, self.rotation = np.array(stock.ee_pos), np.array(stock.ee_ori_mat)
         self.twist = np.concatenate([stock.ee_pos_vel, stock.ee_ori_vel])
         self.joints, self.joint_velocity = np.array(stock.joint_pos), np.array(stock.joint_vel)
-        self.jacobian, self.mass = np.ascontiguousarray(stock.J_full), np.ascontiguousarray(stock.mass_matrix)
-        self._jacobian = np.zeros((6, self.model.nv))
-        self._mass = np.zeros((self.model.nv, self.model.nv))
-        self._block = np.ix_(self.qvel, self.qvel)
+        self.jacobian = np.array(stock.J_full, order="C")
+        self.mass = np.array(stock.mass_matrix, order="C")
+        # Views into MuJoCo's own memory, made once: asking for them costs more than the arithmetic.
+        data = self.data
+        self._site_position = data.site_xpos[self.site]
+        self._site_rotation = data.site_xmat[self.site].reshape(3, 3)
+        self._qpos, self._qvel, self._bias, self._ctrl, self._sparse_mass = (
+            data.qpos,
+            data.qvel,
+            data.qfrc_bias,
+            data.ctrl,
+            data.qM,
+        )
+        self._full_jacobian = np.zeros((6, self.model.nv))
+        self._full_mass = np.zeros((self.model.nv, self.model.nv))
 
     _VIEW = ("position", "rotation", "twist", "joints", "joint_velocity", "jacobian", "mass")
 
@@ -107,15 +145,23 @@ class OscController:
 
     def look(self) -> None:
         """Reads the robot's state; valid after `mj_step1`."""
-        data, jacobian = self.data, self._jacobian
-        self.position = data.site_xpos[self.site].copy()
-        self.rotation = data.site_xmat[self.site].reshape(3, 3).copy()
-        mujoco.mj_jacSite(self.model, data, jacobian[:3], jacobian[3:], self.site)
-        self.twist = np.dot(jacobian, data.qvel)
-        self.joints, self.joint_velocity = data.qpos[self.qpos], data.qvel[self.qvel]
-        self.jacobian = np.ascontiguousarray(jacobian[:, self.qvel])
-        mujoco.mj_fullM(self.model, self._mass, data.qM)
-        self.mass = self._mass[self._block]
+        jacobian = self._full_jacobian
+        self.position, self.rotation = self._site_position.copy(), self._site_rotation.copy()
+        mujoco.mj_jacSite(self.model, self.data, jacobian[:3], jacobian[3:], self.site)
+        mujoco.mj_fullM(self.model, self._full_mass, self._sparse_mass)
+        _gather(
+            self._qvel,
+            self._qpos,
+            self._dofs,
+            self._angles,
+            jacobian,
+            self._full_mass,
+            self.twist,
+            self.jacobian,
+            self.mass,
+            self.joints,
+            self.joint_velocity,
+        )
 
     def set_goal(self, action: np.ndarray) -> None:
         """Sets the pose to reach from [6] normalised deltas (position, axis-angle) to the pose last looked at."""
@@ -127,7 +173,6 @@ class OscController:
 
     def apply(self, gripper: float) -> None:
         """Writes one substep's torques and finger targets into `data.ctrl`."""
-        data = self.data
         torques = osc_torques(
             self.goal_position,
             self.goal_rotation,
@@ -141,10 +186,10 @@ class OscController:
             self.rest,
             self.kp,
             self.kd,
-            data.qfrc_bias[self.qvel],
+            self._bias[self._dofs],
         )
-        data.ctrl[self.arm] = np.minimum(np.maximum(torques, self.low), self.high)
-        step = self.finger_action + self.finger_step * np.sign(gripper)
+        self._ctrl[self._arm] = np.minimum(np.maximum(torques, self.low), self.high)
+        step = self.finger_action + self._finger_step * np.sign(gripper)
         self.finger_action = np.minimum(np.maximum(step, -1.0), 1.0)
-        data.ctrl[self.fingers] = self.finger_bias + self.finger_weight * self.finger_action
+        self._ctrl[self._fingers] = self._finger_bias + self._finger_weight * self.finger_action
         self.stale = False

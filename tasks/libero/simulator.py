@@ -28,12 +28,11 @@ logging.getLogger("robosuite_logs").setLevel(logging.ERROR)  # "No private macro
 with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
     import robosuite
     from libero.libero import benchmark, get_libero_path
-    from libero.libero.envs import TASK_MAPPING
-    from libero.libero.envs import bddl_utils
+    from libero.libero.envs import TASK_MAPPING, bddl_utils
     from robosuite.utils.errors import RandomizationError
     from robosuite.utils.transform_utils import quat2axisangle
 
-from .controller import OscController
+from .controller import OscController  # noqa: E402  (it imports robosuite, which talks)
 
 SETTLE_ACTION = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])
 """What every published LIBERO evaluation does while objects settle: no motion, gripper open."""

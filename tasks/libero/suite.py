@@ -14,7 +14,7 @@ from vlarl_bench.suite import Demonstration, Simulator, Suite, Task
 _TASKS: dict[str, list[list[str]]] = json.loads((Path(__file__).parent / "tasks.json").read_text(encoding="utf-8"))
 
 HORIZON = {"libero_object": 200, "libero_spatial": 200}
-"""Environment steps (20 Hz) an episode may take in the tiny protocols; 10 s is 1.3 times the scripted expert's worst."""
+"""Longest episode of the tiny protocols in environment steps (20 a second)."""
 
 
 class LiberoSuite(Suite):

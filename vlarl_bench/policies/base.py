@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +29,8 @@ class Sample:
 class Policy(nn.Module):
     """A policy with weights. Evaluation and every algorithm go through these methods only."""
 
+    config: dict[str, Any]
+    """What `config.json` of a policy folder holds: enough to rebuild the policy around its weights."""
     capabilities: ClassVar[frozenset[str]]
     """`sft`: has `sft_loss`. `flow`: has `velocity` and `flow_loss`."""
     chunk: int
@@ -61,6 +64,10 @@ class Policy(nn.Module):
     @abstractmethod
     def sft_loss(self, context: Any, actions: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
         """Scalar supervised loss of [B, H, A] actions in environment units; mask [B, H] marks real steps."""
+
+    @abstractmethod
+    def fit_normalisation(self, actions: np.ndarray, proprio: np.ndarray) -> None:
+        """Sets the latent's scale from demonstrated actions [N, A] and proprio [N, P], in the suite's units."""
 
     @abstractmethod
     def normalise(self, actions: Tensor) -> Tensor:

@@ -1,0 +1,410 @@
+"""One run: base evaluation -> (collect -> update)* -> final evaluation -> table, curve and videos.
+
+Both evaluations play the same held-out initial states with the same noise seeds, so every episode after has its pair
+before. Everything is on disk before the next step begins: a run that dies continues from its newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from . import registry
+from .checkpoint import load_latest, save_checkpoint
+from .config import EvalConfig, RunConfig, select_tasks
+from .errors import BenchError
+from .progress import Progress
+from .provenance import code_version, fingerprint_hash, make_manifest
+from .records import EpisodeLog, EpisodeRow, MetricsLog, explained, read_json, write_json_atomic
+from .rollout import Episode, Job, Pool, Rollout, episode_seed, run_episodes
+
+if TYPE_CHECKING:
+    from .algorithm import Algorithm
+    from .policies.base import Policy
+    from .protocol import Protocol
+    from .suite import Demonstration, Suite, Task
+
+Phase = Literal["base", "train", "final", "eval"]
+FILM = ("agentview", 256, 2)
+"""Camera, side in pixels, and environment steps a frame of the videos."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run's parts, resolved and checked, before anything heavy starts."""
+
+    config: RunConfig | EvalConfig
+    algorithm: str
+    """Name that the rows carry."""
+    suite: Suite
+    spec: Any
+    protocol: Protocol
+    tasks: tuple[Task, ...]
+    base: Path | None
+    """Policy folder to start from; None for random weights."""
+    states: int
+    """Held-out initial states a task."""
+    repeats: int
+    """Episodes a task and held-out initial state."""
+
+    @property
+    def name(self) -> str:
+        """Run id: the name of its folder."""
+        return Path(self.config.out).resolve().name
+
+    def eval_jobs(self) -> list[Job]:
+        """The held-out episodes; the same before and after."""
+        return [
+            Job(task, state, repeat, episode_seed(self.config.seed, "eval", task.key, state, repeat))
+            for repeat in range(self.repeats)
+            for task in self.tasks
+            for state in self.protocol.eval_states[: self.states]
+        ]
+
+    def train_jobs(self, iteration: int, episodes: int) -> list[Job]:
+        """One round's episodes: tasks in turn, each over a fresh shuffle of the training states."""
+        rng = np.random.default_rng(episode_seed(self.config.seed, "train", iteration))
+        order = {task: rng.permutation(self.protocol.train_states) for task in self.tasks}
+        jobs = []
+        for i in range(episodes):
+            task, turn = self.tasks[i % len(self.tasks)], i // len(self.tasks)
+            state, repeat = int(order[task][turn % len(order[task])]), turn // len(order[task])
+            seed = episode_seed(self.config.seed, "train", iteration, task.key, state, repeat)
+            jobs.append(Job(task, state, repeat, seed))
+        return jobs
+
+
+def plan_run(config: RunConfig) -> Plan:
+    """Finds every part by name and checks that they fit.
+
+    Raises:
+        BenchError: naming what does not.
+    """
+    registry.check_compatible(config.algorithm, config.policy)
+    suite, spec = registry.get("suite", config.suite), registry.get("policy", config.policy)
+    protocol = suite.protocol(spec.observation)
+    config.budget.check_protocol(protocol)
+    base = _base_folder(config, spec)
+    if base is None and registry.get("algorithm", config.algorithm).learns_from == "rollouts":
+        raise BenchError(f"base: 'scratch'; {config.algorithm!r} learns from its own episodes and needs a prior")
+    if config.tasks or base is None:
+        tasks = select_tasks(suite, config.tasks, config.budget.tasks)
+    else:
+        known = set(read_json(base / "config.json").get("tasks", ()))
+        tasks = tuple(task for task in suite.tasks if task.key in known)[: config.budget.tasks]
+        if not tasks:
+            raise BenchError(
+                f"suite: the base policy in {base} was trained on no task of {suite.name!r}; "
+                "train another with --algo sft, or name tasks with --tasks to try all the same"
+            )
+    states, repeats = config.budget.eval_states, config.budget.eval_repeats
+    return Plan(config, config.algorithm, suite, spec, protocol, tasks, base, states, repeats)
+
+
+def plan_evaluation(config: EvalConfig) -> Plan:
+    """As `plan_run`, for an evaluation alone; rows carry the algorithm that made the policy, `base` for a prior."""
+    suite, spec = registry.get("suite", config.suite), registry.get("policy", config.policy)
+    protocol = dataclasses.replace(suite.protocol(spec.observation), decoding=config.decoding)
+    config.check_protocol(protocol)
+    base = _base_folder(config, spec)
+    if base is None:
+        raise BenchError("base: 'scratch'; a policy with random weights has no vocabulary and nothing to evaluate")
+    algorithm = str(read_json(base / "config.json").get("algorithm", "base"))
+    tasks = select_tasks(suite, config.tasks, len(suite.tasks))
+    return Plan(config, algorithm, suite, spec, protocol, tasks, base, config.states, config.repeats)
+
+
+def _base_folder(config: RunConfig | EvalConfig, spec: Any) -> Path | None:
+    if config.base == "scratch":
+        return None
+    folder: Path | None = spec.prior_folder if config.base == "prior" else Path(config.base)
+    if folder is None or not (folder / "config.json").is_file():
+        missing = f"{config.policy!r} ships no prior" if config.base == "prior" else "there is no policy"
+        raise BenchError(
+            f"base: {config.base!r}; {missing}; train one with `vlarl-bench run --algo sft --base scratch "
+            f"--policy {config.policy} --suite {config.suite}` and pass its `policy` folder"
+        )
+    return folder
+
+
+def run(config: RunConfig, resume: bool = False) -> Path:
+    """Runs or, with `resume`, continues `config`; prints the table and returns the run folder.
+
+    Raises:
+        BenchError: for whatever the user can mend, if possible before anything heavy starts.
+    """
+    plan = plan_run(config)
+    out = _prepare_folder(config, resume)
+    method = registry.get("algorithm", config.algorithm)
+    with ExitStack() as stack:
+        progress = stack.enter_context(Progress())
+        demonstrations = _demonstrations(plan, config, progress) if method.learns_from == "demonstrations" else None
+        policy = _first_policy(plan, demonstrations)
+        algorithm = method(config.settings, policy, config.budget, config.seed)
+        _write_manifest(plan, policy, out)
+        log = stack.enter_context(EpisodeLog(out / "episodes.jsonl"))
+        metrics = stack.enter_context(MetricsLog(out / "metrics.jsonl"))
+        pool = stack.enter_context(Pool(plan.suite, plan.protocol, config.workers))
+        progress.say(
+            f"{config.algorithm} on {config.policy}: {len(plan.tasks)} of the {len(plan.suite.tasks)} tasks of "
+            f"{config.suite}, protocol {plan.protocol.label}"
+        )
+        restored = load_latest(out / "checkpoints") if resume else None
+        if restored is None:
+            if plan.base is not None:  # random weights solve nothing
+                _evaluate(plan, "base", 0, policy, pool, log, progress)
+            save_checkpoint(out / "checkpoints", 0, _state(policy, algorithm))
+            done = 0
+        else:
+            for problem in restored.problems:
+                progress.say(f"passed over {problem}")
+            done = restored.iteration
+            policy.load_state_dict(restored.state["policy"])
+            algorithm.load_state_dict(restored.state["algorithm"])
+        log.rewind(done)
+        metrics.rewind(done)
+        _train(plan, config, policy, algorithm, demonstrations, done, pool, log, metrics, progress)
+        _evaluate(plan, "final", config.budget.iterations, policy, pool, log, progress)
+        _save_policy(plan, policy, out)
+        rows = log.rows
+    if config.video:
+        _film(plan, policy, rows, out)
+    _report(out)
+    return out
+
+
+def evaluate(config: EvalConfig) -> Path:
+    """Plays the held-out episodes with one policy and nothing else; rows have the phase `eval`."""
+    plan = plan_evaluation(config)
+    out = _prepare_folder(config, resume=False)
+    with ExitStack() as stack:
+        progress = stack.enter_context(Progress())
+        policy = _first_policy(plan, None)
+        _write_manifest(plan, policy, out)
+        log = stack.enter_context(EpisodeLog(out / "episodes.jsonl"))
+        pool = stack.enter_context(Pool(plan.suite, plan.protocol, config.workers))
+        _evaluate(plan, "eval", 0, policy, pool, log, progress)
+    _report(out)
+    return out
+
+
+def _prepare_folder(config: RunConfig | EvalConfig, resume: bool) -> Path:
+    out = Path(config.out)
+    if resume:
+        if not (out / "config.json").is_file():
+            raise BenchError(f"resume: {out} is not a run folder; it has no config.json")
+        return out
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise BenchError(f"out: {out} exists; choose another folder, or continue that run with --resume {out}")
+    with explained(out):
+        out.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(out / "config.json", config.to_dict())
+    return out
+
+
+def _demonstrations(plan: Plan, config: RunConfig, progress: Progress) -> list[Demonstration]:
+    """What an algorithm that learns from demonstrations is given; made first if there are none."""
+    from .demonstrations import load_demonstrations, make_demonstrations
+
+    folder = Path(config.demos or "demos")
+    if not config.demos:
+        missing = [task for task in plan.tasks if not (folder / task.suite / f"{task.name}.safetensors").exists()]
+        if missing:
+            with progress.phase("demonstrations", total=config.budget.demos * len(plan.tasks)) as phase:
+                make_demonstrations(
+                    plan.suite,
+                    plan.tasks,
+                    plan.protocol,
+                    config.budget.demos,
+                    folder,
+                    config.workers,
+                    0,
+                    lambda made: phase.advance(episodes=made),
+                )
+    return load_demonstrations(folder, plan.tasks, plan.protocol, config.budget.demos)
+
+
+def _first_policy(plan: Plan, demonstrations: Sequence[Demonstration] | None) -> Policy:
+    """The base policy; random weights get their vocabulary and normalisation from the demonstrations."""
+    if plan.base is not None:
+        return plan.spec.load(plan.base)
+    assert demonstrations is not None
+    words = {task.instruction for task in plan.tasks}
+    words |= {name for demonstration in demonstrations for name in demonstration.observations[0].objects}
+    suite = plan.suite
+    policy = plan.spec.create(suite.action_dim, suite.proprio_dim, sorted(words), plan.config.seed)
+    policy.fit_normalisation(
+        np.concatenate([demonstration.actions for demonstration in demonstrations]),
+        np.stack([seen.proprio for demonstration in demonstrations for seen in demonstration.observations]),
+    )
+    return policy
+
+
+def _state(policy: Policy, algorithm: Algorithm) -> dict[str, Any]:
+    return {"policy": policy.state_dict(), "algorithm": algorithm.state_dict()}
+
+
+def _evaluate(
+    plan: Plan, phase: Phase, iteration: int, policy: Policy, pool: Pool, log: EpisodeLog, progress: Progress
+) -> None:
+    """Plays the held-out jobs that have no row yet; each finished episode is on disk before the next turn."""
+    checkpoint = _hash(policy)
+    jobs = [job for job in plan.eval_jobs() if _key(plan, phase, iteration, job) not in log]
+    decoding = plan.protocol.decoding
+    name = {"base": "base evaluation", "final": "final evaluation"}.get(phase, "evaluation")
+    with progress.phase(name, total=len(jobs)) as bar:
+
+        def keep(episode: Episode) -> None:
+            log.append(_row(plan, episode, phase, iteration, checkpoint, decoding))
+            bar.advance(episodes=1, successes=int(episode.success), steps=episode.steps)
+
+        run_episodes(pool, policy, jobs, plan.protocol, plan.config.slots, on_episode=keep)
+
+
+def _train(
+    plan: Plan,
+    config: RunConfig,
+    policy: Policy,
+    algorithm: Algorithm,
+    demonstrations: Sequence[Demonstration] | None,
+    done: int,
+    pool: Pool,
+    log: EpisodeLog,
+    metrics: MetricsLog,
+    progress: Progress,
+) -> None:
+    """The rounds that are left; a checkpoint after each."""
+    budget, protocol = config.budget, plan.protocol
+    max_decisions = -(-max(protocol.horizon[task.suite] for task in plan.tasks) // protocol.execute)
+    left = budget.iterations - done
+    total, unit = (left * budget.episodes, "episodes") if demonstrations is None else (left, "rounds")
+    if left == 0:
+        return
+    env_steps = sum(line.get("env_steps", 0) for line in metrics.lines[-1:])
+    with progress.phase("fine-tuning" if plan.base else "training", total=total, unit=unit) as bar:
+        for iteration in range(done + 1, budget.iterations + 1):
+            line: dict[str, Any] = {"iteration": iteration}
+            if demonstrations is None:
+                checkpoint = _hash(policy)
+                episodes = run_episodes(
+                    pool,
+                    policy,
+                    plan.train_jobs(iteration, budget.episodes),
+                    protocol,
+                    config.slots,
+                    act=algorithm.act,
+                    on_episode=lambda e: bar.advance(episodes=1, successes=int(e.success), steps=e.steps),
+                )
+                log.append_all(_row(plan, e, "train", iteration, checkpoint, "explore") for e in episodes)
+                env_steps += sum(episode.steps for episode in episodes)
+                line |= {"env_steps": env_steps, "train_success": float(np.mean([e.success for e in episodes]))}
+                line |= algorithm.update(policy, Rollout(_rewarded(plan, config, episodes, iteration), max_decisions))
+                bar.advance(note=f"round {iteration}/{budget.iterations}: {line['train_success']:.0%}")
+            else:
+                line |= algorithm.update(policy, demonstrations)
+                bar.advance(episodes=1, note=", ".join(f"{k} {v:.4g}" for k, v in line.items() if k != "iteration"))
+            metrics.append(line)
+            save_checkpoint(Path(config.out) / "checkpoints", iteration, _state(policy, algorithm))
+
+
+def _rewarded(plan: Plan, config: RunConfig, episodes: list[Episode], iteration: int) -> list[Episode]:
+    """The episodes as the learner sees them; the control `shuffled` permutes outcomes within each task."""
+    if config.rewards == "success":
+        return episodes
+    rng = np.random.default_rng(episode_seed(config.seed, "shuffle", iteration))
+    outcome = {}
+    for task in plan.tasks:
+        members = [i for i, episode in enumerate(episodes) if episode.job.task == task]
+        outcome |= dict(zip(members, rng.permutation([episodes[i].success for i in members]).tolist(), strict=True))
+    return [dataclasses.replace(episode, success=outcome[i]) for i, episode in enumerate(episodes)]
+
+
+def _hash(policy: Policy) -> str:
+    from .policies.store import content_hash
+
+    return content_hash(policy)
+
+
+def _key(plan: Plan, phase: Phase, iteration: int, job: Job) -> tuple[str, str, int, str, str, int, int]:
+    return (plan.name, phase, iteration, job.task.suite, job.task.name, job.init_state, job.repeat)
+
+
+def _row(
+    plan: Plan,
+    episode: Episode,
+    phase: Phase,
+    iteration: int,
+    checkpoint: str,
+    decoding: Literal["sampled", "zero-noise", "explore"],
+) -> EpisodeRow:
+    job = episode.job
+    return EpisodeRow(
+        run=plan.name,
+        phase=phase,
+        iteration=iteration,
+        algorithm=plan.algorithm,
+        policy=plan.config.policy,
+        checkpoint=checkpoint,
+        suite=job.task.suite,
+        task=job.task.name,
+        init_state=job.init_state,
+        repeat=job.repeat,
+        seed=job.seed,
+        decoding=decoding,
+        observation=plan.protocol.observation,
+        success=episode.success,
+        steps=episode.steps,
+        return_=float(episode.success),
+        protocol=plan.protocol.hash,
+        fingerprint=fingerprint_hash(),
+        code=code_version(),
+    )
+
+
+def _write_manifest(plan: Plan, policy: Policy, out: Path) -> None:
+    config = plan.config
+    if (out / "manifest.json").exists():  # a resumed run keeps its origin
+        return
+    manifest = make_manifest(
+        run=plan.name,
+        argv=sys.argv[1:],
+        algorithm=plan.algorithm,
+        policy=config.policy,
+        suite=config.suite,
+        seed=config.seed,
+        base_checkpoint=_hash(policy),
+        protocol=plan.protocol,
+        tasks=[task.key for task in plan.tasks],
+        suite_tasks=len(plan.suite.tasks),
+        init_states=plan.protocol.eval_states[: plan.states],
+        repeats=plan.repeats,
+    )
+    write_json_atomic(out / "manifest.json", manifest)
+
+
+def _save_policy(plan: Plan, policy: Policy, out: Path) -> None:
+    from .policies.store import save_policy
+
+    card = {
+        "tasks": [task.key for task in plan.tasks],
+        "made_by": "vlarl-bench " + " ".join(sys.argv[1:]),
+        "algorithm": plan.algorithm,
+        "protocol": plan.protocol.hash,
+        "code": code_version(),
+    }
+    save_policy(out / "policy", policy, card)
+
+
+def _film(plan: Plan, policy: Policy, rows: Sequence[EpisodeRow], out: Path) -> None:
+    pass
+
+
+def _report(out: Path) -> None:
+    pass
