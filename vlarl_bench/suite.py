@@ -4,14 +4,18 @@ A simulator here is one task's physics with exact snapshots. An episode in fligh
 simulator serves many interleaved episodes, and a row never depends on which worker ran it.
 """
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol as Interface
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Protocol as Interface
 
 from .protocol import Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,8 @@ class Suite(ABC):
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    expert_version: ClassVar[int] = 1
+    """Goes up when the same arguments of `demonstrate` no longer give the same episode."""
     action_dim: ClassVar[int]
     proprio_dim: ClassVar[int]
 

@@ -1,0 +1,154 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from vlarl_bench import registry
+from vlarl_bench.cli import main
+
+RUN = ["run", "--algo", "fpo", "--suite", "libero", "--no-video"]
+HEAVY = ("torch", "transformers", "mujoco", "libero", "robosuite", "scipy", "matplotlib", "pandas")
+
+
+def command(*args, **options):
+    code = "import sys; from vlarl_bench.cli import main; sys.exit(main())"
+    return subprocess.Popen([sys.executable, "-c", code, *args], text=True, **options)
+
+
+@pytest.mark.parametrize("args", [["list"], ["list", "--json"], ["run", "--help"], ["run", "--algo", "fpo", "--help"]])
+def test_quick_commands_import_nothing_heavy(args):
+    code = (
+        "import sys; from vlarl_bench.cli import main\n"
+        "try: status = main()\n"
+        "except SystemExit as stop: status = stop.code\n"
+        f"assert not status; assert not [m for m in {HEAVY} if m in sys.modules]"
+    )
+    subprocess.run([sys.executable, "-c", code, *args], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_list_json(capsys):
+    assert main(["list", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found.keys() == {"algorithms", "policies", "suites"}
+    assert [item["name"] for item in found["algorithms"]] == list(registry.names("algorithm"))
+    for item in found["algorithms"]:
+        assert item["requires"] == sorted(registry.get("algorithm", item["name"]).requires)
+        assert item["summary"]
+    libero = next(item for item in found["suites"] if item["name"] == "libero")
+    assert libero["tasks"] == [task.key for task in registry.get("suite", "libero").tasks]
+
+
+def test_list_says_what_runs_on_what(capsys):
+    assert main(["list"]) == 0
+    last = capsys.readouterr().out.split("which algorithm runs on which policy")[1]
+    assert "fpo  pi0-tiny, pi0-tiny-pixels" in last
+
+
+def test_help_shows_defaults_units_and_the_preset(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["run", "--algo", "fpo", "--budget", "smoke", "--help"])
+    assert stop.value.code == 0
+    shown = " ".join(capsys.readouterr().out.replace("│", "").split())
+    assert "--algo.clip-eps FLOAT" in shown
+    assert "Training episodes an iteration, over all tasks. (default: 4)" in shown
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (["rnu"], "command: 'rnu' is unknown; did you mean 'run'?"),
+        (["run", "--suite", "libero"], "algo: missing; add --algo with one of: "),
+        (["run", "--algo", "fop", "--suite", "libero"], "algorithm: 'fop' is not registered; did you mean 'fpo'?"),
+        (["run", "--algo", "fpo", "--suite", "libreo"], "suite: 'libreo' is not registered; did you mean 'libero'?"),
+        ([*RUN, "--policy", "pi0-tny"], "policy: 'pi0-tny' is not registered; did you mean 'pi0-tiny'?"),
+        ([*RUN, "--budget", "quik"], "budget: 'quik' is not a preset; did you mean 'quick'?"),
+        ([*RUN, "--algo.clip-esp", "0.1"], "Unrecognized options: --algo.clip-esp, 0.1; did you mean --algo.clip-eps?"),
+        ([*RUN, "--algo.clip-eps", "wide"], "Error parsing --algo.clip-eps: could not convert string to float: 'wide'"),
+        ([*RUN, "--algo.clip-eps", "nan"], "algo.clip_eps: nan; it must be finite"),
+        ([*RUN, "--algo.clip-eps", "-1"], "algo.clip_eps: -1.0; "),
+        ([*RUN, "--budget.iterations", "0"], "budget.iterations: 0; it must be at least 1"),
+        ([*RUN, "--budget.iterations", "2.5"], "Error parsing --budget.iterations: "),
+        ([*RUN, "--seed", "-1"], "seed: -1; it must be in [0, 2147483647]"),
+        ([*RUN, "--workers", "0"], "workers: 0; it must be at least 1"),
+        ([*RUN, "--tasks", "pick_up_the_moon"], "tasks: 'pick_up_the_moon' is not in suite 'libero'; "),
+        (["eval", "--suite", "libero", "--states", "0"], "states: 0; it must be at least 1"),
+        (["eval", "--suite", "libero", "--decoding", "best"], "invalid choice 'best' for argument '--decoding'."),
+        (["demos", "--suite", "libero", "--episodes", "999"], "episodes: 999; "),
+        (["table"], "runs: missing; "),
+        (["list", "--jsno"], "list: unknown option '--jsno'; did you mean '--json'?"),
+        (["doctor", "--fix"], "doctor: unknown option '--fix'; "),
+        (["run", "--resume", "no-such-run"], "resume: no-such-run is not a run folder; it has no config.json"),
+        (["run", "--resume", "x", "--algo", "fpo"], "Unrecognized options: --algo, fpo"),
+    ],
+)
+def test_a_mistake_is_one_clear_line(args, line, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(args) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"vlarl-bench: error: {line}")
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_the_line_is_the_same_in_every_encoding(encoding):
+    process = command(
+        *RUN, "--algo.clip-esp", "1", stderr=subprocess.PIPE, env={**os.environ, "PYTHONIOENCODING": encoding}
+    )
+    _, error = process.communicate(timeout=60)
+    expected = "Unrecognized options: --algo.clip-esp, 1; did you mean --algo.clip-eps?; see vlarl-bench run --help"
+    assert error == f"vlarl-bench: error: {expected}\n"
+
+
+def test_a_folder_that_holds_something_is_left_alone(capsys, tmp_path):
+    (tmp_path / "mine.txt").write_text("precious")
+    assert main([*RUN, "--base", "scratch", "--algo", "sft", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith(f"vlarl-bench: error: out: {tmp_path} exists")
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["precious"]
+
+
+@pytest.mark.parametrize("out", ["file/run", "/proc/run"])
+def test_a_folder_that_cannot_be_made(out, capsys, tmp_path, monkeypatch):
+    """Also as root, whom permissions do not stop: under a file, and in a file system that takes no folders."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    assert main([*RUN, "--base", "scratch", "--algo", "sft", "--out", out]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("vlarl-bench: error: ")
+    assert out in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_folder(capsys, tmp_path):
+    tmp_path.chmod(0o500)
+    assert main([*RUN, "--base", "scratch", "--algo", "sft", "--out", str(tmp_path / "run")]) == 2
+    assert "read-only" in capsys.readouterr().err
+
+
+def test_without_a_gl_library_nothing_starts(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("MUJOCO_GL", "nonsense")
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", "--algo", "fpo", "--suite", "libero"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("vlarl-bench: error: MUJOCO_GL: 'nonsense' cannot render here (")
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_one_line():
+    with open("/dev/full", "w") as full:
+        process = command("list", stdout=full, stderr=subprocess.PIPE)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert error.startswith("vlarl-bench: error: output: the disk is full")
+    assert "Traceback" not in error
+
+
+def test_a_reader_that_leaves_is_no_error():
+    process = command("list", "--json", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.wait(60) == 141
+    assert process.stderr.read() == ""

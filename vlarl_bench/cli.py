@@ -1,0 +1,295 @@
+"""The command line: `vlarl-bench run | eval | demos | table | list | doctor`.
+
+Whatever is heavy is imported by the command that needs it; `list` and the overview import next to nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import registry
+from .errors import BenchError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the exit status: 0, 1 (doctor), 2 (a mistake, told in one line) or 130 (Ctrl-C)."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if not args or args[0] in ("-h", "--help"):
+            print(_overview())
+            return 0 if args else 2
+        if args[0] not in COMMANDS:
+            raise BenchError(f"command: {args[0]!r} is unknown; {registry.did_you_mean(args[0], COMMANDS)}")
+        with _interrupts():
+            status = COMMANDS[args[0]][0](args[1:])
+        sys.stdout.flush()
+        return status
+    except BenchError as error:
+        print(f"vlarl-bench: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # The reader left, as `head` does. Nothing more can be printed, also not by the interpreter's last flush.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        from .records import explain_oserror
+
+        if error.filename is None and error.strerror is None:
+            raise
+        print(f"vlarl-bench: error: {explain_oserror(error, error.filename or 'output')}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("vlarl-bench: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(args: list[str]) -> int:
+    from .config import RunConfig, check_settings
+    from .options import Resume, parse, parse_run
+
+    resuming = any(arg.split("=")[0] == "--resume" for arg in args)
+    if resuming:
+        from .records import read_json
+
+        resume = parse(Resume, args, "vlarl-bench run")
+        file = Path(resume.resume) / "config.json"
+        if not file.is_file():
+            raise BenchError(f"resume: {resume.resume} is not a run folder; it has no config.json")
+        stored = read_json(file)
+        if not isinstance(stored, dict):
+            raise BenchError(f"resume: {file} does not hold a configuration")
+        changes = {"workers": resume.workers} if resume.workers else {}
+        config = RunConfig.from_dict({**stored, **changes, "out": resume.resume})
+    else:
+        options = parse_run(args)
+        check_settings(options.settings)
+        config = RunConfig(
+            algorithm=options.algo,
+            suite=options.suite,
+            policy=options.policy,
+            budget=options.numbers,
+            settings=options.settings,
+            out=options.out or _fresh(options.algo, options.suite, f"seed{options.seed}"),
+            base=options.base,
+            tasks=_split(options.tasks),
+            seed=options.seed,
+            workers=options.workers,
+            slots=options.slots,
+            demos=options.demos,
+            rewards=options.rewards,
+            video=options.video,
+        )
+    registry.check_compatible(config.algorithm, config.policy)
+    _check(config.suite, config.policy, config.tasks, config.video)
+    from .run import run
+
+    try:
+        run(config, resume=resuming)
+    except KeyboardInterrupt:
+        again = f"continue with: vlarl-bench run --resume {shlex.quote(config.out)}"
+        started = (Path(config.out) / "config.json").is_file()
+        print(f"vlarl-bench: interrupted; {again if started else 'nothing was started'}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _eval(args: list[str]) -> int:
+    from .config import EvalConfig
+    from .options import Eval, parse
+
+    options = parse(Eval, args, "vlarl-bench eval")
+    out = options.out or _fresh("eval", options.policy, options.suite, f"seed{options.seed}")
+    config = EvalConfig(**{**vars(options), "tasks": _split(options.tasks), "out": out})
+    _check(config.suite, config.policy, config.tasks, config.video)
+    from .run import evaluate
+
+    evaluate(config)
+    return 0
+
+
+def _demos(args: list[str]) -> int:
+    from .config import select_tasks
+    from .options import Demos, parse
+
+    options = parse(Demos, args, "vlarl-bench demos")
+    suite = registry.get("suite", options.suite)
+    tasks = select_tasks(suite, _split(options.tasks), len(suite.tasks))
+    for name in ("episodes", "workers"):
+        if getattr(options, name) < 1:
+            raise BenchError(f"{name}: {getattr(options, name)}; it must be at least 1")
+    protocol = suite.protocol(options.observation)
+    if options.episodes > len(protocol.train_states):
+        raise BenchError(
+            f"episodes: {options.episodes}; {protocol.label} has {len(protocol.train_states)} to learn from"
+        )
+    if options.observation == "pixels":
+        from .doctor import require_gl
+
+        require_gl()
+    from .demonstrations import make_demonstrations
+    from .progress import Progress
+
+    with Progress() as progress, progress.phase("demonstrations", total=options.episodes * len(tasks)) as phase:
+        make_demonstrations(
+            suite,
+            tasks,
+            protocol,
+            options.episodes,
+            Path(options.out),
+            options.workers,
+            options.seed,
+            lambda made: phase.advance(episodes=made),
+        )
+    return 0
+
+
+def _table(args: list[str]) -> int:
+    from .options import Table, parse
+
+    options = parse(Table, args, "vlarl-bench table")
+    if not options.runs:
+        raise BenchError("runs: missing; name one or more run folders")
+    from .report.render import print_table, to_csv, to_json, to_markdown
+    from .report.runs import read_runs
+    from .report.table import comparison_table, summary_table
+
+    runs = read_runs(options.runs)
+    table = comparison_table(runs[0]) if len(runs) == 1 else summary_table(runs)
+    if options.format == "text":
+        print_table(table)
+    else:
+        print({"markdown": to_markdown, "csv": to_csv, "json": to_json}[options.format](table), end="")
+    return 0
+
+
+def _list(args: list[str]) -> int:
+    as_json = _flag(args, "list", "--json", "print JSON")
+    found: dict[registry.Kind, dict[str, Any]] = {kind: {} for kind in registry.GROUPS}
+    broken = []
+    for kind in registry.GROUPS:
+        for name in registry.names(kind):
+            try:
+                found[kind][name] = registry.get(kind, name)
+            except BenchError as error:
+                broken.append(str(error))
+    for line in broken:
+        print(f"vlarl-bench: warning: {line}", file=sys.stderr)
+    algorithms, policies, suites = found["algorithm"], found["policy"], found["suite"]
+    if as_json:
+        shown = {
+            "algorithms": [
+                {"name": name, "summary": found.summary, "requires": sorted(found.requires)}
+                for name, found in algorithms.items()
+            ],
+            "policies": [
+                {
+                    "name": name,
+                    "summary": found.summary,
+                    "capabilities": sorted(found.capabilities),
+                    "observation": found.observation,
+                }
+                for name, found in policies.items()
+            ],
+            "suites": [
+                {"name": name, "summary": found.summary, "tasks": [task.key for task in found.tasks]}
+                for name, found in suites.items()
+            ],
+        }
+        print(json.dumps(shown, indent=2))
+        return 0
+    _section("algorithms", [(name, found.summary) for name, found in algorithms.items()])
+    _section("policies", [(name, found.summary) for name, found in policies.items()])
+    _section("suites", [(name, found.summary) for name, found in suites.items()])
+    trains = {name: [p for p in policies if registry.runs_on(name, p)] for name in algorithms}
+    _section("which algorithm runs on which policy", [(name, ", ".join(on) or "none") for name, on in trains.items()])
+    return 0
+
+
+def _doctor(args: list[str]) -> int:
+    _flag(args, "doctor")
+    from .doctor import doctor
+
+    return doctor()
+
+
+COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
+    "run": (_run, "fine-tune a policy: evaluate, train, evaluate again on the same held-out episodes"),
+    "eval": (_eval, "evaluate a policy without training it"),
+    "demos": (_demos, "make demonstrations with the suite's scripted expert"),
+    "table": (_table, "print one table of several runs, from their rows on disk"),
+    "list": (_list, "show what is installed: algorithms, policies, suites, and which run on which"),
+    "doctor": (_doctor, "say what this machine has, and what to do about what is missing"),
+}
+
+
+def _check(suite: str, policy: str, tasks: tuple[str, ...], video: bool) -> None:
+    """What can be found wrong before anything heavy is imported; `run` checks the rest."""
+    from .config import select_tasks
+
+    select_tasks(registry.get("suite", suite), tasks, 0)
+    if video or registry.get("policy", policy).observation == "pixels":
+        from .doctor import require_gl
+
+        require_gl()
+
+
+def _flag(args: list[str], command: str, flag: str = "", meaning: str = "") -> bool:
+    """Whether the one flag of a small command was given. By hand, since importing tyro takes longer than `list`."""
+    known = [flag] if flag else []
+    if {"-h", "--help"} & set(args):
+        print(f"usage: vlarl-bench {command} [-h]{f' [{flag}]' if flag else ''}\n\n{COMMANDS[command][1]}")
+        if flag:
+            print(f"\n  {flag}  {meaning} (default: no)")
+        raise SystemExit(0)
+    for arg in args:
+        if arg not in known:
+            raise BenchError(f"{command}: unknown option {arg!r}; {registry.did_you_mean(arg, known)}")
+    return bool(args)
+
+
+def _split(names: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in names.split(",")) if names else ()
+
+
+def _fresh(*parts: str) -> str:
+    """A folder under runs/ that no earlier run has."""
+    return "runs/" + "-".join([*parts, time.strftime("%Y%m%d-%H%M%S")])
+
+
+def _section(title: str, rows: list[tuple[str, str]]) -> None:
+    width = max((len(name) for name, _ in rows), default=0)
+    print("\n".join([title, *(f"  {name:<{width}}  {text}" for name, text in rows)]), end="\n\n")
+
+
+def _overview() -> str:
+    rows = [f"  {name:<8}{meaning}" for name, (_, meaning) in COMMANDS.items()]
+    head = "usage: vlarl-bench COMMAND [OPTIONS]\n\nCompare RL fine-tuning methods for vision-language-action policies."
+    return "\n".join([head, "", *rows, "", "vlarl-bench COMMAND --help shows its options, their defaults and units."])
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[None]:
+    """The first Ctrl-C stops the command; one that follows at once must not cut short how it cleans up."""
+    last = -1e9
+
+    def stop(_signal: int, _frame: Any) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last > 5:
+            last = now
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

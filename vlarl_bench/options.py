@@ -1,0 +1,199 @@
+"""The options of each command, as tyro reads them, and the parse itself.
+
+`--algo` and `--budget` are picked out first, so that tyro can then offer that algorithm's settings as `--algo.*` and
+that preset's numbers as the defaults of `--budget.*`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+import tyro
+
+from . import registry
+from .config import BUDGETS, Budget
+from .errors import BenchError
+
+Settings = TypeVar("Settings")
+Parsed = TypeVar("Parsed")
+
+DEFAULT_POLICY = "pi0-tiny"
+
+
+@dataclass(frozen=True)
+class Run(Generic[Settings]):
+    """Fine-tune a policy with one algorithm: evaluate, train, evaluate again on the same held-out episodes.
+
+    `--resume DIR` in place of these options continues an interrupted run."""
+
+    algo: str
+    """Algorithm; `vlarl-bench list` shows them. With it, --help shows its settings as --algo.*"""
+    suite: str
+    """Suite of tasks."""
+    settings: Annotated[Settings, tyro.conf.arg(name="algo")]
+    budget: str = "quick"
+    """Preset: smoke (under a minute), quick (minutes) or standard (hours)."""
+    numbers: Annotated[Budget, tyro.conf.arg(name="budget")] = BUDGETS["quick"]
+    policy: str = DEFAULT_POLICY
+    """Policy to fine-tune."""
+    base: str = "prior"
+    """Weights to start from: prior (shipped with the policy), scratch (random) or a policy folder."""
+    tasks: str = ""
+    """Comma-separated task names; empty takes the first --budget.tasks of the suite."""
+    seed: int = 0
+    """Seeds the policy's noise, the algorithm and the choice of episodes."""
+    workers: int = 2
+    """Simulator processes; changes the speed, never the rows."""
+    slots: int = 16
+    """Episodes in flight, decoded as one batch."""
+    demos: str = ""
+    """Folder of demonstrations; empty makes them first, if the algorithm learns from them."""
+    rewards: Literal["success", "shuffled"] = "success"
+    """What the learner is told: shuffled permutes outcomes within each task, a control that must not learn."""
+    video: bool = True
+    """Film one episode before and one after."""
+    out: str = ""
+    """Run folder, which must not exist; empty names one under runs/ by algorithm, suite, seed and time."""
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Continue an interrupted run."""
+
+    resume: str
+    """Run folder to continue; its own configuration is used."""
+    workers: int = 0
+    """Simulator processes; 0 keeps the run's number. Changes the speed, never the rows."""
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Evaluate a policy without training it."""
+
+    suite: str
+    """Suite of tasks."""
+    policy: str = DEFAULT_POLICY
+    """Policy to evaluate."""
+    base: str = "prior"
+    """Its weights: prior (shipped with the policy), scratch (random) or a policy folder."""
+    tasks: str = ""
+    """Comma-separated task names; empty takes all tasks of the suite."""
+    states: int = 25
+    """Held-out initial states a task."""
+    repeats: int = 1
+    """Episodes a task and initial state."""
+    decoding: Literal["sampled", "zero-noise"] = "sampled"
+    """Whether the policy's noise is drawn or zero; the two are never mixed in a table."""
+    seed: int = 0
+    """Seeds the policy's noise."""
+    workers: int = 2
+    """Simulator processes; changes the speed, never the rows."""
+    slots: int = 16
+    """Episodes in flight, decoded as one batch."""
+    video: bool = False
+    """Film one episode."""
+    out: str = ""
+    """Run folder, which must not exist; empty names one under runs/ by policy, suite, seed and time."""
+
+
+@dataclass(frozen=True)
+class Demos:
+    """Make demonstrations with the suite's scripted expert, on the initial states that training may use."""
+
+    suite: str
+    """Suite of tasks."""
+    observation: Literal["state", "pixels"] = "state"
+    """What is recorded: object poses (privileged) or camera images."""
+    tasks: str = ""
+    """Comma-separated task names; empty takes all tasks of the suite."""
+    episodes: int = 25
+    """Episodes a task."""
+    seed: int = 0
+    """Seeds the expert's variation."""
+    workers: int = 2
+    """Simulator processes; changes the speed, never the demonstrations."""
+    out: str = "demos"
+    """Folder that they go to, one file a task."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Print a table of runs, from their rows on disk."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    """Run folders: one shows each task, several one line a run and suite."""
+    format: Literal["text", "markdown", "csv", "json"] = "text"
+    """How to print it; csv and json carry full precision."""
+
+
+@dataclass(frozen=True)
+class NoSettings:
+    """Stands in for an algorithm's settings where --help is asked without --algo."""
+
+
+def parse_run(args: list[str]) -> Run[Any]:
+    """Reads the options of `run`.
+
+    Raises:
+        BenchError: for an unknown option, algorithm or preset (with the nearest one), or an unreadable value.
+    """
+    algorithm, preset = _option(args, "--algo"), _option(args, "--budget") or "quick"
+    if preset not in BUDGETS:
+        raise BenchError(f"budget: {preset!r} is not a preset; {registry.did_you_mean(preset, BUDGETS)}")
+    if algorithm is None and not {"-h", "--help"} & set(args):
+        raise BenchError(f"algo: missing; add --algo with one of: {', '.join(registry.names('algorithm'))}")
+    settings: Any = registry.get("algorithm", algorithm).Settings if algorithm is not None else NoSettings
+    default = Run(
+        algo=algorithm or tyro.MISSING,
+        suite=tyro.MISSING,
+        settings=settings(),
+        budget=preset,
+        numbers=BUDGETS[preset],
+    )
+    return parse(Run[settings], args, "vlarl-bench run", default)
+
+
+def parse(kind: type[Parsed], args: list[str], prog: str, default: Parsed | None = None) -> Parsed:
+    """tyro, with its errors as one line."""
+    shown = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(shown):
+            if default is None:
+                return tyro.cli(kind, args=args, prog=prog)
+            return tyro.cli(kind, args=args, prog=prog, default=default)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise BenchError(f"{_one_line(shown.getvalue())}; see {prog} --help") from None
+
+
+def _one_line(box: str) -> str:
+    """The message of tyro's error box and the first option that it suggests.
+
+    The box is drawn with lines where stdout speaks UTF-8; elsewhere a ruler parts its title from the message.
+    """
+    sections: list[list[str]] = [[]]
+    for row in (line.strip().strip("│").strip() for line in box.splitlines()):
+        if row and set(row) <= set("─-"):
+            sections.append([])
+        elif row and row[0] not in "╭╰":
+            sections[-1].append(row)
+    titled = "╭" not in box and len(sections) > 1
+    message = " ".join(sections[1 if titled else 0])
+    suggestion = re.search(r"you meant.*?(--[\w.-]+)", box, re.DOTALL)
+    return message + (f"; did you mean {suggestion[1]}?" if suggestion else "")
+
+
+def _option(args: list[str], flag: str) -> str | None:
+    """The value of `--flag value` or `--flag=value`; the last one counts, as for tyro."""
+    value = None
+    for i, arg in enumerate(args):
+        if arg == flag and i + 1 < len(args):
+            value = args[i + 1]
+        elif arg.startswith(f"{flag}="):
+            value = arg.removeprefix(f"{flag}=")
+    return value
