@@ -29,8 +29,6 @@ class Sample:
 class Policy(nn.Module):
     """A policy with weights. Evaluation and every algorithm go through these methods only."""
 
-    config: dict[str, Any]
-    """What `config.json` of a policy folder holds: enough to rebuild the policy around its weights."""
     capabilities: ClassVar[frozenset[str]]
     """`sft`: has `sft_loss`. `flow`: has `velocity` and `flow_loss`."""
     chunk: int
@@ -43,7 +41,8 @@ class Policy(nn.Module):
     @property
     @abstractmethod
     def config(self) -> dict[str, Any]:
-        """JSON-able: with the weights, all that rebuilds the policy; has at least its registered name, `policy`."""
+        """What config.json of a policy folder holds: enough to rebuild the policy around its weights. JSON-able; has
+        at least its registered name, `policy`."""
 
     @abstractmethod
     def preprocess(self, observations: Sequence[Observation]) -> Any:

@@ -10,10 +10,10 @@ an instruction, C cameras, S prefix tokens, L layers, D prefix width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -25,10 +25,12 @@ from transformers.cache_utils import DynamicCache
 from ..errors import BenchError
 from ..suite import Observation
 from .base import FlowPolicy, Sample
+from .pi0_inputs import OBJECT_FEATURES, Batch, Rows, to_batch
 from .vocabulary import Vocabulary
 
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 CLIP = 6.0  # standard deviations; keeps a proprio reading far outside the demonstrations from saturating the expert
-OBJECT_FEATURES = 15
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,12 @@ class Pi0Architecture:
     expert_width: int = 96
     expert_mlp: int = 192
     euler_steps: int = 5
-    max_objects: int = 12
+    max_objects: int = 10
     max_name_words: int = 6
     max_words: int = 20
     cameras: tuple[str, ...] = ()
     image_size: int = 0
-    patch: int = 8
+    patch: int = 16
     vision_layers: int = 3
 
     @property
@@ -63,32 +65,25 @@ class Pi0Architecture:
         return len(self.cameras) * (self.image_size // self.patch) ** 2 if self.cameras else 0
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Tensors that share their first axis."""
+def _steady_rows(method: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Makes a row's result the same to the bit wherever it stands in a batch of a given size, and beside whatever.
 
-    def __len__(self) -> int:
-        return len(getattr(self, fields(self)[0].name))
+    BLAS cuts a matrix between threads at rows of its choice, and rows at a cut round differently, so acting (anything
+    without gradients) is done by one thread. At these sizes a second one gains little; training keeps them all.
+    """
 
-    def index(self, i: Tensor) -> Self:
-        """The rows `i` [N] (integers or a mask), as a new value."""
-        return type(self)(**{field.name: getattr(self, field.name)[i] for field in fields(self)})
+    @functools.wraps(method)
+    def steady(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        threads = torch.get_num_threads()
+        if torch.is_grad_enabled() or threads == 1:
+            return method(*args, **kwargs)
+        torch.set_num_threads(1)
+        try:
+            return method(*args, **kwargs)
+        finally:
+            torch.set_num_threads(threads)
 
-
-@dataclass(frozen=True)
-class Batch(Rows):
-    """Observations as tensors, padded to the architecture's own sizes so that a row never depends on its neighbours."""
-
-    proprio: Tensor
-    """[B, P] in the suite's units."""
-    words: Tensor
-    """[B, T] instruction ids, 0 is padding."""
-    objects: Tensor
-    """[B, M, 15] features; M = 0 in `pixels` mode."""
-    names: Tensor
-    """[B, M, W] ids of each object's name; a row of zeros is padding."""
-    images: Tensor
-    """[B, C, 3, size, size] uint8; C = 0 in `state` mode."""
+    return steady
 
 
 @dataclass(frozen=True)
@@ -110,14 +105,21 @@ class Context(Rows):
 
 
 class Pi0(FlowPolicy):
-    """Scaled-down pi0 behind the flow seam. Fresh weights come from `Pi0.create`, stored ones from `Pi0.restore`."""
+    """Scaled-down pi0 behind the flow seam. Its weights are random until some are loaded."""
 
     capabilities: ClassVar[frozenset[str]] = frozenset({"sft", "flow"})
     sft_draws: ClassVar[int] = 4
     """Draws of (t, noise) an observation in `sft_loss`: the prefix is encoded once, so more draws are cheap."""
 
-    def __init__(self, name: str, architecture: Pi0Architecture, vocabulary: Vocabulary) -> None:
+    def __init__(self, name: str, architecture: Pi0Architecture, vocabulary: Vocabulary, seed: int = 0) -> None:
+        """Random weights from `seed`; the global generator is left as it was."""
         super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self._build(name, architecture, vocabulary)
+        self.eval()
+
+    def _build(self, name: str, architecture: Pi0Architecture, vocabulary: Vocabulary) -> None:
         self.name, self.architecture, self.vocabulary = name, architecture, vocabulary
         a = architecture
         self.chunk, self.action_dim = a.chunk, a.action_dim
@@ -140,14 +142,6 @@ class Pi0(FlowPolicy):
         self.register_buffer("action_std", torch.ones(a.action_dim))
         self.register_buffer("proprio_mean", torch.zeros(a.proprio_dim))
         self.register_buffer("proprio_std", torch.ones(a.proprio_dim))
-        self.eval()
-
-    @classmethod
-    def create(cls, name: str, architecture: Pi0Architecture, texts: Sequence[str], seed: int) -> Pi0:
-        """Random weights from `seed`, and a vocabulary of every word in `texts`; leaves the global generator alone."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return cls(name, architecture, Vocabulary.of(texts))
 
     @classmethod
     def restore(cls, config: Mapping[str, Any]) -> Pi0:
@@ -158,15 +152,9 @@ class Pi0(FlowPolicy):
         try:
             stored = dict(config["architecture"])
             stored["cameras"] = tuple(stored["cameras"])
-            return cls.create_from(config["policy"], Pi0Architecture(**stored), Vocabulary(config["vocabulary"]))
+            return cls(config["policy"], Pi0Architecture(**stored), Vocabulary(config["vocabulary"]))
         except (KeyError, TypeError, ValueError) as error:
             raise BenchError(f"config.json: {error!r} does not describe a pi0 policy") from None
-
-    @classmethod
-    def create_from(cls, name: str, architecture: Pi0Architecture, vocabulary: Vocabulary) -> Pi0:
-        """As the constructor, but leaves the global generator alone."""
-        with torch.random.fork_rng(devices=[]):
-            return cls(name, architecture, vocabulary)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -209,49 +197,11 @@ class Pi0(FlowPolicy):
 
     def preprocess(self, observations: Sequence[Observation]) -> Batch:
         """Observations to padded tensors. Raises BenchError if one does not fit the architecture."""
-        a, n = self.architecture, len(observations)
-        state = a.observation == "state"
-        proprio = np.zeros((n, a.proprio_dim), np.float32)
-        words = np.zeros((n, a.max_words), np.int64)
-        poses = np.zeros((n, a.max_objects if state else 0, 7), np.float32)
-        names = np.zeros((n, poses.shape[1], a.max_name_words), np.int64)
-        images = np.zeros((n, len(a.cameras), 3, a.image_size, a.image_size), np.uint8)
-        for row, observation in enumerate(observations):
-            if observation.proprio.shape != (a.proprio_dim,):
-                raise BenchError(f"proprio: {observation.proprio.shape}, but {self.name} takes ({a.proprio_dim},)")
-            proprio[row] = observation.proprio
-            _put(words[row], self.vocabulary.encode(observation.instruction), "instruction", observation.instruction)
-            if state:
-                if not 0 < len(observation.objects) <= a.max_objects:
-                    raise BenchError(f"objects: {len(observation.objects)}, but {self.name} takes 1-{a.max_objects}")
-                for slot, name in enumerate(sorted(observation.objects)):
-                    poses[row, slot] = observation.objects[name]
-                    _put(names[row, slot], self.vocabulary.encode(name), "object name", name)
-            for slot, camera in enumerate(a.cameras):
-                images[row, slot] = self._image(observation, camera)
-        move = lambda array: torch.from_numpy(array).to(self.device)  # noqa: E731
-        objects = object_features(poses, proprio[:, :3])
-        return Batch(move(proprio), move(words), move(objects), move(names), move(images))
+        return to_batch(observations, self.architecture, self.vocabulary, self.device)
 
-    def _image(self, observation: Observation, camera: str) -> np.ndarray:
-        size = self.architecture.image_size
-        image = observation.images.get(camera)
-        if image is None or image.shape != (size, size, 3) or image.dtype != np.uint8:
-            found = "none" if image is None else f"{image.shape} {image.dtype}"
-            raise BenchError(f"images[{camera!r}]: {found}, but {self.name} takes ({size}, {size}, 3) uint8")
-        return image.transpose(2, 0, 1)
-
+    @_steady_rows
     def encode(self, batch: Batch) -> Context:
-        """Runs the vision-language prefix once; gradients flow unless the caller forbids them.
-
-        Without gradients a row's result does not depend, to the bit, on its neighbours or on its place.
-        """
-        if torch.is_grad_enabled():
-            return self._encode(batch)
-        with _one_thread():
-            return self._encode(batch)
-
-    def _encode(self, batch: Batch) -> Context:
+        """Runs the vision-language prefix once; gradients flow unless the caller forbids them."""
         a, vlm = self.architecture, self.model.model.vlm
         mask, embeddings, positions = self._tokens(batch)
         out = vlm(
@@ -297,6 +247,7 @@ class Pi0(FlowPolicy):
 
     # Action expert
 
+    @_steady_rows
     def velocity(self, context: Context, x: Tensor, t: Tensor) -> Tensor:
         """[B, K, H, A] velocities at x [B, K, H, A], t [B, K].
 
@@ -340,10 +291,9 @@ class Pi0(FlowPolicy):
         else:
             noise = [torch.randn(a.chunk, a.action_dim, generator=g, device=g.device) for g in generators]
             x = torch.stack(noise).to(self.device)
-        with _one_thread():
-            for step in range(a.euler_steps):
-                t = torch.full((n, 1), 1 - step / a.euler_steps, device=self.device)
-                x = x - self.velocity(context, x[:, None], t)[:, 0] / a.euler_steps
+        for step in range(a.euler_steps):
+            t = torch.full((n, 1), 1 - step / a.euler_steps, device=self.device)
+            x = x - self.velocity(context, x[:, None], t)[:, 0] / a.euler_steps
         return Sample(self.unnormalise(x), x)
 
     def sft_loss(self, context: Context, actions: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
@@ -360,46 +310,6 @@ class Pi0(FlowPolicy):
         """The action expert and its projections: exactly what receives a gradient from a detached context."""
         modules = (self.model.model.dit.layers, self.model.model.dit.norm, self.model.embed_action_time)
         return [p for module in (*modules, self.model.action_out_proj) for p in module.parameters()]
-
-
-def object_features(poses: np.ndarray, eef: np.ndarray) -> np.ndarray:
-    """[B, M, 15] features of poses [B, M, 7] (m, xyzw) seen from end-effector positions eef [B, 3] (m).
-
-    Position in the world and from the gripper, coarse (reach) and fine (grasp), and the rotation matrix's first two
-    columns (Zhou et al., 2019), which unlike a quaternion has no sign to choose. Scales are fixed, in metres: the
-    workspace, an arm's reach, a finger's opening.
-    """
-    position, quaternion = poses[..., :3], poses[..., 3:]
-    offset = position - eef[:, None]
-    x, y, z, w = np.moveaxis(quaternion / np.maximum(np.linalg.norm(quaternion, axis=-1, keepdims=True), 1e-6), -1, 0)
-    columns = (
-        1 - 2 * (y * y + z * z),
-        2 * (x * y + w * z),
-        2 * (x * z - w * y),
-        2 * (x * y - w * z),
-        1 - 2 * (x * x + z * z),
-        2 * (y * z + w * x),
-    )
-    parts = (position / 0.3, offset / 0.15, np.tanh(offset / 0.04), np.stack(columns, -1))
-    return np.concatenate(parts, -1).astype(np.float32)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """BLAS cuts a matrix between threads at rows of its choice, and rows at a cut round differently: with one thread a
-    row has the same bits wherever it stands. At these sizes a second thread gains little."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _put(slot: np.ndarray, ids: list[int], field: str, text: str) -> None:
-    if not 0 < len(ids) <= len(slot):
-        raise BenchError(f"{field}: {text!r} has {len(ids)} words, this policy takes 1-{len(slot)}")
-    slot[: len(ids)] = ids
 
 
 def _transformers_config(a: Pi0Architecture, vocabulary: int) -> PI0Config:

@@ -38,6 +38,7 @@ class PolicySpec:
     ) -> Pi0:
         """Random weights. `vocabulary`: the instructions and object names (any texts) whose words it will know."""
         from .pi0 import Pi0, Pi0Architecture
+        from .vocabulary import Vocabulary
 
         architecture = Pi0Architecture(
             observation=self.observation,
@@ -47,7 +48,7 @@ class PolicySpec:
             cameras=self.cameras,
             image_size=self.image_size,
         )
-        return Pi0.create(self.name, architecture, vocabulary, seed)
+        return Pi0(self.name, architecture, Vocabulary.of(vocabulary), seed)
 
     def load(self, folder: Path | str) -> Pi0:
         """The policy stored in `folder`. Raises BenchError if it is damaged, or another policy's."""

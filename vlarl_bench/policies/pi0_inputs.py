@@ -1,0 +1,114 @@
+"""What pi0 sees: observations as padded tensors.
+
+Shapes: B observations, P proprio, M objects, W words a name, T words an instruction, C cameras.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import BenchError
+from ..suite import Observation
+from .vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from .pi0 import Pi0Architecture
+
+OBJECT_FEATURES = 15
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Tensors that share their first axis."""
+
+    def __len__(self) -> int:
+        return len(getattr(self, fields(self)[0].name))
+
+    def index(self, i: Tensor) -> Self:
+        """The rows `i` [N] (integers or a mask), as a new value."""
+        return type(self)(**{field.name: getattr(self, field.name)[i] for field in fields(self)})
+
+
+@dataclass(frozen=True)
+class Batch(Rows):
+    """Observations as tensors, padded to the architecture's own sizes so that a row never depends on its neighbours."""
+
+    proprio: Tensor
+    """[B, P] in the suite's units."""
+    words: Tensor
+    """[B, T] instruction ids, 0 is padding."""
+    objects: Tensor
+    """[B, M, 15] features; M = 0 in `pixels` mode."""
+    names: Tensor
+    """[B, M, W] ids of each object's name; a row of zeros is padding."""
+    images: Tensor
+    """[B, C, 3, size, size] uint8; C = 0 in `state` mode."""
+
+
+def to_batch(
+    observations: Sequence[Observation], a: Pi0Architecture, vocabulary: Vocabulary, device: torch.device
+) -> Batch:
+    """Pads observations to the sizes of architecture `a`. Raises BenchError if one does not fit."""
+    n, state = len(observations), a.observation == "state"
+    proprio = np.zeros((n, a.proprio_dim), np.float32)
+    words = np.zeros((n, a.max_words), np.int64)
+    poses = np.zeros((n, a.max_objects if state else 0, 7), np.float32)
+    names = np.zeros((n, poses.shape[1], a.max_name_words), np.int64)
+    images = np.zeros((n, len(a.cameras), 3, a.image_size, a.image_size), np.uint8)
+    for row, observation in enumerate(observations):
+        if observation.proprio.shape != (a.proprio_dim,):
+            raise BenchError(f"proprio: shape {observation.proprio.shape}, but this policy takes ({a.proprio_dim},)")
+        proprio[row] = observation.proprio
+        _put(words[row], vocabulary.encode(observation.instruction), "instruction", observation.instruction)
+        if state:
+            if not 0 < len(observation.objects) <= a.max_objects:
+                raise BenchError(f"objects: {len(observation.objects)}, but this policy takes 1-{a.max_objects}")
+            for slot, name in enumerate(sorted(observation.objects)):
+                poses[row, slot] = observation.objects[name]
+                _put(names[row, slot], vocabulary.encode(name), "object name", name)
+        for slot, camera in enumerate(a.cameras):
+            images[row, slot] = _image(observation, camera, a.image_size)
+    arrays = (proprio, words, object_features(poses, proprio[:, :3]), names, images)
+    return Batch(*(torch.from_numpy(array).to(device) for array in arrays))
+
+
+def object_features(poses: np.ndarray, eef: np.ndarray) -> np.ndarray:
+    """[B, M, 15] features of poses [B, M, 7] (m, xyzw) seen from end-effector positions eef [B, 3] (m).
+
+    Position in the world and from the gripper, coarse (reach) and fine (grasp), and the rotation matrix's first two
+    columns (Zhou et al., 2019), which unlike a quaternion has no sign to choose. Scales are fixed, in metres: the
+    workspace, an arm's reach, a finger's opening.
+    """
+    position, quaternion = poses[..., :3], poses[..., 3:]
+    offset = position - eef[:, None]
+    x, y, z, w = np.moveaxis(quaternion / np.maximum(np.linalg.norm(quaternion, axis=-1, keepdims=True), 1e-6), -1, 0)
+    columns = (
+        1 - 2 * (y * y + z * z),
+        2 * (x * y + w * z),
+        2 * (x * z - w * y),
+        2 * (x * y - w * z),
+        1 - 2 * (x * x + z * z),
+        2 * (y * z + w * x),
+    )
+    parts = (position / 0.3, offset / 0.15, np.tanh(offset / 0.04), np.stack(columns, -1))
+    return np.concatenate(parts, -1).astype(np.float32)
+
+
+def _image(observation: Observation, camera: str, size: int) -> np.ndarray:
+    image = observation.images.get(camera)
+    if image is None or image.shape != (size, size, 3) or image.dtype != np.uint8:
+        found = "missing" if image is None else f"{image.shape} {image.dtype}"
+        raise BenchError(f"images[{camera!r}]: {found}, but this policy takes ({size}, {size}, 3) uint8")
+    return image.transpose(2, 0, 1)
+
+
+def _put(slot: np.ndarray, ids: list[int], field: str, text: str) -> None:
+    if not 0 < len(ids) <= len(slot):
+        raise BenchError(f"{field}: {text!r} has {len(ids)} words, this policy takes 1-{len(slot)}")
+    slot[: len(ids)] = ids
