@@ -18,7 +18,9 @@ def main(wheel: str) -> int:
     with zipfile.ZipFile(wheel) as archive:
         inside = set(archive.namelist())
     tracked = subprocess.run(["git", "ls-files", *FOLDERS], check=True, capture_output=True, text=True).stdout.split()
-    expected = {new + name.removeprefix(old) for old, new in FOLDERS.items() for name in tracked if name.startswith(old)}
+    expected = {
+        new + name.removeprefix(old) for old, new in FOLDERS.items() for name in tracked if name.startswith(old)
+    }
     found = [f"not in the wheel: {name}" for name in sorted(expected - inside)]
     found += [f"nothing in the wheel matches {p}" for p in MUST_HAVE if not any(fnmatch(name, p) for name in inside)]
     top = {name.split("/")[0] for name in inside}

@@ -46,11 +46,11 @@ PY
 }
 missing=$(missing_libraries)
 if [ -n "$missing" ]; then
-    command="apt-get update && apt-get install -y $SYSTEM_PACKAGES"
+    command="apt-get update -qq && apt-get install -y -qq $SYSTEM_PACKAGES"
     command -v apt-get >/dev/null 2>&1 || stop "missing $missing: install this system's packages for OSMesa, libGL and GLib"
     [ "$(id -u)" = 0 ] || stop "missing $missing; run: sudo sh -c '$command'"
     say "setup: installing $SYSTEM_PACKAGES"
-    DEBIAN_FRONTEND=noninteractive sh -c "$command" >&2 </dev/null || stop "failed: $command"
+    DEBIAN_FRONTEND=noninteractive sh -c "$command" >/dev/null </dev/null || stop "failed: $command"
     missing=$(missing_libraries)
     [ -z "$missing" ] || stop "still missing $missing after: $command"
 fi

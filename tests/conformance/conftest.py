@@ -1,0 +1,87 @@
+"""Real data for the conformance tests: episodes and demonstrations of each policy, on a suite that suits it."""
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vlarl_bench import registry
+from vlarl_bench.config import BUDGETS
+from vlarl_bench.errors import BenchError
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One policy with random weights, and data from a suite that it can run on."""
+
+    spec: Any
+    suite: Any
+    protocol: Any
+    policy: Any
+    rollout: Any
+    """Four episodes of three decisions; every other one counts as a success, so there is something to learn."""
+    demonstrations: Any
+    """Two of 12 environment steps."""
+
+    @property
+    def observations(self):
+        """Four different ones."""
+        return [episode.observations[i] for i, episode in enumerate(self.rollout.episodes)]
+
+    def data(self, algorithm):
+        """What the algorithm's `update` is given."""
+        return self.rollout if algorithm.learns_from == "rollouts" else self.demonstrations
+
+
+def stage(spec):
+    """(suite, protocol) of the first registered suite that shows what the policy must see."""
+    for name in registry.names("suite"):
+        suite = registry.get("suite", name)
+        try:
+            protocol = suite.protocol(spec.observation)
+        except BenchError:
+            continue
+        if all(task.suite == name for task in suite.tasks) and set(spec.cameras) <= set(protocol.cameras):
+            return suite, protocol
+    return pytest.skip(f"no registered suite shows what {spec.name} must see")
+
+
+@functools.cache
+def _bench(policy_name):
+    from vlarl_bench.rollout import Job, Pool, Rollout, episode_seed, run_episodes
+    from vlarl_bench.suite import Demonstration
+
+    spec = registry.get("policy", policy_name)
+    suite, protocol = stage(spec)
+    task = suite.tasks[0]
+    jobs = [Job(task, state, 0, episode_seed(0, state)) for state in protocol.train_states[:4]]
+    short = dataclasses.replace(protocol, horizon={task.suite: 3 * protocol.execute})
+    single = dataclasses.replace(protocol, horizon={task.suite: 12}, execute=1)
+    with Pool(suite, protocol, workers=1) as pool:
+        seen = pool.call("reset", {0: (task, protocol.train_states[0])})[0]
+        vocabulary = [task.instruction for task in suite.tasks] + list(seen.objects)
+        policy = spec.create(suite.action_dim, suite.proprio_dim, vocabulary, seed=0)
+        episodes = run_episodes(pool, policy, jobs, short, slots=4)
+        steps = run_episodes(pool, policy, jobs[:2], single, slots=2)
+    for i, episode in enumerate(episodes):
+        episode.success = i % 2 == 0
+    demonstrations = [
+        Demonstration(task, e.job.init_state, True, tuple(e.observations[:-1]), np.concatenate(e.actions))
+        for e in steps
+    ]
+    return Bench(spec, suite, protocol, policy, Rollout(episodes, max_decisions=3), demonstrations)
+
+
+@pytest.fixture(scope="session")
+def bench():
+    """`bench(policy_name)`: the policy and its data, made once a session. Copy the policy before changing it."""
+    return _bench
+
+
+@pytest.fixture(scope="session")
+def budget():
+    """The smallest budget that ships, with supervised work that takes a second also from pixels."""
+    return dataclasses.replace(BUDGETS["smoke"], gradient_steps=3, batch_size=8)

@@ -1,0 +1,178 @@
+"""What every registered algorithm must do, on every policy that has the capabilities it requires."""
+
+import ast
+import copy
+import dataclasses
+import inspect
+import math
+import subprocess
+import sys
+import textwrap
+from typing import Any
+
+import pytest
+import torch
+
+from vlarl_bench import registry
+from vlarl_bench.checkpoint import load_latest, save_checkpoint
+from vlarl_bench.config import check_settings
+
+ALGORITHMS = registry.names("algorithm")
+PAIRS = [(a, p) for a in ALGORITHMS for p in registry.names("policy") if registry.runs_on(a, p)]
+
+
+def documented(settings):
+    """Names of the fields that are followed by a docstring."""
+    (cls,) = ast.parse(textwrap.dedent(inspect.getsource(settings))).body
+    return {
+        field.target.id
+        for field, after in zip(cls.body, cls.body[1:], strict=False)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(after, ast.Expr)
+        and isinstance(after.value, ast.Constant)
+        and isinstance(after.value.value, str)
+        and after.value.value.strip()
+    }
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+class TestDescription:
+    def test_settings_are_frozen_and_documented_and_have_defaults(self, name):
+        settings = registry.get("algorithm", name).Settings
+        check_settings(settings())
+        for field in dataclasses.fields(settings):
+            with pytest.raises(dataclasses.FrozenInstanceError):
+                setattr(settings(), field.name, None)
+        assert {field.name for field in dataclasses.fields(settings)} == documented(settings)
+
+    def test_summary_is_one_line(self, name):
+        algorithm = registry.get("algorithm", name)
+        assert algorithm.summary.strip() == algorithm.summary != ""
+        assert "\n" not in algorithm.summary
+        assert algorithm.learns_from in ("rollouts", "demonstrations")
+
+    def test_some_policy_has_what_it_requires(self, name):
+        known = set().union(*(registry.get("policy", policy).capabilities for policy in registry.names("policy")))
+        assert registry.get("algorithm", name).requires <= known
+        assert any(algorithm == name for algorithm, _ in PAIRS)
+
+    def test_naming_it_imports_nothing_heavy(self, name):
+        # `vlarl-bench list` must stay instant; a lazily imported module is not yet a plain module.
+        code = f"""
+import sys, types
+from vlarl_bench import registry
+registry.get("algorithm", {name!r}).Settings()
+print([m for m in ("torch", "transformers", "mujoco") if type(sys.modules.get(m)) is types.ModuleType])
+"""
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == "[]"
+
+
+def start(name, stage, budget, seed=0):
+    """A fresh algorithm and its own copy of the policy."""
+    policy = copy.deepcopy(stage.policy)
+    cls = registry.get("algorithm", name)
+    return cls(cls.Settings(), policy, budget, seed), policy
+
+
+def assert_equal(a, b, where="state"):
+    """Bitwise equality of nested dicts, lists, tensors and numbers."""
+    if isinstance(a, dict):
+        assert list(a) == list(b), where
+        for key in a:
+            assert_equal(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, list | tuple):
+        assert type(a) is type(b), where
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_equal(x, y, f"{where}/{i}")
+    elif isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype, where
+        assert torch.equal(a, b), where
+    else:
+        assert type(a) is type(b), where
+        assert a == b, where
+
+
+@dataclasses.dataclass
+class Updated:
+    """One update done, and what it started from."""
+
+    name: str
+    stage: Any
+    before: dict
+    trainable: set
+    algorithm: Any
+    policy: Any
+    metrics: dict
+    data: Any
+
+
+@pytest.fixture(scope="module", params=PAIRS, ids="-".join)
+def updated(request, bench, budget):
+    name, policy_name = request.param
+    stage = bench(policy_name)
+    algorithm, policy = start(name, stage, budget)
+    trainable = {key for key, parameter in policy.named_parameters() if parameter.requires_grad}
+    data = stage.data(algorithm)
+    metrics = algorithm.update(policy, data)
+    return Updated(name, stage, stage.policy.state_dict(), trainable, algorithm, policy, metrics, data)
+
+
+def test_update_trains_and_returns_finite_metrics(updated):
+    assert updated.metrics
+    for name, value in updated.metrics.items():
+        assert type(value) is float, name
+        assert math.isfinite(value), name
+    after = updated.policy.state_dict()
+    assert all(tensor.isfinite().all() for tensor in after.values() if tensor.is_floating_point())
+    assert any(not torch.equal(after[key], updated.before[key]) for key in updated.trainable)
+
+
+def test_update_leaves_the_frozen_part_alone(updated):
+    """Buffers, and every parameter that the algorithm does not train; from rollouts that is all but the actor."""
+    actor = {id(parameter) for parameter in updated.policy.actor_parameters()}
+    for key, parameter in updated.policy.named_parameters():
+        if updated.algorithm.learns_from == "rollouts" and id(parameter) not in actor:
+            assert key not in updated.trainable
+    for key, tensor in updated.policy.state_dict().items():
+        if key not in updated.trainable:
+            assert torch.equal(tensor, updated.before[key]), key
+
+
+def test_seed_and_checkpoint_decide_what_follows(updated, budget, tmp_path):
+    """The same seed repeats an update bitwise, another gives another, and a stored run goes on as if never stopped."""
+    torch.manual_seed(123)  # an algorithm that used the global generator would now differ
+    straight, policy = start(updated.name, updated.stage, budget)
+    assert straight.update(policy, updated.data) == updated.metrics
+    assert_equal(dict(policy.state_dict()), dict(updated.policy.state_dict()))
+
+    other, other_policy = start(updated.name, updated.stage, budget, seed=1)
+    assert other.update(other_policy, updated.data) != updated.metrics
+
+    save_checkpoint(tmp_path, 1, {"policy": dict(policy.state_dict()), "algorithm": straight.state_dict()})
+    found = load_latest(tmp_path)
+    assert found is not None
+    assert_equal(found.state["algorithm"], straight.state_dict())
+    # Into an algorithm with a history of its own: whatever it is, loading must overwrite it.
+    other_policy.load_state_dict(found.state["policy"])
+    other.load_state_dict(found.state["algorithm"])
+    expected = straight.update(policy, updated.data)
+    assert other.update(other_policy, updated.data) == expected
+    assert_equal(dict(other_policy.state_dict()), dict(policy.state_dict()))
+
+
+def test_act_decodes_like_sample(updated):
+    """Whatever an algorithm explores: shapes, units, and a row that depends on its own generator only."""
+    policy, stage = updated.policy, updated.stage
+    with torch.no_grad():
+        context = policy.encode(policy.preprocess(stage.observations))
+        first, again, others = (
+            updated.algorithm.act(policy, context, [torch.Generator().manual_seed(seed) for seed in seeds])
+            for seeds in ((0, 1, 2, 3), (0, 1, 2, 3), (0, 7, 8, 9))
+        )
+    assert first.latent.shape == (4, policy.chunk, policy.action_dim)
+    assert torch.equal(first.latent, again.latent)
+    assert torch.equal(first.latent[0], others.latent[0])
+    torch.testing.assert_close(policy.unnormalise(first.latent), first.actions)

@@ -1,0 +1,195 @@
+"""What every registered policy must do, whoever wrote it."""
+
+import copy
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from vlarl_bench import registry
+from vlarl_bench.policies.store import content_hash, save_policy
+
+POLICIES = registry.names("policy")
+METHODS = {"sft": ("sft_loss",), "flow": ("velocity", "flow_loss")}
+
+
+@pytest.fixture(scope="module", params=POLICIES)
+def stage(request, bench):
+    return bench(request.param)
+
+
+@pytest.fixture(scope="module")
+def policy(stage):
+    return stage.policy
+
+
+@pytest.fixture(scope="module")
+def context(stage, policy):
+    """Four observations, encoded."""
+    with torch.no_grad():
+        return policy.encode(policy.preprocess(stage.observations))
+
+
+def seeds(*numbers):
+    return [torch.Generator().manual_seed(number) for number in numbers]
+
+
+def needs(policy, capability):
+    if capability not in policy.capabilities:
+        pytest.skip(f"{policy.config['policy']} has no {capability}")
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_naming_it_imports_nothing_heavy(name):
+    # `vlarl-bench list` must stay instant; a lazily imported module is not yet a plain module.
+    code = f"""
+import sys, types
+from vlarl_bench import registry
+registry.get("policy", {name!r}).summary
+print([m for m in ("torch", "transformers", "mujoco") if type(sys.modules.get(m)) is types.ModuleType])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_description(stage, policy):
+    assert "\n" not in stage.spec.summary.strip() != ""
+    assert policy.config["policy"] == stage.spec.name
+    assert policy.capabilities == stage.spec.capabilities
+    for capability in policy.capabilities:
+        for method in METHODS.get(capability, ()):
+            assert callable(getattr(policy, method))
+
+
+def test_same_seed_same_weights(stage):
+    made = [stage.spec.create(stage.suite.action_dim, stage.suite.proprio_dim, ["pick up"], seed=s) for s in (1, 1, 2)]
+    hashes = [content_hash(policy) for policy in made]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_shapes(stage, policy, context):
+    batch = policy.preprocess(stage.observations)
+    assert len(batch) == len(batch.index(torch.tensor([1, 0, 2, 3]))) == len(context) == 4
+    assert len(context.index(torch.tensor([2]))) == len(context.detach().index(torch.tensor([0]))) == 1
+    assert policy.features(context).shape == (4, policy.feature_dim)
+    assert policy.features(context).isfinite().all()
+    sample = policy.sample(context, seeds(0, 1, 2, 3))
+    assert sample.latent.shape == sample.actions.shape == (4, policy.chunk, policy.action_dim)
+    assert policy.action_dim == stage.suite.action_dim
+    assert sample.actions.isfinite().all()
+
+
+def test_actions_are_the_latent_in_environment_units(policy, context):
+    sample = policy.sample(context, seeds(0, 1, 2, 3))
+    torch.testing.assert_close(policy.unnormalise(sample.latent), sample.actions)
+    torch.testing.assert_close(policy.unnormalise(policy.normalise(sample.actions)), sample.actions)
+
+
+def test_sample_is_a_function_of_its_arguments(policy, context):
+    before, weights = torch.get_rng_state(), content_hash(policy)
+    first = policy.sample(context, seeds(0, 1, 2, 3))
+    again = policy.sample(context, seeds(0, 1, 2, 3))
+    assert torch.equal(first.latent, again.latent)
+    assert torch.equal(policy.sample(context, None).latent, policy.sample(context, None).latent)
+    assert not torch.equal(first.latent, policy.sample(context, seeds(4, 5, 6, 7)).latent)
+    assert torch.equal(torch.get_rng_state(), before), "uses torch's global generator"
+    assert content_hash(policy) == weights
+    assert not first.latent.requires_grad
+
+
+def test_rows_are_independent(policy, context):
+    """Same batch size, other neighbours: bitwise. Another batch size: to rounding."""
+    whole = policy.sample(context, seeds(0, 1, 2, 3)).latent
+    others = policy.sample(context.index(torch.tensor([0, 3, 1, 3])), seeds(0, 7, 8, 9)).latent
+    assert torch.equal(whole[0], others[0])
+    alone = policy.sample(context.index(torch.tensor([2])), seeds(2)).latent
+    torch.testing.assert_close(whole[2:3], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_are_encoded_independently(stage, policy):
+    seen = stage.observations
+    with torch.no_grad():
+        whole = policy.features(policy.encode(policy.preprocess(seen)))
+        others = policy.features(policy.encode(policy.preprocess([seen[0], seen[3], seen[1], seen[3]])))
+        alone = policy.features(policy.encode(policy.preprocess([seen[2]])))
+    assert torch.equal(whole[0], others[0])
+    torch.testing.assert_close(whole[2:3], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_it_listens_to_the_instruction(stage, policy):
+    seen = stage.observations[0]
+    other = dataclasses.replace(seen, instruction=stage.suite.tasks[1].instruction)
+    with torch.no_grad():
+        context = policy.encode(policy.preprocess([seen, other]))
+        latent = policy.sample(context, seeds(0, 0)).latent
+    assert not torch.allclose(latent[0], latent[1], atol=1e-6)
+
+
+def test_stored_and_loaded_it_is_the_same(stage, policy, context, tmp_path):
+    save_policy(tmp_path / "policy", policy, {"made_by": "a test"})
+    loaded = stage.spec.load(tmp_path / "policy")
+    assert content_hash(loaded) == content_hash(policy)
+    with torch.no_grad():
+        again = loaded.encode(loaded.preprocess(stage.observations))
+    expected, found = policy.sample(context, seeds(0, 1, 2, 3)), loaded.sample(again, seeds(0, 1, 2, 3))
+    assert torch.equal(expected.actions, found.actions)
+
+
+def test_actor_parameters_are_the_policys_own(policy):
+    own = {id(parameter) for parameter in policy.parameters()}
+    actor = [id(parameter) for parameter in policy.actor_parameters()]
+    assert actor
+    assert len(set(actor)) == len(actor)
+    assert set(actor) <= own
+
+
+def test_sft_loss_learns_from_real_steps_only(stage, policy):
+    needs(policy, "sft")
+    policy = copy.deepcopy(policy).requires_grad_(True)
+    context = policy.encode(policy.preprocess(stage.observations))
+    actions = policy.sample(context, seeds(0, 1, 2, 3)).actions
+    mask = torch.ones(4, policy.chunk)
+    mask[:, policy.chunk // 2 :] = 0
+    loss = policy.sft_loss(context, actions, mask, *seeds(0))
+    assert loss.shape == ()
+    assert loss.isfinite()
+    loss.backward()
+    for parameter in policy.actor_parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.isfinite().all()
+    with torch.no_grad():
+        assert policy.sft_loss(context, actions, mask, *seeds(0)) == pytest.approx(float(loss), rel=1e-5)
+        changed = actions + (mask == 0)[..., None]
+        assert policy.sft_loss(context, changed, torch.ones_like(mask), *seeds(0)) != pytest.approx(float(loss))
+
+
+def test_velocity_is_differentiable_and_takes_k_draws(policy, context):
+    needs(policy, "flow")
+    policy = copy.deepcopy(policy).requires_grad_(True)
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 3, policy.chunk, policy.action_dim, generator=draw)
+    t = torch.rand(4, 3, generator=draw)
+    velocity = policy.velocity(context, x, t)
+    assert velocity.shape == x.shape
+    for k in range(3):
+        alone = policy.velocity(context, x[:, k : k + 1], t[:, k : k + 1])
+        torch.testing.assert_close(velocity[:, k : k + 1], alone, rtol=1e-4, atol=1e-5)
+    velocity.square().mean().backward()
+    actor = {id(parameter) for parameter in policy.actor_parameters()}
+    for name, parameter in policy.named_parameters():
+        assert (parameter.grad is not None) == (id(parameter) in actor), name
+
+
+def test_flow_loss_is_the_squared_error_of_the_velocity(policy, context):
+    needs(policy, "flow")
+    draw = torch.Generator().manual_seed(0)
+    latent = torch.randn(4, policy.chunk, policy.action_dim, generator=draw)
+    noise = torch.randn(4, 2, policy.chunk, policy.action_dim, generator=draw)
+    with torch.no_grad():
+        # At t = 1 the point is pure noise, at t = 0 the chunk itself.
+        for t, x in ((1.0, noise), (0.0, latent[:, None].expand_as(noise))):
+            times = torch.full((4, 2), t)
+            expected = (policy.velocity(context, x, times) - (noise - latent[:, None])) ** 2
+            torch.testing.assert_close(policy.flow_loss(context, latent, times, noise), expected, rtol=1e-4, atol=1e-5)
