@@ -64,5 +64,5 @@ fi
 # PIP_FIND_LINKS) to a place that holds CPU wheels, as in PyTorch's own install instructions.
 say "setup: installing the pinned packages (about 3.5 GB on disk; minutes, the first time)"
 "$VENV/bin/python" -m pip install -q -c constraints.txt torch
-"$VENV/bin/python" -m pip install -q -c constraints.txt -e '.[dev]'
+"$VENV/bin/python" -m pip install -q -c constraints.txt --use-pep517 -e '.[dev]'
 say "setup: done"
