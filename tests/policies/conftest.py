@@ -1,0 +1,48 @@
+import numpy as np
+import pytest
+
+from vlarl_bench.policies.presets import PI0_TINY, PI0_TINY_PIXELS
+from vlarl_bench.suite import Observation
+
+OBJECTS = ("alphabet_soup_1", "cream_cheese_1", "ketchup_1", "basket_1")
+INSTRUCTIONS = tuple(f"pick up the {name} and place it in the basket" for name in ("alphabet soup", "cream cheese"))
+
+
+def observe(seed, spec=PI0_TINY, instruction=INSTRUCTIONS[0], objects=OBJECTS):
+    """A made-up observation of the kind that `spec` takes."""
+    draw = np.random.default_rng(seed)
+    proprio = draw.normal(scale=0.2, size=8).astype(np.float32)
+    size = spec.image_size
+    if spec.observation == "pixels":
+        images = {camera: draw.integers(0, 256, (size, size, 3), dtype=np.uint8) for camera in spec.cameras}
+        return Observation(instruction, proprio, images=images)
+    poses = {}
+    for name in objects:
+        quaternion = draw.normal(size=4)
+        poses[name] = np.r_[draw.normal(scale=0.2, size=3), quaternion / np.linalg.norm(quaternion)].astype(np.float32)
+    return Observation(instruction, proprio, poses)
+
+
+def make(spec=PI0_TINY, seed=0):
+    """Random weights, but fitted scales that are not the identity."""
+    policy = spec.create(7, 8, [*INSTRUCTIONS, *OBJECTS], seed=seed)
+    draw = np.random.default_rng(0)
+    policy.fit_normalisation(draw.normal(0.2, 0.5, (500, 7)), draw.normal(0.1, 0.3, (500, 8)))
+    return policy
+
+
+@pytest.fixture(params=[PI0_TINY, PI0_TINY_PIXELS], ids=lambda spec: spec.name)
+def spec(request):
+    return request.param
+
+
+@pytest.fixture
+def policy(spec):
+    return make(spec)
+
+
+@pytest.fixture
+def context(policy, spec):
+    """Five observations, two instructions and (in state mode) two numbers of objects."""
+    seen = [observe(i, spec, INSTRUCTIONS[i % 2], OBJECTS[: 3 + i % 2]) for i in range(5)]
+    return policy.encode(policy.preprocess(seen)).detach()

@@ -1,0 +1,347 @@
+"""pi0-tiny against transformers' own forward and sampler, and against what the flow seam promises."""
+
+import dataclasses
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from vlarl_bench.errors import BenchError
+from vlarl_bench.policies.pi0 import Pi0
+from vlarl_bench.policies.pi0_inputs import object_features
+from vlarl_bench.policies.presets import PI0_TINY, PI0_TINY_PIXELS
+from vlarl_bench.policies.vocabulary import Vocabulary
+
+from .conftest import INSTRUCTIONS, OBJECTS, make, observe
+
+
+def generators(*seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def points(n, k, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(n, k, 8, 7, generator=g), torch.rand(n, k, generator=g)
+
+
+def transformers_velocity(policy, context, x, t):
+    """One draw through `PI0ForConditionalGeneration.forward`."""
+    cache = policy.transformers_cache(context)
+    mask = context.mask
+    return policy.model(state=context.proprio, noise=x, timestep=t, attention_mask=mask, past_key_values=cache).logits
+
+
+def image_inputs(policy, batch):
+    """What transformers calls the inputs of a pixel batch."""
+    tokens = policy.model.model.vlm.config.image_token_id * torch.ones(
+        len(batch), policy.architecture.image_tokens, dtype=torch.long
+    )
+    ids = torch.cat((tokens, batch.words), 1)
+    return {
+        "input_ids": ids,
+        "attention_mask": ids != 0,
+        "pixel_values": batch.images.float() / 127.5 - 1,
+        "pixel_attention_mask": torch.ones(batch.images.shape[:2], dtype=torch.bool),
+    }
+
+
+def test_velocity_of_k_draws_is_transformers_forward_of_each(policy, context):
+    x, t = points(5, 3)
+    with torch.no_grad():
+        ours = policy.velocity(context, x, t)
+        for k in range(3):
+            theirs = transformers_velocity(policy, context, x[:, k], t[:, k])
+            assert theirs.abs().max() > 0.05
+            torch.testing.assert_close(ours[:, k], theirs, atol=2e-6, rtol=0)
+            alone = policy.velocity(context, x[:, k : k + 1], t[:, k : k + 1])[:, 0]
+            torch.testing.assert_close(ours[:, k], alone, atol=2e-6, rtol=0)
+
+
+def test_pixel_cache_changes_nothing():
+    policy = make(PI0_TINY_PIXELS)
+    batch = policy.preprocess([observe(i, PI0_TINY_PIXELS, INSTRUCTIONS[i % 2]) for i in range(3)])
+    x, t = points(3, 1)
+    with torch.no_grad():
+        context = policy.encode(batch)
+        whole = policy.model(state=context.proprio, noise=x[:, 0], timestep=t[:, 0], **image_inputs(policy, batch))
+        torch.testing.assert_close(policy.velocity(context, x, t)[:, 0], whole.logits, atol=2e-6, rtol=0)
+
+
+def test_pixel_sample_is_transformers_sample_actions():
+    policy = make(PI0_TINY_PIXELS)
+    batch = policy.preprocess([observe(i, PI0_TINY_PIXELS) for i in range(2)])
+    with torch.no_grad():
+        context = policy.encode(batch)
+    noise = torch.stack([torch.randn(8, 7, generator=g) for g in generators(1, 2)])
+    theirs = policy.model.sample_actions(
+        context.proprio, noise=noise, num_steps=policy.architecture.euler_steps, **image_inputs(policy, batch)
+    )
+    torch.testing.assert_close(policy.sample(context, generators(1, 2)).latent, theirs, atol=5e-6, rtol=0)
+
+
+def test_sample_integrates_from_noise_down_to_actions(policy, context):
+    """With a constant velocity b every Euler path ends at noise - b."""
+    with torch.no_grad():
+        policy.model.action_out_proj.weight.zero_()
+        policy.model.action_out_proj.bias.copy_(torch.arange(7.0))
+    noise = torch.stack([torch.randn(8, 7, generator=g) for g in generators(*range(5))])
+    sample = policy.sample(context, generators(*range(5)))
+    torch.testing.assert_close(sample.latent, noise - torch.arange(7.0))
+    torch.testing.assert_close(sample.actions, policy.unnormalise(sample.latent))
+    torch.testing.assert_close(policy.sample(context, None).latent, -torch.arange(7.0).expand(5, 8, 7))
+
+
+def test_sample_follows_transformers_forward(policy, context):
+    x = torch.zeros(5, 8, 7)
+    with torch.no_grad():
+        for t in (1.0, 0.8, 0.6, 0.4, 0.2):
+            x = x - 0.2 * transformers_velocity(policy, context, x, torch.full((5,), t))
+    torch.testing.assert_close(policy.sample(context, None).latent, x, atol=5e-6, rtol=0)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_row_has_the_same_bits_beside_any_neighbours_and_at_any_place(policy, spec, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        n, chosen = 11, observe(100, spec, INSTRUCTIONS[1])
+        seen = []
+        for place, first in ((0, 0), (4, 20), (10, 40)):
+            others = [observe(first + i, spec, INSTRUCTIONS[i % 2], OBJECTS[: 1 + i % 4]) for i in range(n)]
+            others[place] = chosen
+            seeds = [first + i for i in range(n)]
+            seeds[place] = 7
+            with torch.no_grad():
+                context = policy.encode(policy.preprocess(others))
+                x, t = points(n, 2, first)
+                x[place], t[place] = points(1, 2, 99)[0][0], points(1, 2, 99)[1][0]
+                velocity = policy.velocity(context, x, t)[place]
+            features = policy.features(context)[place]
+            seen.append((policy.sample(context, generators(*seeds)).latent[place], features, velocity))
+        for other in seen[1:]:
+            for a, b in zip(seen[0], other, strict=True):
+                assert torch.equal(a, b)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_batch_is_its_rows(policy, spec, context):
+    together = policy.sample(context, generators(*range(5))).latent
+    for i in range(5):
+        alone = policy.sample(context.index(torch.tensor([i])), generators(i)).latent[0]
+        torch.testing.assert_close(together[i], alone, atol=1e-5, rtol=0)
+    seen = [observe(i, spec) for i in range(3)]
+    with torch.no_grad():
+        all_features = policy.features(policy.encode(policy.preprocess(seen)))
+        for i in range(3):
+            alone = policy.features(policy.encode(policy.preprocess(seen[i : i + 1])))[0]
+            torch.testing.assert_close(all_features[i], alone, atol=1e-5, rtol=0)
+    assert all_features.shape == (3, policy.feature_dim)
+
+
+def test_padding_is_never_read(policy, context):
+    x, t = points(5, 2)
+    dirty = torch.where(context.mask[:, None, None, None, :, None], context.cache, torch.full((), 1e4))
+    assert not torch.equal(dirty, context.cache)
+    with torch.no_grad():
+        clean = policy.velocity(context, x, t)
+        assert torch.equal(clean, policy.velocity(dataclasses.replace(context, cache=dirty), x, t))
+
+
+def test_room_for_more_padding_changes_nothing(policy, spec):
+    roomy = dataclasses.replace(policy.architecture, max_words=33, max_objects=17, max_name_words=9)
+    other = Pi0(policy.name, roomy, policy.vocabulary)
+    other.load_state_dict(policy.state_dict())
+    seen = [observe(i, spec, INSTRUCTIONS[i]) for i in range(2)]
+    with torch.no_grad():
+        contexts = [p.encode(p.preprocess(seen)) for p in (policy, other)]
+        assert contexts[0].mask.shape[1] < contexts[1].mask.shape[1]
+        torch.testing.assert_close(policy.features(contexts[0]), other.features(contexts[1]), atol=1e-5, rtol=0)
+    a, b = (p.sample(c, None).latent for p, c in zip((policy, other), contexts, strict=True))
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+def test_flow_loss_by_hand(policy, context):
+    """x_t = t noise + (1 - t) latent, and the target is noise - latent."""
+    g = torch.Generator().manual_seed(3)
+    latent, noise = torch.randn(5, 8, 7, generator=g), torch.randn(5, 2, 8, 7, generator=g)
+    t = torch.tensor([[0.25, 1.0]]).expand(5, 2)
+    with torch.no_grad():
+        loss = policy.flow_loss(context, latent, t, noise)
+        quarter = transformers_velocity(policy, context, 0.25 * noise[:, 0] + 0.75 * latent, t[:, 0])
+        torch.testing.assert_close(loss[:, 0], (quarter - noise[:, 0] + latent) ** 2, atol=1e-4, rtol=1e-4)
+        pure = transformers_velocity(policy, context, noise[:, 1], t[:, 1])
+        torch.testing.assert_close(loss[:, 1], (pure - noise[:, 1] + latent) ** 2, atol=1e-4, rtol=1e-4)
+
+
+def test_gradients_reach_exactly_the_actor(policy, context):
+    latent, (noise, t) = torch.zeros(5, 8, 7), points(5, 2)
+    policy.flow_loss(context, latent, t, noise).mean().backward()
+    actor = policy.actor_parameters()
+    assert {id(p) for p in policy.parameters() if p.grad is not None} == {id(p) for p in actor}
+    assert len({id(p) for p in actor}) == len(actor)
+    assert all(p.grad.abs().max() > 0 for p in actor)
+
+
+def test_supervised_gradients_reach_what_the_policy_sees_with(policy, spec):
+    batch = policy.preprocess([observe(i, spec) for i in range(2)])
+    loss = policy.sft_loss(policy.encode(batch), torch.zeros(2, 8, 7), torch.ones(2, 8), generators(0)[0])
+    loss.backward()
+    vlm = policy.model.model.vlm
+    seeing = vlm.vision_tower if spec.observation == "pixels" else policy.object_in
+    for module in (seeing, vlm.get_input_embeddings(), vlm.language_model.layers[0].mlp):
+        assert all(p.grad is not None and p.grad.abs().max() > 0 for p in module.parameters())
+
+
+def test_sft_loss_counts_only_real_steps(policy, context):
+    with torch.no_grad():
+        policy.model.action_out_proj.weight.zero_()
+        policy.model.action_out_proj.bias.zero_()
+    actions, mask = torch.zeros(5, 8, 7), torch.zeros(5, 8)
+    mask[0, :3] = mask[1, :8] = 1
+    loss = policy.sft_loss(context, actions, mask, generators(0)[0])
+    actions[0, 3:], actions[2:] = 9.0, 9.0
+    assert policy.sft_loss(context, actions, mask, generators(0)[0]) == loss
+    actions[0, 2] = 9.0
+    assert policy.sft_loss(context, actions, mask, generators(0)[0]) > loss
+    # A velocity of zero leaves E|noise - latent|^2 = 1 + latent^2 a dimension; 11 steps x 4 draws x 7 dimensions.
+    actions = policy.unnormalise(torch.full((5, 8, 7), 2.0))
+    assert policy.sft_loss(context, actions, mask, generators(0)[0]).item() == pytest.approx(5, rel=0.3)
+
+
+def test_nothing_writes_to_a_context(policy, context):
+    copy = {f.name: getattr(context, f.name).clone() for f in dataclasses.fields(context)}
+    x, t = points(5, 2)
+    first = policy.velocity(context, x, t)
+    policy.sample(context, generators(*range(5)))
+    policy.flow_loss(context, x[:, 0], t, x).mean().backward()
+    assert torch.equal(first, policy.velocity(context, x, t))
+    assert all(torch.equal(getattr(context, name), value) for name, value in copy.items())
+
+
+def test_index_takes_rows_of_everything(policy, context):
+    some = context.index(torch.tensor([3, 1]))
+    assert len(some) == 2
+    assert torch.equal(some.cache, context.cache[[3, 1]])
+    x, t = points(5, 1)
+    with torch.no_grad():
+        expected = policy.velocity(context, x, t)[[3, 1]]
+        torch.testing.assert_close(policy.velocity(some, x[[3, 1]], t[[3, 1]]), expected, atol=2e-6, rtol=0)
+
+
+def decode(policy, *observations):
+    with torch.no_grad():
+        return policy.sample(policy.encode(policy.preprocess(observations)), None).latent
+
+
+def test_everything_seen_matters(policy, spec):
+    """The instruction, its word order, each camera or object, and proprioception all reach the actions."""
+    base = observe(0, spec)
+    replace = dataclasses.replace
+    others = [
+        replace(base, instruction=INSTRUCTIONS[1]),
+        replace(base, instruction=" ".join(reversed(base.instruction.split()))),
+        replace(base, proprio=base.proprio + np.float32(0.1) * np.eye(8, dtype=np.float32)[6]),
+    ]
+    if spec.observation == "pixels":
+        others += [replace(base, images={**base.images, name: image[::-1]}) for name, image in base.images.items()]
+    else:
+        for i in (0, 3):
+            for name in OBJECTS:
+                moved = base.objects[name] + np.float32(0.3) * np.eye(7, dtype=np.float32)[i]
+                others.append(replace(base, objects={**base.objects, name: moved}))
+        swapped = {"ketchup_1": base.objects["basket_1"], "basket_1": base.objects["ketchup_1"]}
+        others.append(replace(base, objects={**base.objects, **swapped}))
+        others.append(replace(base, objects={n: p for n, p in base.objects.items() if n != "ketchup_1"}))
+    actions = decode(policy, base, *others)
+    assert ((actions[1:] - actions[0]).abs().amax((1, 2)) > 1e-4).all()
+
+
+def test_the_order_and_the_sign_of_what_is_seen_do_not_matter():
+    policy, base = make(), observe(0)
+    shuffled = dataclasses.replace(base, objects=dict(reversed(base.objects.items())))
+    negated = {name: np.r_[pose[:3], -pose[3:]].astype(np.float32) for name, pose in base.objects.items()}
+    same = decode(policy, base, shuffled, dataclasses.replace(base, objects=negated))
+    assert torch.equal(same[0], same[1])
+    torch.testing.assert_close(same[0], same[2], atol=1e-5, rtol=0)
+
+
+def test_object_features_by_hand():
+    half = np.sqrt(0.5)
+    pose = np.array([[[0.3, 0.0, 0.6, 0.0, 0.0, half, half]]], np.float32)  # a quarter turn about z
+    features = object_features(pose, np.array([[0.15, 0.04, 0.6]], np.float32))[0, 0]
+    expected = [1, 0, 2, 1, -0.04 / 0.15, 0, np.tanh(3.75), np.tanh(-1), 0, 0, 1, 0, -1, 0, 0]
+    np.testing.assert_allclose(features, expected, atol=1e-6)
+
+
+def test_normalisation_round_trip():
+    policy = make()
+    actions = torch.randn(4, 8, 7)
+    torch.testing.assert_close(policy.unnormalise(policy.normalise(actions)), actions, atol=1e-5, rtol=1e-5)
+    demonstrated = np.random.default_rng(1).normal([0, 1, 2, 3, 4, 5, 6], [1, 2, 3, 1, 1, 1, 0], (4000, 7))
+    policy.fit_normalisation(demonstrated, np.zeros((10, 8)))
+    latent = policy.normalise(torch.from_numpy(demonstrated).float())
+    torch.testing.assert_close(latent.mean(0), torch.zeros(7), atol=1e-4, rtol=0)
+    torch.testing.assert_close(latent.std(0)[:6], torch.ones(6), atol=1e-2, rtol=0)
+    assert policy.action_std[6] == pytest.approx(0.1)  # a dimension that never moved is not blown up
+
+
+def test_proprio_far_outside_is_clipped():
+    policy, base = make(), observe(0)
+    far, further = (dataclasses.replace(base, proprio=np.full(8, x, np.float32)) for x in (50, 51))
+    with torch.no_grad():
+        context = policy.encode(policy.preprocess([far, further]))
+    assert torch.equal(context.proprio, torch.full((2, 8), 6.0))
+
+
+def test_seeds():
+    state = torch.get_rng_state()
+    a, b, c = make(seed=0), make(seed=0), make(seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+    assert not torch.equal(a.model.action_out_proj.weight, c.model.action_out_proj.weight)
+
+
+def test_words():
+    vocabulary = Vocabulary.of(["Pick up the alphabet_soup_1", "the basket"])
+    assert vocabulary.entries == ("<pad>", "<unk>", "1", "alphabet", "basket", "pick", "soup", "the", "up")
+    assert vocabulary.encode("pick the WRENCH, basket-2") == [5, 7, 1, 4, 1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"proprio": np.zeros(9, np.float32)}, "proprio: shape (9,)"),
+        ({"instruction": "go " * 21}, "instruction: 'go go"),
+        ({"instruction": ""}, "instruction: ''"),
+        ({"objects": {}}, "objects: 0"),
+        ({"objects": {f"milk_{i}": np.zeros(7, np.float32) for i in range(11)}}, "objects: 11"),
+    ],
+)
+def test_observations_that_do_not_fit(change, message):
+    with pytest.raises(BenchError) as error:
+        make().preprocess([dataclasses.replace(observe(0), **change)])
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("image", [None, np.zeros((32, 32, 3), np.uint8), np.zeros((64, 64, 3), np.float32)])
+def test_images_that_do_not_fit(image):
+    seen = observe(0, PI0_TINY_PIXELS)
+    images = {name: picture for name, picture in seen.images.items() if name != "agentview"}
+    if image is not None:
+        images["agentview"] = image
+    with pytest.raises(BenchError, match=r"images\['agentview'\]: .*takes \(64, 64, 3\) uint8"):
+        make(PI0_TINY_PIXELS).preprocess([dataclasses.replace(seen, images=images)])
+
+
+def test_presets_import_nothing_heavy_and_say_what_policies_can():
+    code = "import sys, vlarl_bench.policies.presets; print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+    for spec in (PI0_TINY, PI0_TINY_PIXELS):
+        policy = make(spec)
+        assert spec.capabilities == policy.capabilities
+        assert 0.5e6 < sum(p.numel() for p in policy.parameters()) < 2.5e6
