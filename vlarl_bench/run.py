@@ -22,7 +22,7 @@ from .config import EvalConfig, RunConfig, select_tasks
 from .errors import BenchError
 from .progress import Progress
 from .provenance import code_version, fingerprint_hash, make_manifest
-from .records import EpisodeLog, EpisodeRow, MetricsLog, explained, read_json, write_json_atomic
+from .records import EpisodeLog, EpisodeRow, MetricsLog, explained, read_json, write_json_atomic, write_text_atomic
 from .rollout import Episode, Job, Pool, Rollout, episode_seed, run_episodes
 
 if TYPE_CHECKING:
@@ -403,8 +403,45 @@ def _save_policy(plan: Plan, policy: Policy, out: Path) -> None:
 
 
 def _film(plan: Plan, policy: Policy, rows: Sequence[EpisodeRow], out: Path) -> None:
-    pass
+    """Films one held-out episode, played by the base policy and by the fine-tuned one with the same noise seed.
+
+    The first episode that failed before and succeeded after; if there is none, the first of all.
+    """
+    from .report.video import captioned, write_video
+
+    outcome = {(row.phase, row.suite, row.task, row.init_state, row.repeat): row.success for row in rows}
+
+    def of(phase: Phase, job: Job) -> bool | None:
+        return outcome.get((phase, job.task.suite, job.task.name, job.init_state, job.repeat))
+
+    jobs = plan.eval_jobs()
+    job = next((job for job in jobs if of("base", job) is False and of("final", job) is True), jobs[0])
+    players = {"after": policy} if plan.base is None else {"before": plan.spec.load(plan.base), "after": policy}
+    camera, size, every = FILM
+    with Pool(plan.suite, plan.protocol, workers=1, video=True) as pool:
+        for when, player in players.items():
+            (episode,) = run_episodes(pool, player, [job], plan.protocol, plan.config.slots)
+            frames = pool.call("film", {0: (job.task, job.init_state, episode.actions, camera, size, every)})[0]
+            label = f"{when} {plan.algorithm}"
+            pictures = [
+                captioned(frame, job.task.instruction, label, episode.success, min(i * every, episode.steps))
+                for i, frame in enumerate(frames)
+            ]
+            # The last frame stays for a second, so that one sees how it ended.
+            write_video(out / f"{when}.mp4", pictures + pictures[-1:] * 10, fps=20 / every)
 
 
 def _report(out: Path) -> None:
-    pass
+    """Table and learning curve, from the rows on disk; the table also goes to stdout."""
+    from .report.curve import write_curve
+    from .report.render import print_table, to_markdown
+    from .report.runs import read_run
+    from .report.table import comparison_table
+
+    found = read_run(out)
+    table = comparison_table(found)
+    write_text_atomic(out / "table.md", to_markdown(table))
+    if found.compares:
+        write_curve(out / "curve.png", found)
+    print_table(table)
+    print(f"\nrun folder: {out}")
