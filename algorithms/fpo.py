@@ -206,12 +206,14 @@ class FPO(Algorithm):
             return metrics | self._ascend_critic(policy, context, rows, data)
         return metrics | self._ascend_surrogate(policy, context, rows, data, advantage)
 
-    def _decisions(
-        self, policy: FlowPolicy, context: Any, rollout: Rollout
-    ) -> tuple[dict[str, Tensor], Tensor]:
+    def _decisions(self, policy: FlowPolicy, context: Any, rollout: Rollout) -> tuple[dict[str, Tensor], Tensor]:
         """One entry a decision: what critic and actor need; and the context's row of each."""
         s = self.settings
-        first, steps_taken, rows, last, success = 0, [], [], [], []
+        first = 0
+        steps_taken: list[float] = []
+        rows: list[int] = []
+        last: list[bool] = []
+        success: list[bool] = []
         for episode in rollout.episodes:
             n = len(episode.latents)
             rows += range(first, first + n)
@@ -268,15 +270,22 @@ class FPO(Algorithm):
             with torch.no_grad():
                 for slow, fast in zip(self.target.parameters(), self.critic.parameters(), strict=True):
                     slow.lerp_(fast, s.polyak)
-        return {"critic_loss": float(loss)}
+        return {"critic_loss": loss.item()}
 
     def _advantages(self, data: dict[str, Tensor]) -> Tensor:
         """[n] GAE with V(s) = min_i Q_i(s, x)."""
         with torch.no_grad():
             values = self.critic(data["features"], data["value_chunk"]).amin(0)
             next_values = self.critic(data["next_features"], data["next_chunk"]).amin(0)
-        arrays = [data["reward"], values, next_values, data["terminated"], data["ended"]]
-        advantages = gae(*(array.numpy() for array in arrays), self.settings.gamma, self.settings.gae_lambda)
+        advantages = gae(
+            data["reward"].numpy(),
+            values.numpy(),
+            next_values.numpy(),
+            data["terminated"].numpy(),
+            data["ended"].numpy(),
+            self.settings.gamma,
+            self.settings.gae_lambda,
+        )
         return torch.from_numpy(advantages.astype(np.float32))
 
     def _ascend_surrogate(
@@ -294,7 +303,9 @@ class FPO(Algorithm):
         with torch.no_grad():
             old = torch.cat([losses(i) for i in torch.arange(n).split(s.minibatch)])
         metrics = {"cfm_loss": float(old.mean())}
-        clipped, moved, drift = [], [], []
+        clipped: list[float] = []
+        moved: list[float] = []
+        drift: list[float] = []
         for epoch in range(s.epochs):
             for i in torch.randperm(n, generator=self.generator).split(s.minibatch):
                 loss, ratio = actor_loss(losses(i), old[i], advantage[i], s)
@@ -325,7 +336,7 @@ class FPO(Algorithm):
                     x = x - 0.1 * policy.velocity(view, x, torch.full((len(i), 1), 1 - 0.1 * step))
                 value = self.critic(data["features"][i], x[:, 0]).amin(0).mean()
                 self._step(-value)
-                values.append(float(value))
+                values.append(value.item())
         return {"chunk_value": float(np.mean(values))}
 
     def _step(self, loss: Tensor) -> None:

@@ -32,7 +32,9 @@ class SFTSettings:
     """Settings of supervised fine-tuning."""
 
     lr: float = 1e-3
-    """Peak learning rate (AdamW); warmed up over 5 % of the budget's gradient steps, then cosine to 0."""
+    """Learning rate (AdamW), constant after the warm-up: half a run is then the same as a run of half the length."""
+    warmup: int = 100
+    """Gradient steps over which the learning rate rises from 0."""
     weight_decay: float = 1e-4
     """Decoupled weight decay."""
     grad_norm: float = 1.0
@@ -40,11 +42,12 @@ class SFTSettings:
 
     def check(self) -> None:
         """Raises BenchError on a value out of range."""
-        if self.lr <= 0 or self.grad_norm <= 0 or self.weight_decay < 0:
-            raise BenchError(
-                f"algo: lr {self.lr}, grad_norm {self.grad_norm}, weight_decay {self.weight_decay}; "
-                "lr and grad_norm must be above 0, weight_decay at least 0"
-            )
+        for name in ("lr", "grad_norm"):
+            if getattr(self, name) <= 0:
+                raise BenchError(f"algo.{name}: {getattr(self, name)}; it must be above 0")
+        for name in ("warmup", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise BenchError(f"algo.{name}: {getattr(self, name)}; it must be at least 0")
 
 
 def chunks(actions: np.ndarray, horizon: int) -> tuple[np.ndarray, np.ndarray]:
@@ -84,10 +87,8 @@ class SFT(Algorithm):
         batch, actions, mask = self._examples
         losses = []
         for _ in range(math.ceil(budget.gradient_steps / budget.iterations)):
-            warm = min(1.0, (self.steps + 1) / max(1.0, 0.05 * budget.gradient_steps))
-            cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, self.steps / budget.gradient_steps)))
             for group in self.optimizer.param_groups:
-                group["lr"] = s.lr * warm * cosine
+                group["lr"] = s.lr * min(1.0, (self.steps + 1) / (s.warmup + 1))
             i = torch.randint(len(actions), (budget.batch_size,), generator=self.generator)
             loss = policy.sft_loss(policy.encode(batch.index(i)), actions[i], mask[i], self.generator)
             self.optimizer.zero_grad()
@@ -95,7 +96,7 @@ class SFT(Algorithm):
             torch.nn.utils.clip_grad_norm_(policy.parameters(), s.grad_norm)
             self.optimizer.step()
             self.steps += 1
-            losses.append(float(loss))
+            losses.append(loss.item())
         return {"sft_loss": float(np.mean(losses)), "gradient_steps": float(self.steps)}
 
     def state_dict(self) -> dict[str, Any]:

@@ -29,7 +29,7 @@ class Algorithm(ABC):
     def __init__(self, settings: Any, policy: Policy, budget: Budget, seed: int) -> None:
         """Prepares critics and optimisers for `policy`; `budget` says how long the run will be, for schedules."""
 
-    def act(self, policy: Policy, context: Any, generators: Sequence[torch.Generator]) -> Sample:
+    def act(self, policy: Policy, context: Any, generators: Sequence[torch.Generator] | None) -> Sample:
         """How actions are chosen while collecting; the policy's own sampling unless the method explores."""
         return policy.sample(context, generators)
 

@@ -141,6 +141,7 @@ def _serve(pipe: Connection, suite: Suite, protocol: Protocol, video: bool) -> N
             command, share = pipe.recv()
         except (EOFError, ConnectionResetError):
             return
+        answer: tuple[bool, Any]
         try:
             answer = (True, {slot: getattr(worker, command)(slot, request) for slot, request in share.items()})
         except BenchError as error:

@@ -319,7 +319,7 @@ def _rewarded(plan: Plan, config: RunConfig, episodes: list[Episode], iteration:
     if config.rewards == "success":
         return episodes
     rng = np.random.default_rng(episode_seed(config.seed, "shuffle", iteration))
-    outcome = {}
+    outcome: dict[int, bool] = {}
     for task in plan.tasks:
         members = [i for i, episode in enumerate(episodes) if episode.job.task == task]
         outcome |= dict(zip(members, rng.permutation([episodes[i].success for i in members]).tolist(), strict=True))

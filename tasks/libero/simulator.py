@@ -151,7 +151,13 @@ class LiberoSimulator:
         return float(left - right)
 
     def save(self) -> Snapshot:
-        """Exact snapshot (a few kB)."""
+        """Exact snapshot (a few kB). In `pixels` mode `observe` first, if what is seen now is to be seen again.
+
+        MuJoCo's poses lag its state by one substep, as in the stock environment, and a restored state cannot tell by
+        how much: so what was seen travels with the snapshot.
+        """
+        if self.protocol.observation == "state":
+            self.observe()
         physics = np.empty(mujoco.mj_stateSize(self.model, _STATE))
         mujoco.mj_getState(self.model, self.data, physics, _STATE)
         return Snapshot(physics, self.controller.save(), self._seen)

@@ -57,7 +57,9 @@ class LiberoSuite(Suite):
     def demonstrate(self, simulator: Simulator, task: Task, init_state: int, seed: int) -> Demonstration:
         """The scripted expert of `expert.py`."""
         from .expert import demonstrate
+        from .simulator import LiberoSimulator
 
+        assert isinstance(simulator, LiberoSimulator)
         return demonstrate(simulator, task, init_state, seed)
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from toy import ToyFlow, rollout
-
 from vlarl_bench.algorithms.fpo import FPO, FPOSettings, actor_loss, cfm_ratio, chunk_loss
+
 from vlarl_bench.config import BUDGETS
 from vlarl_bench.errors import BenchError
 
@@ -26,7 +26,8 @@ def inputs(seed=0, b=6, k=3, dtype=torch.float64):
     t = torch.rand(b, k, generator=g, dtype=dtype)
     noise = torch.randn(b, k, 2, 2, generator=g, dtype=dtype)
     advantage = torch.randn(b, generator=g, dtype=dtype)
-    context = policy.preprocess([seen for e in rollout(ToyFlow(), lambda x: True, b, 0).episodes for seen in e.observations[:1]])
+    episodes = rollout(ToyFlow(), lambda x: True, b, 0).episodes
+    context = policy.preprocess([episode.observations[0] for episode in episodes])
     return policy, context, latent, mask, t, noise, advantage
 
 
@@ -53,7 +54,8 @@ def test_steps_never_executed_do_not_count():
     garbage[:, :, 1] += 100
     changed = chunk_loss(policy, context, latent, first_only, t, garbage)
     assert torch.allclose(changed, chunk_loss(policy, context, latent, first_only, t, noise))
-    assert not torch.allclose(chunk_loss(policy, context, latent, mask, t, garbage), chunk_loss(policy, context, latent, mask, t, noise))
+    clean = chunk_loss(policy, context, latent, mask, t, noise)
+    assert not torch.allclose(chunk_loss(policy, context, latent, mask, t, garbage), clean)
 
 
 @pytest.mark.parametrize("ratio", RATIOS)
@@ -153,8 +155,9 @@ def test_removing_the_batch_mean_leaves_the_drift_free():
     free = dataclasses.replace(s, drift_penalty=0.0)
     advantage, old = torch.zeros(64), torch.full((64, 4), 1.0)
     risen, fallen = old + 0.5, old - 0.5
-    assert float(actor_loss(risen, old, advantage, s)[0] - actor_loss(risen, old, advantage, free)[0]) == pytest.approx(1.0)
-    assert float(actor_loss(fallen, old, advantage, s)[0] - actor_loss(fallen, old, advantage, free)[0]) == pytest.approx(0.0)
+    for new, penalty in ((risen, 1.0), (fallen, 0.0)):
+        extra = actor_loss(new, old, advantage, s)[0] - actor_loss(new, old, advantage, free)[0]
+        assert float(extra) == pytest.approx(penalty)
 
 
 def test_exploration_steps_follow_the_flow():
@@ -207,7 +210,9 @@ def success_rate(policy, seed):
     return np.mean([e.success for e in rollout(policy, wants, 200, seed).episodes])
 
 
-@pytest.mark.parametrize("changes", [{}, {"ratio": "scaled", "beta": 0.1}, {"explore_steps": 2}, {"critics": 1}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"ratio": "scaled", "beta": 0.1}, {"explore_steps": 2}, {"critics": 1}], ids=str
+)
 def test_it_learns_a_one_step_problem(changes):
     policy = ToyFlow(1)
     algorithm = FPO(settings(lr=1e-2, minibatch=16, critic_steps=50, **changes), policy, BUDGETS["smoke"], 0)

@@ -66,7 +66,10 @@ class ToyFlow(FlowPolicy):
         shape = (self.chunk, self.action_dim)
         x = torch.stack([torch.randn(shape, generator=g, dtype=self.w.dtype) for g in generators])
         for step in range(10):
-            x = x - 0.1 * self.velocity(context, x[:, None], torch.full((len(x), 1), 1 - 0.1 * step, dtype=x.dtype))[:, 0]
+            x = (
+                x
+                - 0.1 * self.velocity(context, x[:, None], torch.full((len(x), 1), 1 - 0.1 * step, dtype=x.dtype))[:, 0]
+            )
         return Sample(actions=x, latent=x)
 
     def sft_loss(self, context, actions, mask, generator):

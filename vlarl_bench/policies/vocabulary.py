@@ -18,6 +18,7 @@ class Vocabulary:
         """Takes the stored list, as `entries` gives it back."""
         self.entries = tuple(entries)
         self._ids = {word: i for i, word in enumerate(self.entries)}
+        self._encoded: dict[str, list[int]] = {}
 
     @classmethod
     def of(cls, texts: Iterable[str]) -> "Vocabulary":
@@ -29,4 +30,6 @@ class Vocabulary:
 
     def encode(self, text: str) -> list[int]:
         """Ids of the words of a text."""
-        return [self._ids.get(word, 1) for word in words(text)]
+        if text not in self._encoded:  # the same few instructions and names, at every step of every episode
+            self._encoded[text] = [self._ids.get(word, 1) for word in words(text)]
+        return list(self._encoded[text])
