@@ -42,7 +42,7 @@ class FPOSettings:
     """Passes over an iteration's decisions."""
     minibatch: int = 128
     """Decisions a gradient step; each counts with all its draws."""
-    draws: int = 8
+    draws: int = 4
     """Stored (tau, eps) pairs a decision."""
     clip_eps: float = 0.05
     """Clip range e of eq. 4; 0 turns clipping off (ablation)."""

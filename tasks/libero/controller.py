@@ -19,6 +19,41 @@ def _cross(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 @numba.njit(cache=True)
+def _solve(matrix: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Solves matrix [n, n] x = right [n, m] by Cholesky; for these sizes LAPACK's call costs more than the work."""
+    n, m = right.shape
+    lower = np.zeros((n, n))
+    x = right.copy()
+    for i in range(n):
+        for j in range(i + 1):
+            total = matrix[i, j]
+            for k in range(j):
+                total -= lower[i, k] * lower[j, k]
+            lower[i, j] = np.sqrt(total) if i == j else total / lower[j, j]
+    for c in range(m):
+        for i in range(n):
+            for k in range(i):
+                x[i, c] -= lower[i, k] * x[k, c]
+            x[i, c] /= lower[i, i]
+        for i in range(n - 1, -1, -1):
+            for k in range(i + 1, n):
+                x[i, c] -= lower[k, i] * x[k, c]
+            x[i, c] /= lower[i, i]
+    return x
+
+
+@numba.njit(cache=True)
+def _product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a [n, k] times b [k, m]."""
+    out = np.zeros((a.shape[0], b.shape[1]))
+    for i in range(a.shape[0]):
+        for k in range(a.shape[1]):
+            for j in range(b.shape[1]):
+                out[i, j] += a[i, k] * b[k, j]
+    return out
+
+
+@numba.njit(cache=True)
 def osc_torques(
     goal_position: np.ndarray,
     goal_rotation: np.ndarray,
@@ -46,15 +81,38 @@ def osc_torques(
         + _cross(rotation[:, 1], goal_rotation[:, 1])
         + _cross(rotation[:, 2], goal_rotation[:, 2])
     )
-    force = error * kp - twist * kd
-    mobility = np.linalg.solve(mass, jacobian.T.copy())  # M^-1 J^T
-    inverse_inertia = np.dot(jacobian, mobility)
-    wrench = np.empty(6)
-    wrench[:3] = np.linalg.solve(inverse_inertia[:3, :3].copy(), force[:3])
-    wrench[3:] = np.linalg.solve(inverse_inertia[3:, 3:].copy(), force[3:])
-    posture = np.dot(mass, 10.0 * (rest - joints) - 2.0 * np.sqrt(10.0) * joint_velocity)
-    in_task_space = np.linalg.solve(inverse_inertia, np.dot(mobility.T.copy(), posture))
-    return np.dot(jacobian.T.copy(), wrench - in_task_space) + bias + posture
+    force = (error * kp - twist * kd).reshape(6, 1)
+    mobility = _solve(mass, jacobian.T)  # M^-1 J^T
+    inverse_inertia = _product(jacobian, mobility)
+    wrench = np.empty((6, 1))
+    wrench[:3] = _solve(inverse_inertia[:3, :3], force[:3])
+    wrench[3:] = _solve(inverse_inertia[3:, 3:], force[3:])
+    pull = 10.0 * (rest - joints) - 2.0 * np.sqrt(10.0) * joint_velocity
+    posture = _product(mass, pull.reshape(7, 1))
+    wrench -= _solve(inverse_inertia, _product(mobility.T, posture))
+    return _product(jacobian.T, wrench)[:, 0] + bias + posture[:, 0]
+
+
+@numba.njit(cache=True)
+def _command(
+    torques: np.ndarray,
+    low: np.ndarray,
+    high: np.ndarray,
+    arm: np.ndarray,
+    direction: float,
+    finger_action: np.ndarray,
+    finger_step: np.ndarray,
+    finger_bias: np.ndarray,
+    finger_weight: np.ndarray,
+    fingers: np.ndarray,
+    ctrl: np.ndarray,
+) -> None:
+    """Writes clipped torques and the fingers' next targets into `ctrl`."""
+    for i in range(len(arm)):
+        ctrl[arm[i]] = min(max(torques[i], low[i]), high[i])
+    for i in range(len(fingers)):
+        finger_action[i] = min(max(finger_action[i] + finger_step[i] * direction, -1.0), 1.0)
+        ctrl[fingers[i]] = finger_bias[i] + finger_weight[i] * finger_action[i]
 
 
 @numba.njit(cache=True)
@@ -188,8 +246,17 @@ class OscController:
             self.kd,
             self._bias[self._dofs],
         )
-        self._ctrl[self._arm] = np.minimum(np.maximum(torques, self.low), self.high)
-        step = self.finger_action + self._finger_step * np.sign(gripper)
-        self.finger_action = np.minimum(np.maximum(step, -1.0), 1.0)
-        self._ctrl[self._fingers] = self._finger_bias + self._finger_weight * self.finger_action
+        _command(
+            torques,
+            self.low,
+            self.high,
+            self._arm,
+            float(np.sign(gripper)),
+            self.finger_action,
+            self._finger_step,
+            self._finger_bias,
+            self._finger_weight,
+            self._fingers,
+            self._ctrl,
+        )
         self.stale = False

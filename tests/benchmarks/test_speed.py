@@ -1,0 +1,105 @@
+"""Speed of what decides how long a run takes. `make bench`; read the ratios within one run, hosts are noisy."""
+
+import numpy as np
+import pytest
+import torch
+
+from vlarl_bench import registry
+from vlarl_bench.config import BUDGETS
+
+SUITE = registry.get("suite", "libero_object")
+PROTOCOL = SUITE.protocol("state")
+
+
+@pytest.fixture(scope="module")
+def simulator():
+    opened = SUITE.open(SUITE.tasks[0], PROTOCOL)
+    opened.reset(0)
+    opened.step(np.zeros((1, 7)))  # compiles
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="module")
+def policy():
+    spec = registry.get("policy", "pi0-tiny")
+    return spec.create(SUITE.action_dim, SUITE.proprio_dim, [task.instruction for task in SUITE.tasks], seed=0)
+
+
+@pytest.mark.benchmark(group="one LIBERO environment step (25 substeps)")
+def test_bound_raw_mj_step(benchmark, simulator):
+    import mujoco
+
+    simulator.reset(0)
+
+    def substeps():
+        for _ in range(25):
+            mujoco.mj_step(simulator.model, simulator.data)
+
+    benchmark(substeps)
+
+
+@pytest.mark.benchmark(group="one LIBERO environment step (25 substeps)")
+def test_ours(benchmark, simulator):
+    simulator.reset(0)
+    actions = np.random.default_rng(0).uniform(-1, 1, (1, 7))
+    benchmark(simulator.step, actions)
+
+
+@pytest.mark.benchmark(group="one LIBERO environment step (25 substeps)")
+def test_stock(benchmark):
+    from libero.libero import benchmark as upstream, get_libero_path
+    from libero.libero.envs.env_wrapper import ControlEnv
+
+    task = upstream.get_benchmark("libero_object")().get_task(0)
+    env = ControlEnv(
+        bddl_file_name=f"{get_libero_path('bddl_files')}/{task.problem_folder}/{task.bddl_file}",
+        use_camera_obs=False,
+        has_offscreen_renderer=False,
+        horizon=10**9,
+    )
+    env.seed(0)
+    env.reset()
+    action = np.random.default_rng(0).uniform(-1, 1, 7)
+    benchmark(env.step, action)
+    env.close()
+
+
+@pytest.mark.benchmark(group="pi0-tiny")
+@pytest.mark.parametrize("size", [1, 16])
+def test_decide(benchmark, simulator, policy, size):
+    """Preprocess, encode and sample: what a turn of the rollout costs besides physics."""
+    simulator.reset(0)
+    seen = [simulator.observe()] * size
+    generators = [torch.Generator().manual_seed(i) for i in range(size)]
+
+    def decide():
+        with torch.no_grad():
+            policy.sample(policy.encode(policy.preprocess(seen)), generators)
+
+    benchmark(decide)
+
+
+@pytest.mark.benchmark(group="fpo")
+def test_one_gradient_step_of_the_actor(benchmark, simulator, policy):
+    """Loss, backward and Adam on one default minibatch."""
+    from vlarl_bench.algorithms.fpo import FPO, FPOSettings, actor_loss, chunk_loss
+
+    settings = FPOSettings()
+    algorithm = FPO(settings, policy, BUDGETS["quick"], 0)
+    simulator.reset(0)
+    n = settings.minibatch
+    with torch.no_grad():
+        context = policy.encode(policy.preprocess([simulator.observe()] * n))
+    g = torch.Generator().manual_seed(0)
+    latent, mask = torch.randn(n, 8, 7, generator=g), torch.ones(n, 8)
+    t, noise = torch.rand(n, settings.draws, generator=g), torch.randn(n, settings.draws, 8, 7, generator=g)
+    advantage = torch.randn(n, generator=g)
+    with torch.no_grad():
+        old = chunk_loss(policy, context, latent, mask, t, noise)
+
+    def step():
+        loss, _ = actor_loss(chunk_loss(policy, context, latent, mask, t, noise), old, advantage, settings)
+        algorithm._step(loss)
+
+    benchmark(step)

@@ -1,0 +1,168 @@
+"""Whole runs, on the real simulator and from the shipped prior, as a user starts them: through the command line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from vlarl_bench.records import read_metrics, read_rows
+
+COMMAND = [str(Path(sys.executable).parent / "vlarl-bench")]
+SMALL = [
+    *("run", "--algo", "fpo", "--suite", "libero", "--budget", "smoke", "--budget.iterations", "3"),
+    *("--budget.episodes", "3", "--budget.eval-states", "1", "--slots", "3"),
+]
+
+
+def vlarl(*arguments, check=True):
+    done = subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=600)
+    if check:
+        assert done.returncode == 0, done.stderr[-2000:]
+    return done
+
+
+def outcome(folder):
+    """What must not depend on how the run went: its rows, metrics and weights."""
+    drop = ("run", "crc")
+    rows = [{k: v for k, v in row.to_json().items() if k not in drop} for row in read_rows(folder / "episodes.jsonl")]
+    metrics = [{k: v for k, v in line.items() if k not in drop} for line in read_metrics(folder / "metrics.jsonl")]
+    hashes = json.loads((folder / "policy" / "hashes.json").read_text())
+    return rows, metrics, hashes["model.safetensors"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run from beginning to end, with films."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    done = vlarl(*SMALL, "--out", folder)
+    return folder, done
+
+
+def test_a_run_leaves_everything(whole):
+    folder, done = whole
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {
+        *("config.json", "manifest.json", "episodes.jsonl", "metrics.jsonl", "checkpoints", "policy"),
+        *("table.md", "curve.png", "before.mp4", "after.mp4"),
+    }
+    phases = [row.phase for row in read_rows(folder / "episodes.jsonl")]
+    assert [phases.count(phase) for phase in ("base", "train", "final")] == [1, 9, 1]
+    table = (folder / "table.md").read_text()
+    assert "1 of 20 tasks" in table
+    assert "privileged state" in table
+    assert "fpo" in done.stdout
+    for word in ("base evaluation", "fine-tuning", "env steps/s"):
+        assert word in done.stderr
+    assert "\x1b" not in done.stderr  # plain lines when piped
+
+
+def test_the_ratio_was_one_on_the_first_pass_and_training_never_saw_held_out_states(whole):
+    folder, _ = whole
+    rows = read_rows(folder / "episodes.jsonl")
+    assert all(row.init_state < 25 for row in rows if row.phase == "train")
+    assert all(row.init_state >= 25 for row in rows if row.phase != "train")
+    base, final = ([row for row in rows if row.phase == phase] for phase in ("base", "final"))
+    assert [row.seed for row in base] == [row.seed for row in final]
+    assert {row.checkpoint for row in base}.isdisjoint({row.checkpoint for row in final})
+
+
+def test_killed_and_resumed_equals_undisturbed(whole, tmp_path):
+    folder = tmp_path / "killed"
+    process = subprocess.Popen([*COMMAND, *SMALL, "--no-video", "--out", str(folder)], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while not (folder / "checkpoints" / "000001").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (folder / "policy").exists()
+    vlarl("run", "--resume", folder, "--workers", "1")  # fewer workers: the rows must not care
+    mine, theirs = outcome(folder), outcome(whole[0])
+    assert mine[0] == theirs[0]
+    assert mine[1] == theirs[1]
+    assert mine[2] == theirs[2]
+
+
+def test_ctrl_c_twice_says_how_to_go_on_and_leaves_no_process(tmp_path):
+    folder = tmp_path / "stopped"
+    process = subprocess.Popen(
+        [*COMMAND, *SMALL, "--no-video", "--out", str(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 300
+    while not (folder / "checkpoints" / "000000").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    # To the whole group, as a terminal does; the second while the first is being dealt with.
+    os.killpg(process.pid, signal.SIGINT)
+    time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert f"vlarl-bench run --resume {folder}" in errors
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+
+
+def test_a_finished_policy_can_be_evaluated_and_tabled(whole, tmp_path):
+    folder, _ = whole
+    task = json.loads((folder / "manifest.json").read_text())["evaluation"]["tasks"][0]
+    out = tmp_path / "eval"
+    vlarl(
+        *("eval", "--suite", "libero", "--base", folder / "policy", "--tasks", task.split("/")[1]),
+        *("--states", 1, "--slots", 3, "--out", out),
+    )
+    (row,) = read_rows(out / "episodes.jsonl")
+    (final,) = [row for row in read_rows(folder / "episodes.jsonl") if row.phase == "final"]
+    assert row.phase == "eval"
+    assert (row.success, row.steps, row.seed, row.checkpoint) == (
+        final.success,
+        final.steps,
+        final.seed,
+        final.checkpoint,
+    )
+    assert "fpo" in vlarl("table", folder, "--format", "markdown").stdout
+
+
+def test_damaged_and_foreign_policies_are_named(whole, tmp_path):
+    folder, _ = whole
+    weights = (folder / "policy" / "model.safetensors").read_bytes()
+    for name, data in {
+        "truncated": weights[: len(weights) // 2],
+        "flipped": weights[:5000] + bytes([weights[5000] ^ 1]) + weights[5001:],
+    }.items():
+        broken = tmp_path / name
+        broken.mkdir()
+        for file in (folder / "policy").iterdir():
+            (broken / file.name).write_bytes(data if file.name == "model.safetensors" else file.read_bytes())
+        done = vlarl(*SMALL, "--base", broken, "--out", tmp_path / "out", check=False)
+        assert done.returncode == 2
+        (line,) = done.stderr.strip().splitlines()
+        assert "model.safetensors" in line and "damaged" in line
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_a_foreign_folder_refused(whole, tmp_path):
+    import shutil
+
+    folder = tmp_path / "resumed"
+    shutil.copytree(whole[0], folder)
+    newest = max((folder / "checkpoints").iterdir())
+    state = newest / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-10])
+    done = vlarl("run", "--resume", folder)
+    assert "passed over" in done.stderr and newest.name in done.stderr
+    assert outcome(folder)[2] == outcome(whole[0])[2]
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    refused = vlarl("run", "--resume", empty, check=False)
+    assert refused.returncode == 2
+    assert "not a run folder" in refused.stderr or "config.json" in refused.stderr
