@@ -60,8 +60,11 @@ class FPOSettings:
     """`through` differentiates rho as PPO does; `weight` stops the gradient at rho and weighs the CFM loss by it."""
     gamma: float = 0.99
     """Discount a decision (one executed chunk)."""
-    gae_lambda: float = 0.95
+    gae_lambda: float = 0.99
     """Lambda of the advantage estimator."""
+    advantage_centre: Literal["task", "batch"] = "task"
+    """What the mean advantage is taken over before standardising: each task, or the whole batch, in which a hard task
+    is nothing but bad examples and is unlearned."""
     critics: int = 2
     """Members of the Q-ensemble (eq. 5-6); 1 is the paper's single-critic ablation."""
     critic_lr: float = 1e-3
@@ -72,7 +75,7 @@ class FPOSettings:
     """Decisions a critic gradient step."""
     critic_width: int = 256
     """Hidden width of each critic."""
-    critic_target: Literal["td", "return"] = "td"
+    critic_target: Literal["td", "return"] = "return"
     """`td`: bootstrapped min over target critics (eq. 5); `return`: the episode's discounted return."""
     polyak: float = 0.05
     """Step of the target critics towards the critics after each gradient step."""
@@ -192,14 +195,21 @@ class FPO(Algorithm):
     def update(self, policy: FlowPolicy, rollout: Rollout) -> dict[str, float]:
         """Critic steps on the replay window, then clipped actor epochs on this rollout."""
         s = self.settings
+        tasks = list(dict.fromkeys(episode.job.task for episode in rollout.episodes))
         with torch.no_grad():
             seen = [seen for episode in rollout.episodes for seen in episode.observations]
             context = policy.encode(policy.preprocess(seen))
             data, rows = self._decisions(policy, context, rollout)
+        # Judged by critics that have not seen these episodes: fitted to them first, they would remember each outcome
+        # (the features tell episodes apart) and leave no advantage.
+        advantage = self._advantages(data)
         self.replay = [*self.replay, data][-s.window :]
         metrics = self._fit_critic()
-        advantage = self._advantages(data)
         metrics |= {"advantage_std": float(advantage.std())}
+        if s.advantage_centre == "task":
+            task_of = torch.tensor([tasks.index(e.job.task) for e in rollout.episodes for _ in e.latents])
+            for task in range(len(tasks)):
+                advantage[task_of == task] -= advantage[task_of == task].mean()
         # Floored: near 100 % (or 0 %) success the spread is noise, and dividing by it would amplify that noise.
         advantage = (advantage - advantage.mean()) / advantage.std().clamp_min(0.05)
         if s.ratio == "none":

@@ -32,8 +32,8 @@ class SFTSettings:
     """Settings of supervised fine-tuning."""
 
     lr: float = 1e-3
-    """Learning rate (AdamW), constant after the warm-up: half a run is then the same as a run of half the length."""
-    warmup: int = 100
+    """Peak learning rate (AdamW); from there it falls linearly to 0 at the budget's last gradient step."""
+    warmup: int = 30
     """Gradient steps over which the learning rate rises from 0."""
     weight_decay: float = 1e-4
     """Decoupled weight decay."""
@@ -88,7 +88,7 @@ class SFT(Algorithm):
         losses = []
         for _ in range(math.ceil(budget.gradient_steps / budget.iterations)):
             for group in self.optimizer.param_groups:
-                group["lr"] = s.lr * min(1.0, (self.steps + 1) / (s.warmup + 1))
+                group["lr"] = s.lr * min((self.steps + 1) / (s.warmup + 1), 1 - self.steps / budget.gradient_steps)
             i = torch.randint(len(actions), (budget.batch_size,), generator=self.generator)
             loss = policy.sft_loss(policy.encode(batch.index(i)), actions[i], mask[i], self.generator)
             self.optimizer.zero_grad()

@@ -1,0 +1,40 @@
+"""Puts a finished run's policy among the priors that the package ships, in half precision.
+
+    python scripts/ship_prior.py RUN_FOLDER POLICY_NAME
+
+The model card names the run's command, its tasks and what it scored; reproduce the prior by that command and this one.
+"""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+
+from vlarl_bench import registry
+from vlarl_bench.policies.store import CARD, read_policy, save_policy
+from vlarl_bench.report.render import to_markdown
+from vlarl_bench.report.runs import read_run
+from vlarl_bench.report.table import comparison_table
+
+
+def main() -> None:
+    """Reads the run, writes the prior."""
+    run, name = Path(sys.argv[1]), sys.argv[2]
+    spec = registry.get("policy", name)
+    policy = spec.load(run / "policy")
+    config, _ = read_policy(run / "policy")
+    card = {key: config[key] for key in config.keys() - policy.config.keys()}
+    manifest = json.loads((run / "manifest.json").read_text())
+    card["made_by"] = shlex.join(["vlarl-bench", *manifest["argv"]])
+    save_policy(spec.prior_folder, policy, card, half=True)
+    text = (spec.prior_folder / CARD).read_text()
+    text += (
+        "\nA prior to fine-tune, deliberately undertrained so that reinforcement learning has room. Reproduce it with\n"
+        f"the command of `made_by` and `python scripts/ship_prior.py {manifest['run']} {name}`.\n"
+        "Below is what that run scored before its weights were halved.\n\n"
+    )
+    (spec.prior_folder / CARD).write_text(text + to_markdown(comparison_table(read_run(run))))
+
+
+if __name__ == "__main__":
+    main()
