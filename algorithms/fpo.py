@@ -36,7 +36,7 @@ else:
 class FPOSettings:
     """The paper gives no values; these are ours, found as docs/experiments.md tells."""
 
-    lr: float = 1e-4
+    lr: float = 5e-5
     """Actor learning rate (Adam)."""
     epochs: int = 4
     """Passes over an iteration's decisions."""
@@ -60,7 +60,7 @@ class FPOSettings:
     """`through` differentiates rho as PPO does; `weight` stops the gradient at rho and weighs the CFM loss by it."""
     gamma: float = 0.99
     """Discount a decision (one executed chunk)."""
-    gae_lambda: float = 0.99
+    gae_lambda: float = 0.95
     """Lambda of the advantage estimator."""
     advantage_centre: Literal["task", "batch"] = "task"
     """What the mean advantage is taken over before standardising: each task, or the whole batch, in which a hard task
@@ -75,7 +75,7 @@ class FPOSettings:
     """Decisions a critic gradient step."""
     critic_width: int = 256
     """Hidden width of each critic."""
-    critic_target: Literal["td", "return"] = "return"
+    critic_target: Literal["td", "return"] = "td"
     """`td`: bootstrapped min over target critics (eq. 5); `return`: the episode's discounted return."""
     polyak: float = 0.05
     """Step of the target critics towards the critics after each gradient step."""

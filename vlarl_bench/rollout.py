@@ -8,6 +8,7 @@ workers.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import multiprocessing
 import os
@@ -113,9 +114,10 @@ class Pool:
         shares: dict[int, dict[int, Any]] = {}
         for slot, request in by_slot.items():
             shares.setdefault(slot % len(self._pipes), {})[slot] = request
-        for worker, share in shares.items():
-            self._pipes[worker].send((command, share))
         answers: dict[int, Any] = {}
+        for worker, share in shares.items():
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # dead: told below, where it is asked
+                self._pipes[worker].send((command, share))
         for worker in shares:
             try:
                 ok, answer = self._pipes[worker].recv()

@@ -49,7 +49,7 @@ class Snapshot:
 
 
 class LiberoSimulator:
-    """One task. Stepping is bitwise equal to the stock environment after `reset(); set_init_state(...)`."""
+    """One task. Steps as the stock environment does after `reset(); set_init_state(...)`, up to rounding."""
 
     def __init__(self, task: Task, protocol: Protocol, render: bool) -> None:
         self.task, self.protocol = task, protocol

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from toy import ToyFlow, rollout
+from toy import TASK, ToyFlow, rollout
 from vlarl_bench.algorithms.fpo import FPO, FPOSettings, actor_loss, cfm_ratio, chunk_loss
 
 from vlarl_bench.config import BUDGETS
@@ -251,3 +251,28 @@ def test_ablation_without_the_ratio_climbs_the_critic():
 def test_settings_out_of_range(bad):
     with pytest.raises(BenchError, match=f"algo.*{next(iter(bad))}"):
         settings(**bad).check()
+
+
+def test_a_task_that_always_fails_is_not_pushed_away():
+    """Centred by task, episodes that all end alike have no advantage; centred by batch, they are all bad examples."""
+    moved = {}
+    for centre in ("task", "batch"):
+        policy = ToyFlow(1)
+        data = rollout(policy, wants, 24, 0)
+        other = dataclasses.replace(TASK, name="hard")
+        failed = [
+            dataclasses.replace(e, job=dataclasses.replace(e.job, task=other), success=False) for e in data.episodes
+        ]
+        only_hard = dataclasses.replace(data, episodes=[*data.episodes, *failed])
+        algorithm = FPO(settings(advantage_centre=centre), policy, BUDGETS["smoke"], 0)
+        seen = {}
+
+        def keep(*args, seen=seen):
+            seen["advantage"] = args[-1]
+            return {}
+
+        algorithm._ascend_surrogate = keep
+        algorithm.update(policy, only_hard)
+        moved[centre] = seen["advantage"][24:].abs().max().item()
+    assert moved["task"] == pytest.approx(0.0, abs=1e-6)
+    assert moved["batch"] > 0.3

@@ -48,7 +48,8 @@ def test_ours(benchmark, simulator):
 
 @pytest.mark.benchmark(group="one LIBERO environment step (25 substeps)")
 def test_stock(benchmark):
-    from libero.libero import benchmark as upstream, get_libero_path
+    from libero.libero import benchmark as upstream
+    from libero.libero import get_libero_path
     from libero.libero.envs.env_wrapper import ControlEnv
 
     task = upstream.get_benchmark("libero_object")().get_task(0)
