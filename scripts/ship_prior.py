@@ -25,12 +25,14 @@ def main() -> None:
     config, _ = read_policy(run / "policy")
     card = {key: config[key] for key in config.keys() - policy.config.keys()}
     manifest = json.loads((run / "manifest.json").read_text())
-    card["made_by"] = shlex.join(["vlarl-bench", *manifest["argv"]])
+    # One thread, since sums over two round otherwise and a training run is not forgiving.
+    card["made_by"] = "OMP_NUM_THREADS=1 " + shlex.join(["vlarl-bench", *manifest["argv"]])
     save_policy(spec.prior_folder, policy, card, half=True)
     text = (spec.prior_folder / CARD).read_text()
     text += (
         "\nA prior to fine-tune, deliberately undertrained so that reinforcement learning has room. Reproduce it with\n"
-        f"the command of `made_by` and `python scripts/ship_prior.py {manifest['run']} {name}`.\n"
+        f"`vlarl-bench demos --suite {manifest['suite']} --observation {spec.observation}`, the command of `made_by`\n"
+        f"and `python scripts/ship_prior.py {run} {name}`.\n"
         "Below is what that run scored before its weights were halved.\n\n"
     )
     (spec.prior_folder / CARD).write_text(text + to_markdown(comparison_table(read_run(run))))
