@@ -36,13 +36,13 @@ else:
 class FPOSettings:
     """The paper gives no values; these are ours, found as docs/experiments.md tells."""
 
-    lr: float = 5e-5
+    lr: float = 1e-4
     """Actor learning rate (Adam)."""
-    epochs: int = 4
+    epochs: int = 8
     """Passes over an iteration's decisions."""
     minibatch: int = 128
     """Decisions a gradient step; each counts with all its draws."""
-    draws: int = 4
+    draws: int = 2
     """Stored (tau, eps) pairs a decision."""
     clip_eps: float = 0.05
     """Clip range e of eq. 4; 0 turns clipping off (ablation)."""

@@ -21,21 +21,23 @@ def main() -> None:
     """Reads the run, writes the prior."""
     run, name = Path(sys.argv[1]), sys.argv[2]
     spec = registry.get("policy", name)
+    folder = spec.prior_folder
+    assert folder is not None, f"{name} is registered without a prior"
     policy = spec.load(run / "policy")
     config, _ = read_policy(run / "policy")
     card = {key: config[key] for key in config.keys() - policy.config.keys()}
     manifest = json.loads((run / "manifest.json").read_text())
     # One thread, since sums over two round otherwise and a training run is not forgiving.
     card["made_by"] = "OMP_NUM_THREADS=1 " + shlex.join(["vlarl-bench", *manifest["argv"]])
-    save_policy(spec.prior_folder, policy, card, half=True)
-    text = (spec.prior_folder / CARD).read_text()
+    save_policy(folder, policy, card, half=True)
+    text = (folder / CARD).read_text()
     text += (
         "\nA prior to fine-tune, deliberately undertrained so that reinforcement learning has room. Reproduce it with\n"
         f"`vlarl-bench demos --suite {manifest['suite']} --observation {spec.observation}`, the command of `made_by`\n"
         f"and `python scripts/ship_prior.py {run} {name}`.\n"
         "Below is what that run scored before its weights were halved.\n\n"
     )
-    (spec.prior_folder / CARD).write_text(text + to_markdown(comparison_table(read_run(run))))
+    (folder / CARD).write_text(text + to_markdown(comparison_table(read_run(run))))
 
 
 if __name__ == "__main__":

@@ -119,8 +119,9 @@ def test_a_finished_policy_can_be_evaluated_and_tabled(whole, tmp_path):
     out = tmp_path / "eval"
     vlarl(
         *("eval", "--suite", "libero", "--base", folder / "policy", "--tasks", task.split("/")[1]),
-        *("--states", 1, "--slots", 3, "--out", out),
+        *("--states", 1, "--slots", 3, "--video", "True", "--out", out),
     )
+    assert (out / "eval.mp4").stat().st_size > 10_000
     (row,) = read_rows(out / "episodes.jsonl")
     (final,) = [row for row in read_rows(folder / "episodes.jsonl") if row.phase == "final"]
     assert row.phase == "eval"

@@ -175,7 +175,9 @@ def run(config: RunConfig, resume: bool = False) -> Path:
         _save_policy(plan, policy, out)
         rows = log.rows
     if config.video:
-        _film(plan, policy, rows, out)
+        progress.say("filming one episode")
+        before = {} if plan.base is None else {"before": plan.spec.load(plan.base)}
+        _film(plan, {**before, "after": policy}, rows, out)
     _report(out)
     return out
 
@@ -191,6 +193,8 @@ def evaluate(config: EvalConfig) -> Path:
         log = stack.enter_context(EpisodeLog(out / "episodes.jsonl"))
         pool = stack.enter_context(Pool(plan.suite, plan.protocol, config.workers))
         _evaluate(plan, "eval", 0, policy, pool, log, progress)
+    if config.video:
+        _film(plan, {"eval": policy}, log.rows, out)
     _report(out)
     return out
 
@@ -402,8 +406,8 @@ def _save_policy(plan: Plan, policy: Policy, out: Path) -> None:
     save_policy(out / "policy", policy, card)
 
 
-def _film(plan: Plan, policy: Policy, rows: Sequence[EpisodeRow], out: Path) -> None:
-    """Films one held-out episode, played by the base policy and by the fine-tuned one with the same noise seed.
+def _film(plan: Plan, players: dict[str, Policy], rows: Sequence[EpisodeRow], out: Path) -> None:
+    """Films one held-out episode, played by each policy with the same noise seed, as `<name>.mp4`.
 
     The first episode that failed before and succeeded after; if there is none, the first of all.
     """
@@ -416,19 +420,18 @@ def _film(plan: Plan, policy: Policy, rows: Sequence[EpisodeRow], out: Path) -> 
 
     jobs = plan.eval_jobs()
     job = next((job for job in jobs if of("base", job) is False and of("final", job) is True), jobs[0])
-    players = {"after": policy} if plan.base is None else {"before": plan.spec.load(plan.base), "after": policy}
     camera, size, every = FILM
     with Pool(plan.suite, plan.protocol, workers=1, video=True) as pool:
-        for when, player in players.items():
+        for name, player in players.items():
             (episode,) = run_episodes(pool, player, [job], plan.protocol, plan.config.slots)
             frames = pool.call("film", {0: (job.task, job.init_state, episode.actions, camera, size, every)})[0]
-            label = f"{when} {plan.algorithm}"
+            label = f"{name} {plan.algorithm}"
             pictures = [
                 captioned(frame, job.task.instruction, label, episode.success, min(i * every, episode.steps))
                 for i, frame in enumerate(frames)
             ]
             # The last frame stays for a second, so that one sees how it ended.
-            write_video(out / f"{when}.mp4", pictures + pictures[-1:] * 10, fps=20 / every)
+            write_video(out / f"{name}.mp4", pictures + pictures[-1:] * 10, fps=20 / every)
 
 
 def _report(out: Path) -> None:
