@@ -292,4 +292,5 @@ def _interrupts() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        # Once interrupted, the process is on its way out, and a second Ctrl-C must not kill it on the last metres.
+        signal.signal(signal.SIGINT, before if last < 0 else signal.SIG_IGN)

@@ -141,13 +141,13 @@ def run(config: RunConfig, resume: bool = False) -> Path:
         BenchError: for whatever the user can mend, if possible before anything heavy starts.
     """
     plan = plan_run(config)
-    out = _prepare_folder(config, resume)
     method = registry.get("algorithm", config.algorithm)
     with ExitStack() as stack:
         progress = stack.enter_context(Progress())
         demonstrations = _demonstrations(plan, config, progress) if method.learns_from == "demonstrations" else None
         policy = _first_policy(plan, demonstrations)
         algorithm = method(config.settings, policy, config.budget, config.seed)
+        out = _prepare_folder(config, resume)  # after the policy: a damaged one leaves no folder in the way
         _write_manifest(plan, policy, out)
         log = stack.enter_context(EpisodeLog(out / "episodes.jsonl"))
         metrics = stack.enter_context(MetricsLog(out / "metrics.jsonl"))
@@ -185,10 +185,10 @@ def run(config: RunConfig, resume: bool = False) -> Path:
 def evaluate(config: EvalConfig) -> Path:
     """Plays the held-out episodes with one policy and nothing else; rows have the phase `eval`."""
     plan = plan_evaluation(config)
+    policy = _first_policy(plan, None)
     out = _prepare_folder(config, resume=False)
     with ExitStack() as stack:
         progress = stack.enter_context(Progress())
-        policy = _first_policy(plan, None)
         _write_manifest(plan, policy, out)
         log = stack.enter_context(EpisodeLog(out / "episodes.jsonl"))
         pool = stack.enter_context(Pool(plan.suite, plan.protocol, config.workers))
