@@ -109,8 +109,14 @@ def test_ctrl_c_twice_says_how_to_go_on_and_leaves_no_process(tmp_path):
     assert process.returncode == 130
     assert "Traceback" not in errors
     assert f"vlarl-bench run --resume {folder}" in errors
-    with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)
+    deadline = time.monotonic() + 30  # multiprocessing's own tracker ends a moment after its parent
+    while True:
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            break
+        assert time.monotonic() < deadline, "processes outlived the run"
+        time.sleep(0.1)
 
 
 def test_a_finished_policy_can_be_evaluated_and_tabled(whole, tmp_path):
