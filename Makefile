@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt scripts/setup.sh
 	@PYTHON='$(PYTHON)' sh scripts/setup.sh
 	@touch $@
 
-demo: $(STAMP) ## fine-tune a flow policy with FPO on LIBERO and show what it gained (10 minutes)
+demo: $(STAMP) ## fine-tune a flow policy with FPO on LIBERO and show what it gained
 	$(BIN)/vlarl-bench run --algo fpo --suite libero
 
 test: $(STAMP) ## run the tests

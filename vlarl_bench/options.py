@@ -36,7 +36,7 @@ class Run(Generic[Settings]):
     """Suite of tasks."""
     settings: Annotated[Settings, tyro.conf.arg(name="algo")]
     budget: str = "quick"
-    """Preset: smoke (under a minute), quick (minutes) or standard (hours)."""
+    """Preset: smoke (about a minute), quick (minutes) or standard (hours)."""
     numbers: Annotated[Budget, tyro.conf.arg(name="budget")] = BUDGETS["quick"]
     policy: str = DEFAULT_POLICY
     """Policy to fine-tune."""
