@@ -38,11 +38,11 @@ class FPOSettings:
 
     lr: float = 1e-4
     """Actor learning rate (Adam)."""
-    epochs: int = 8
+    epochs: int = 4
     """Passes over an iteration's decisions."""
     minibatch: int = 128
     """Decisions a gradient step; each counts with all its draws."""
-    draws: int = 2
+    draws: int = 4
     """Stored (tau, eps) pairs a decision."""
     clip_eps: float = 0.05
     """Clip range e of eq. 4; 0 turns clipping off (ablation)."""
@@ -60,7 +60,7 @@ class FPOSettings:
     """`through` differentiates rho as PPO does; `weight` stops the gradient at rho and weighs the CFM loss by it."""
     gamma: float = 0.99
     """Discount a decision (one executed chunk)."""
-    gae_lambda: float = 0.95
+    gae_lambda: float = 0.7
     """Lambda of the advantage estimator."""
     advantage_centre: Literal["task", "batch"] = "task"
     """What the mean advantage is taken over before standardising: each task, or the whole batch, in which a hard task
@@ -69,13 +69,13 @@ class FPOSettings:
     """Members of the Q-ensemble (eq. 5-6); 1 is the paper's single-critic ablation."""
     critic_lr: float = 1e-3
     """Critic learning rate (Adam)."""
-    critic_steps: int = 150
+    critic_steps: int = 300
     """Critic gradient steps an iteration."""
     critic_batch: int = 256
     """Decisions a critic gradient step."""
     critic_width: int = 256
     """Hidden width of each critic."""
-    critic_target: Literal["td", "return"] = "td"
+    critic_target: Literal["td", "return"] = "return"
     """`td`: bootstrapped min over target critics (eq. 5); `return`: the episode's discounted return."""
     polyak: float = 0.05
     """Step of the target critics towards the critics after each gradient step."""
@@ -172,9 +172,9 @@ class FPO(Algorithm):
         for parameter in self.actor:
             parameter.requires_grad_(True)
         self.optimizer = torch.optim.Adam(self.actor, lr=settings.lr)
-        inputs = policy.feature_dim + 1 + policy.chunk * policy.action_dim
-        self.critic = QEnsemble(settings.critics, inputs, settings.critic_width, self.generator)
-        self.target = QEnsemble(settings.critics, inputs, settings.critic_width, self.generator)
+        shape = (policy.feature_dim + 1, policy.chunk * policy.action_dim)
+        self.critic = QEnsemble(settings.critics, *shape, settings.critic_width, self.generator)
+        self.target = QEnsemble(settings.critics, *shape, settings.critic_width, self.generator)
         self.target.load_state_dict(self.critic.state_dict())
         self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=settings.critic_lr)
         self.replay: list[dict[str, Tensor]] = []
@@ -200,11 +200,9 @@ class FPO(Algorithm):
             seen = [seen for episode in rollout.episodes for seen in episode.observations]
             context = policy.encode(policy.preprocess(seen))
             data, rows = self._decisions(policy, context, rollout)
-        # Judged by critics that have not seen these episodes: fitted to them first, they would remember each outcome
-        # (the features tell episodes apart) and leave no advantage.
-        advantage = self._advantages(data)
         self.replay = [*self.replay, data][-s.window :]
         metrics = self._fit_critic()
+        advantage = self._advantages(data)
         metrics |= {"advantage_std": float(advantage.std())}
         if s.advantage_centre == "task":
             task_of = torch.tensor([tasks.index(e.job.task) for e in rollout.episodes for _ in e.latents])
@@ -264,6 +262,8 @@ class FPO(Algorithm):
         """Eq. 5-6: regression to the bootstrapped minimum of the target ensemble, or to returns."""
         s = self.settings
         replay = {key: torch.cat([data[key] for data in self.replay]) for key in self.replay[0]}
+        for critic in (self.critic, self.target):
+            critic.standardise(replay["features"])
         loss = torch.zeros(())
         for _ in range(s.critic_steps):
             i = torch.randint(len(replay["reward"]), (s.critic_batch,), generator=self.generator)
@@ -280,7 +280,10 @@ class FPO(Algorithm):
             with torch.no_grad():
                 for slow, fast in zip(self.target.parameters(), self.critic.parameters(), strict=True):
                     slow.lerp_(fast, s.polyak)
-        return {"critic_loss": loss.item()}
+        with torch.no_grad():
+            error = replay["returns"] - self.critic(replay["features"], replay["latent"]).mean(0)
+        explained = 1 - error.var() / replay["returns"].var().clamp_min(1e-8)
+        return {"critic_loss": loss.item(), "explained_variance": float(explained)}
 
     def _advantages(self, data: dict[str, Tensor]) -> Tensor:
         """[n] GAE with V(s) = min_i Q_i(s, x)."""

@@ -7,11 +7,17 @@ from torch import Tensor, nn
 class QEnsemble(nn.Module):
     """M independent two-layer networks Q_i(s, x) over state features and action chunks.
 
-    The last layer starts at zero: an untrained critic says 0 everywhere instead of noise.
+    Features are standardised by what `standardise` was shown first: what tells two states apart is often a small part
+    of their features. The last layer starts at zero: an untrained critic says 0 everywhere instead of noise.
     """
 
-    def __init__(self, members: int, inputs: int, width: int, generator: torch.Generator) -> None:
+    def __init__(self, members: int, features: int, chunk: int, width: int, generator: torch.Generator) -> None:
         super().__init__()
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.zeros(features))
+        self.register_buffer("std", torch.zeros(features))
+        inputs = features + chunk
         self.members = nn.ModuleList()
         for _ in range(members):
             net = nn.Sequential(nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
@@ -24,7 +30,13 @@ class QEnsemble(nn.Module):
             nn.init.zeros_(head.bias)
             self.members.append(nn.Sequential(net, head))
 
+    def standardise(self, features: Tensor) -> None:
+        """Takes mean and deviation from features [N, F]; only the first call counts, so that values keep meaning."""
+        if not self.std.any():
+            self.mean.copy_(features.mean(0))
+            self.std.copy_(features.std(0, unbiased=False).clamp_min(1e-2))
+
     def forward(self, features: Tensor, chunks: Tensor) -> Tensor:
         """[M, B] values of features [B, F] and chunks [B, ...]."""
-        inputs = torch.cat([features, chunks.flatten(1)], dim=1)
+        inputs = torch.cat([(features - self.mean) / self.std, chunks.flatten(1)], dim=1)
         return torch.stack([member(inputs)[:, 0] for member in self.members])
