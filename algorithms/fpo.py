@@ -36,14 +36,21 @@ else:
 class FPOSettings:
     """The paper gives no values; these are ours, found as docs/experiments.md tells."""
 
-    lr: float = 1e-4
-    """Actor learning rate (Adam)."""
+    lr: float = 2e-4
+    """Actor learning rate (Adam) of the first iteration."""
+    anneal_lr: bool = True
+    """Whether the learning rate falls linearly towards 0 over the budget's iterations, so that the last updates settle
+    what the first ones found."""
     epochs: int = 4
     """Passes over an iteration's decisions."""
     minibatch: int = 128
     """Decisions a gradient step; each counts with all its draws."""
     draws: int = 4
     """Stored (tau, eps) pairs a decision."""
+    tau_min: float = 0.2
+    """Smallest tau drawn (1 = noise); the paper draws from all of [0, 1]. Near 0 the noised chunk is the chunk itself
+    and the loss only asks for eps, which nothing can know: draws there are most of the gradient's noise, and a decoder
+    of n Euler steps never looks below 1/n."""
     clip_eps: float = 0.05
     """Clip range e of eq. 4; 0 turns clipping off (ablation)."""
     ratio: Literal["difference", "scaled", "standardised", "none"] = "difference"
@@ -54,13 +61,13 @@ class FPOSettings:
     """Scale in the exponent of the ratio; 1 for `difference`, about 0.1 for the standardised readings."""
     std_floor: float = 0.1
     """Smallest standard deviation that dl is divided by; on the first pass dl is 0 for every sample."""
-    drift_penalty: float = 0.0
+    drift_penalty: float = 1.0
     """Weight of relu(-mean dl), which holds the loss drift that `standardised` leaves free."""
     ratio_gradient: Literal["through", "weight"] = "through"
     """`through` differentiates rho as PPO does; `weight` stops the gradient at rho and weighs the CFM loss by it."""
     gamma: float = 0.99
     """Discount a decision (one executed chunk)."""
-    gae_lambda: float = 0.7
+    gae_lambda: float = 0.3
     """Lambda of the advantage estimator."""
     advantage_centre: Literal["task", "batch"] = "task"
     """What the mean advantage is taken over before standardising: each task, or the whole batch, in which a hard task
@@ -105,6 +112,8 @@ class FPOSettings:
         for name in ("gamma", "gae_lambda", "polyak", "explore_time"):
             if not 0 < getattr(self, name) <= 1:
                 raise BenchError(f"algo.{name}: {getattr(self, name)}; it must be in (0, 1]")
+        if not 0 <= self.tau_min < 1:
+            raise BenchError(f"algo.tau_min: {self.tau_min}; it must be in [0, 1)")
         if not 0 <= self.clip_eps < 1:
             raise BenchError(f"algo.clip_eps: {self.clip_eps}; it must be in [0, 1), 0 turns clipping off")
 
@@ -165,6 +174,7 @@ class FPO(Algorithm):
         from vlarl_bench.critics import QEnsemble
 
         self.settings = settings
+        self.iterations, self.updates = budget.iterations, 0
         self.generator = torch.Generator().manual_seed(seed)
         for parameter in policy.parameters():
             parameter.requires_grad_(False)
@@ -195,6 +205,10 @@ class FPO(Algorithm):
     def update(self, policy: FlowPolicy, rollout: Rollout) -> dict[str, float]:
         """Critic steps on the replay window, then clipped actor epochs on this rollout."""
         s = self.settings
+        left = 1 - self.updates / self.iterations if s.anneal_lr else 1.0
+        for group in self.optimizer.param_groups:
+            group["lr"] = s.lr * max(left, 0.0)
+        self.updates += 1
         tasks = list(dict.fromkeys(episode.job.task for episode in rollout.episodes))
         with torch.no_grad():
             seen = [seen for episode in rollout.episodes for seen in episode.observations]
@@ -307,7 +321,7 @@ class FPO(Algorithm):
         """Eq. 4 over stored (tau, eps): the same draws score the old and the new policy, in every epoch."""
         s = self.settings
         latent, mask, n = data["latent"], data["mask"], len(rows)
-        t = torch.rand(n, s.draws, generator=self.generator)
+        t = s.tau_min + (1 - s.tau_min) * torch.rand(n, s.draws, generator=self.generator)
         noise = torch.randn(n, s.draws, *latent.shape[1:], generator=self.generator)
 
         def losses(i: Tensor) -> Tensor:
@@ -367,6 +381,7 @@ class FPO(Algorithm):
             "critic_optimizer": self.critic_optimizer.state_dict(),
             "generator": self.generator.get_state(),
             "replay": list(self.replay),
+            "updates": self.updates,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -377,3 +392,4 @@ class FPO(Algorithm):
         self.critic_optimizer.load_state_dict(state["critic_optimizer"])
         self.generator.set_state(state["generator"])
         self.replay = list(state["replay"])
+        self.updates = state["updates"]

@@ -84,6 +84,7 @@ def _run(args: list[str]) -> int:
             seed=options.seed,
             workers=options.workers,
             slots=options.slots,
+            threads=options.threads,
             demos=options.demos,
             rewards=options.rewards,
             video=options.video,
@@ -138,7 +139,7 @@ def _demos(args: list[str]) -> int:
     from .demonstrations import make_demonstrations
     from .progress import Progress
 
-    with Progress() as progress, progress.phase("demonstrations", total=options.episodes * len(tasks)) as phase:
+    with Progress() as progress, progress.phase("expert", options.episodes * len(tasks), "demonstrations") as phase:
         make_demonstrations(
             suite,
             tasks,

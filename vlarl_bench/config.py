@@ -78,6 +78,9 @@ class RunConfig:
     """Simulator processes; changes the speed, never the rows."""
     slots: int = 16
     """Episodes in flight, decoded as one batch."""
+    threads: int = 2
+    """CPU threads of the learner. Sums over another number of threads round differently, so they are part of what
+    makes a run repeat to the bit."""
     demos: str = ""
     """Folder of demonstrations; empty makes them first, if the algorithm learns from them."""
     rewards: Literal["success", "shuffled"] = "success"
@@ -88,6 +91,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         read(RunConfig, dataclasses.asdict(self), "config")
         check_settings(self.settings)
+        _at_least(1, "threads", self.threads)
         if not self.algorithm:
             raise BenchError("algorithm: ''; it must not be empty")
         _check_common(self)

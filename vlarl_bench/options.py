@@ -50,6 +50,8 @@ class Run(Generic[Settings]):
     """Simulator processes; changes the speed, never the rows."""
     slots: int = 16
     """Episodes in flight, decoded as one batch."""
+    threads: int = 2
+    """CPU threads of the learner; another number rounds sums differently."""
     demos: str = ""
     """Folder of demonstrations; empty makes them first, if the algorithm learns from them."""
     rewards: Literal["success", "shuffled"] = "success"

@@ -140,14 +140,20 @@ def run(config: RunConfig, resume: bool = False) -> Path:
     Raises:
         BenchError: for whatever the user can mend, if possible before anything heavy starts.
     """
+    import torch
+
     plan = plan_run(config)
     method = registry.get("algorithm", config.algorithm)
+    torch.set_num_threads(config.threads)
+    out = _claim_folder(config, resume)
     with ExitStack() as stack:
         progress = stack.enter_context(Progress())
         demonstrations = _demonstrations(plan, config, progress) if method.learns_from == "demonstrations" else None
         policy = _first_policy(plan, demonstrations)
         algorithm = method(config.settings, policy, config.budget, config.seed)
-        out = _prepare_folder(config, resume)  # after the policy: a damaged one leaves no folder in the way
+        # Only now: a damaged policy or missing demonstrations leave an empty folder, which the next try may use.
+        if not resume:
+            write_json_atomic(out / "config.json", config.to_dict())
         _write_manifest(plan, policy, out)
         log = stack.enter_context(EpisodeLog(out / "episodes.jsonl"))
         metrics = stack.enter_context(MetricsLog(out / "metrics.jsonl"))
@@ -185,8 +191,9 @@ def run(config: RunConfig, resume: bool = False) -> Path:
 def evaluate(config: EvalConfig) -> Path:
     """Plays the held-out episodes with one policy and nothing else; rows have the phase `eval`."""
     plan = plan_evaluation(config)
+    out = _claim_folder(config, resume=False)
     policy = _first_policy(plan, None)
-    out = _prepare_folder(config, resume=False)
+    write_json_atomic(out / "config.json", config.to_dict())
     with ExitStack() as stack:
         progress = stack.enter_context(Progress())
         _write_manifest(plan, policy, out)
@@ -199,7 +206,8 @@ def evaluate(config: EvalConfig) -> Path:
     return out
 
 
-def _prepare_folder(config: RunConfig | EvalConfig, resume: bool) -> Path:
+def _claim_folder(config: RunConfig | EvalConfig, resume: bool) -> Path:
+    """The run folder, made if it is new; before anything that takes long, so that a bad name is told at once."""
     out = Path(config.out)
     if resume:
         if not (out / "config.json").is_file():
@@ -209,7 +217,6 @@ def _prepare_folder(config: RunConfig | EvalConfig, resume: bool) -> Path:
         raise BenchError(f"out: {out} exists; choose another folder, or continue that run with --resume {out}")
     with explained(out):
         out.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(out / "config.json", config.to_dict())
     return out
 
 
@@ -221,7 +228,7 @@ def _demonstrations(plan: Plan, config: RunConfig, progress: Progress) -> list[D
     if not config.demos:
         missing = [task for task in plan.tasks if not (folder / task.suite / f"{task.name}.safetensors").exists()]
         if missing:
-            with progress.phase("demonstrations", total=config.budget.demos * len(plan.tasks)) as phase:
+            with progress.phase("expert", config.budget.demos * len(plan.tasks), "demonstrations") as phase:
                 make_demonstrations(
                     plan.suite,
                     plan.tasks,
