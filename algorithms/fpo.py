@@ -36,7 +36,7 @@ else:
 class FPOSettings:
     """The paper gives no values; these are ours, found as docs/experiments.md tells."""
 
-    lr: float = 2e-4
+    lr: float = 1e-4
     """Actor learning rate (Adam) of the first iteration."""
     anneal_lr: bool = True
     """Whether the learning rate falls linearly towards 0 over the budget's iterations, so that the last updates settle

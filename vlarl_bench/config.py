@@ -280,10 +280,10 @@ BUDGETS = {
     ),
     "quick": Budget(
         tasks=3,
-        iterations=12,
-        episodes=48,
+        iterations=10,
+        episodes=72,
         eval_states=25,
-        eval_repeats=1,
+        eval_repeats=2,
         demos=25,
         gradient_steps=2000,
         batch_size=256,

@@ -9,8 +9,10 @@ from toy import TASK, ToyFlow, rollout
 from vlarl_bench.algorithms.fpo import FPO, FPOSettings, actor_loss, cfm_ratio, chunk_loss
 
 from vlarl_bench.config import BUDGETS
+from vlarl_bench.critics import QEnsemble
 from vlarl_bench.errors import BenchError
 
+BUDGET = dataclasses.replace(BUDGETS["smoke"], iterations=20)
 RATIOS = ("difference", "scaled", "standardised")
 
 
@@ -163,8 +165,8 @@ def test_removing_the_batch_mean_leaves_the_drift_free():
 def test_exploration_steps_follow_the_flow():
     """Eq. 7: K = 1 is the sampled chunk, each further step moves it by eta v at the chosen flow time; no noise."""
     policy = ToyFlow()
-    algorithm = FPO(settings(explore_steps=3, explore_size=0.2, explore_time=0.4), policy, BUDGETS["smoke"], 0)
-    plain = FPO(settings(explore_steps=1), policy, BUDGETS["smoke"], 0)
+    algorithm = FPO(settings(explore_steps=3, explore_size=0.2, explore_time=0.4), policy, BUDGET, 0)
+    plain = FPO(settings(explore_steps=1), policy, BUDGET, 0)
     context = policy.preprocess(rollout(policy, lambda x: True, 1, 0).episodes[0].observations[:1])
     with torch.no_grad():
         x = policy.sample(context, [torch.Generator().manual_seed(7)]).latent
@@ -181,21 +183,21 @@ def test_critics_reach_the_discounted_return(target, members):
     torch.manual_seed(0)
     policy = ToyFlow()
     s = settings(gamma=0.9, critics=members, critic_steps=1500, critic_target=target, polyak=0.1, critic_width=64)
-    algorithm = FPO(s, policy, BUDGETS["smoke"], 0)
+    algorithm = FPO(s, policy, BUDGET, 0)
     data = rollout(policy, lambda x: True, 16, 0, length=3)
     algorithm.update(policy, data)
     stored = algorithm.replay[0]
     with torch.no_grad():
         q = algorithm.critic(stored["features"], stored["latent"])
     assert q.shape == (members, 48)
-    assert torch.allclose(q, torch.tensor([0.81, 0.9, 1.0]).repeat(16).expand_as(q), atol=0.06)
+    assert torch.allclose(q, torch.tensor([0.81, 0.9, 1.0]).repeat(16).expand_as(q), atol=0.1)
 
 
 def test_timeouts_are_failures_or_bootstraps():
     policy = ToyFlow()
     data = rollout(policy, lambda x: False, 2, 0, length=2)
     for bootstrap in (False, True):
-        algorithm = FPO(settings(bootstrap_time_limit=bootstrap, critic_steps=0), policy, BUDGETS["smoke"], 0)
+        algorithm = FPO(settings(bootstrap_time_limit=bootstrap, critic_steps=0), policy, BUDGET, 0)
         algorithm.update(policy, data)
         assert algorithm.replay[0]["terminated"].tolist() == ([False] * 4 if bootstrap else [False, True] * 2)
         assert algorithm.replay[0]["ended"].tolist() == [False, True] * 2
@@ -215,7 +217,7 @@ def success_rate(policy, seed):
 )
 def test_it_learns_a_one_step_problem(changes):
     policy = ToyFlow(1)
-    algorithm = FPO(settings(lr=1e-2, minibatch=16, critic_steps=50, **changes), policy, BUDGETS["smoke"], 0)
+    algorithm = FPO(settings(lr=1e-2, minibatch=16, critic_steps=50, **changes), policy, BUDGET, 0)
     before = success_rate(policy, 999)
     for i in range(12):
         metrics = algorithm.update(policy, rollout(policy, wants, 64, i, act=algorithm.act))
@@ -227,7 +229,7 @@ def test_update_trains_the_actor_only_and_repeats_bitwise():
     results = []
     for _ in range(2):
         policy = ToyFlow(1)
-        algorithm = FPO(settings(), policy, BUDGETS["smoke"], 3)
+        algorithm = FPO(settings(), policy, BUDGET, 3)
         algorithm.update(policy, rollout(policy, wants, 16, 0))
         results.append({k: v.clone() for k, v in policy.state_dict().items()})
         assert torch.equal(policy.frozen, torch.ones(1))
@@ -237,7 +239,7 @@ def test_update_trains_the_actor_only_and_repeats_bitwise():
 
 def test_ablation_without_the_ratio_climbs_the_critic():
     policy = ToyFlow(1)
-    algorithm = FPO(settings(ratio="none", lr=1e-2, minibatch=16, critic_steps=200), policy, BUDGETS["smoke"], 0)
+    algorithm = FPO(settings(ratio="none", lr=1e-2, minibatch=16, critic_steps=200), policy, BUDGET, 0)
     before = success_rate(policy, 999)
     for i in range(10):
         metrics = algorithm.update(policy, rollout(policy, wants, 64, i))
@@ -246,15 +248,66 @@ def test_ablation_without_the_ratio_climbs_the_critic():
 
 
 @pytest.mark.parametrize(
-    "bad", [{"lr": 0.0}, {"clip_eps": 1.5}, {"draws": 0}, {"gamma": 1.2}, {"explore_steps": 0}, {"critics": 0}]
+    "bad",
+    [
+        *({"lr": 0.0}, {"tau_min": 1.0}, {"clip_eps": 1.5}, {"draws": 0}),
+        *({"gamma": 1.2}, {"explore_steps": 0}, {"critics": 0}),
+    ],
 )
 def test_settings_out_of_range(bad):
     with pytest.raises(BenchError, match=f"algo.*{next(iter(bad))}"):
         settings(**bad).check()
 
 
+def test_the_learning_rate_falls_to_zero_over_the_run_also_across_a_resume():
+    budget = dataclasses.replace(BUDGETS["smoke"], iterations=4)
+    policy = ToyFlow(1)
+    algorithm = FPO(settings(lr=0.4), policy, budget, 0)
+    rates = []
+    for i in range(4):
+        algorithm.update(policy, rollout(policy, wants, 8, i))
+        rates.append(algorithm.optimizer.param_groups[0]["lr"])
+        resumed = FPO(settings(lr=0.4), policy, budget, 0)
+        resumed.load_state_dict(algorithm.state_dict())
+        algorithm = resumed
+    assert rates == pytest.approx([0.4, 0.3, 0.2, 0.1])
+    steady = FPO(settings(lr=0.4, anneal_lr=False), policy, budget, 0)
+    for i in range(2):
+        steady.update(policy, rollout(policy, wants, 8, i))
+    assert steady.optimizer.param_groups[0]["lr"] == 0.4
+
+
+@pytest.mark.parametrize("low", [0.0, 0.2, 0.6])
+def test_no_tau_below_the_smallest(low):
+    policy, seen = ToyFlow(1), []
+    inner = policy.flow_loss
+
+    def watched(context, latent, t, noise):
+        seen.append(t)
+        return inner(context, latent, t, noise)
+
+    policy.flow_loss = watched
+    FPO(settings(tau_min=low, draws=16), policy, BUDGET, 0).update(policy, rollout(policy, wants, 64, 0))
+    drawn = torch.cat([t.flatten() for t in seen])
+    assert low <= float(drawn.min()) < low + 0.05
+    assert 0.95 < float(drawn.max()) <= 1
+
+
+def test_critics_see_small_differences_between_states():
+    """Features that share a large offset and differ by little are spread out; a constant one stays finite."""
+    critic = QEnsemble(1, 2, 1, 32, torch.Generator().manual_seed(0))
+    features = torch.tensor([[100.0, 0.0], [100.1, 0.0]]).repeat(8, 1)
+    critic.standardise(features)
+    seen = (features - critic.mean) / critic.std
+    assert torch.allclose(seen[:2, 0], torch.tensor([-1.0, 1.0]), atol=1e-3)
+    assert torch.isfinite(critic(features, torch.zeros(16, 1))).all()  # the constant one too
+    kept = critic.mean.clone()
+    critic.standardise(features + 5)
+    assert torch.equal(critic.mean, kept)
+
+
 def test_a_task_that_always_fails_is_not_pushed_away():
-    """Centred by task, episodes that all end alike have no advantage; centred by batch, they are all bad examples."""
+    """Critics that cannot tell two tasks apart make the hard one nothing but bad examples, unless centred by task."""
     moved = {}
     for centre in ("task", "batch"):
         policy = ToyFlow(1)
@@ -264,7 +317,7 @@ def test_a_task_that_always_fails_is_not_pushed_away():
             dataclasses.replace(e, job=dataclasses.replace(e.job, task=other), success=False) for e in data.episodes
         ]
         only_hard = dataclasses.replace(data, episodes=[*data.episodes, *failed])
-        algorithm = FPO(settings(advantage_centre=centre), policy, BUDGETS["smoke"], 0)
+        algorithm = FPO(settings(advantage_centre=centre), policy, BUDGET, 0)
         seen = {}
 
         def keep(*args, seen=seen):
@@ -273,6 +326,6 @@ def test_a_task_that_always_fails_is_not_pushed_away():
 
         algorithm._ascend_surrogate = keep
         algorithm.update(policy, only_hard)
-        moved[centre] = seen["advantage"][24:].abs().max().item()
-    assert moved["task"] == pytest.approx(0.0, abs=1e-6)
-    assert moved["batch"] > 0.3
+        moved[centre] = seen["advantage"][24:].mean().item()
+    assert moved["task"] == pytest.approx(0.0, abs=1e-5)
+    assert moved["batch"] < -0.3
