@@ -26,15 +26,19 @@ def main() -> None:
     policy = spec.load(run / "policy")
     config, _ = read_policy(run / "policy")
     card = {key: config[key] for key in config.keys() - policy.config.keys()}
-    manifest = json.loads((run / "manifest.json").read_text())
-    # One thread, since sums over two round otherwise and a training run is not forgiving.
-    card["made_by"] = "OMP_NUM_THREADS=1 " + shlex.join(["vlarl-bench", *manifest["argv"]])
+    manifest, asked = (json.loads((run / name).read_text()) for name in ("manifest.json", "config.json"))
+    card["made_by"] = shlex.join(["vlarl-bench", *manifest["argv"]])
+    demos = ["vlarl-bench", "demos", "--suite", manifest["suite"], "--observation", spec.observation]
+    demos += ["--episodes", str(asked["budget"]["demos"]), "--out", asked["demos"]]
+    tasks = manifest["evaluation"]["tasks"]
+    if len(tasks) < manifest["evaluation"]["suite_tasks"]:
+        demos += ["--tasks", ",".join(tasks)]
     save_policy(folder, policy, card, half=True)
     text = (folder / CARD).read_text()
     text += (
-        "\nA prior to fine-tune, deliberately undertrained so that reinforcement learning has room. Reproduce it with\n"
-        f"`vlarl-bench demos --suite {manifest['suite']} --observation {spec.observation}`, the command of `made_by`\n"
-        f"and `python scripts/ship_prior.py {run} {name}`.\n"
+        "\nA prior to fine-tune, from few demonstrations so that reinforcement learning has room. Reproduce it with\n\n"
+        f"```sh\n{shlex.join(demos)}\n{card['made_by']}\n"
+        f"python scripts/ship_prior.py {asked['out']} {name}\n```\n\n"
         "Below is what that run scored before its weights were halved.\n\n"
     )
     (folder / CARD).write_text(text + to_markdown(comparison_table(read_run(run))))

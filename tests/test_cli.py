@@ -7,6 +7,9 @@ import pytest
 
 from vlarl_bench import registry
 from vlarl_bench.cli import main
+from vlarl_bench.config import BUDGETS, RunConfig
+from vlarl_bench.errors import BenchError
+from vlarl_bench.run import _claim_folder
 
 RUN = ["run", "--algo", "fpo", "--suite", "libero", "--no-video"]
 HEAVY = ("torch", "transformers", "mujoco", "libero", "robosuite", "scipy", "matplotlib", "pandas")
@@ -121,11 +124,22 @@ def test_a_folder_that_cannot_be_made(out, capsys, tmp_path, monkeypatch):
     assert error.count("\n") == 1
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_read_only_folder(capsys, tmp_path):
-    tmp_path.chmod(0o500)
-    assert main([*RUN, "--base", "scratch", "--algo", "sft", "--out", str(tmp_path / "run")]) == 2
-    assert "read-only" in capsys.readouterr().err
+@pytest.mark.parametrize("name", [".", "run"])
+def test_a_read_only_folder(name, tmp_path):
+    """As somebody whom permissions stop, which root is not."""
+    settings = registry.get("algorithm", "sft").Settings()
+    config = RunConfig(
+        "sft", "libero", "pi0-tiny", BUDGETS["smoke"], settings, out=str(tmp_path / name), base="scratch"
+    )
+    tmp_path.chmod(0o555)
+    me = os.geteuid()
+    if me == 0:
+        os.seteuid(65534)
+    try:
+        with pytest.raises(BenchError, match="permission denied or read-only; choose a folder you can write"):
+            _claim_folder(config, resume=False)
+    finally:
+        os.seteuid(me)
 
 
 def test_without_a_gl_library_nothing_starts(capsys, tmp_path, monkeypatch):

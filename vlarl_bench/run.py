@@ -7,10 +7,11 @@ before. Everything is on disk before the next step begins: a run that dies conti
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,120 +19,22 @@ import numpy as np
 
 from . import registry
 from .checkpoint import load_latest, save_checkpoint
-from .config import EvalConfig, RunConfig, select_tasks
+from .config import EvalConfig, RunConfig
 from .errors import BenchError
+from .plan import Plan, plan_evaluation, plan_run
 from .progress import Progress
 from .provenance import code_version, fingerprint_hash, make_manifest
-from .records import EpisodeLog, EpisodeRow, MetricsLog, explained, read_json, write_json_atomic, write_text_atomic
+from .records import EpisodeLog, EpisodeRow, MetricsLog, explained, write_json_atomic, write_text_atomic
 from .rollout import Episode, Job, Pool, Rollout, episode_seed, run_episodes
 
 if TYPE_CHECKING:
     from .algorithm import Algorithm
     from .policies.base import Policy
-    from .protocol import Protocol
-    from .suite import Demonstration, Suite, Task
+    from .suite import Demonstration
 
 Phase = Literal["base", "train", "final", "eval"]
 FILM = ("agentview", 256, 2)
 """Camera, side in pixels, and environment steps a frame of the videos."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A run's parts, resolved and checked, before anything heavy starts."""
-
-    config: RunConfig | EvalConfig
-    algorithm: str
-    """Name that the rows carry."""
-    suite: Suite
-    spec: Any
-    protocol: Protocol
-    tasks: tuple[Task, ...]
-    base: Path | None
-    """Policy folder to start from; None for random weights."""
-    states: int
-    """Held-out initial states a task."""
-    repeats: int
-    """Episodes a task and held-out initial state."""
-
-    @property
-    def name(self) -> str:
-        """Run id: the name of its folder."""
-        return Path(self.config.out).resolve().name
-
-    def eval_jobs(self) -> list[Job]:
-        """The held-out episodes; the same before and after."""
-        return [
-            Job(task, state, repeat, episode_seed(self.config.seed, "eval", task.key, state, repeat))
-            for repeat in range(self.repeats)
-            for task in self.tasks
-            for state in self.protocol.eval_states[: self.states]
-        ]
-
-    def train_jobs(self, iteration: int, episodes: int) -> list[Job]:
-        """One round's episodes: tasks in turn, each over a fresh shuffle of the training states."""
-        rng = np.random.default_rng(episode_seed(self.config.seed, "train", iteration))
-        order = {task: rng.permutation(self.protocol.train_states) for task in self.tasks}
-        jobs = []
-        for i in range(episodes):
-            task, turn = self.tasks[i % len(self.tasks)], i // len(self.tasks)
-            state, repeat = int(order[task][turn % len(order[task])]), turn // len(order[task])
-            seed = episode_seed(self.config.seed, "train", iteration, task.key, state, repeat)
-            jobs.append(Job(task, state, repeat, seed))
-        return jobs
-
-
-def plan_run(config: RunConfig) -> Plan:
-    """Finds every part by name and checks that they fit.
-
-    Raises:
-        BenchError: naming what does not.
-    """
-    registry.check_compatible(config.algorithm, config.policy)
-    suite, spec = registry.get("suite", config.suite), registry.get("policy", config.policy)
-    protocol = suite.protocol(spec.observation)
-    config.budget.check_protocol(protocol)
-    base = _base_folder(config, spec)
-    if base is None and registry.get("algorithm", config.algorithm).learns_from == "rollouts":
-        raise BenchError(f"base: 'scratch'; {config.algorithm!r} learns from its own episodes and needs a prior")
-    if config.tasks or base is None:
-        tasks = select_tasks(suite, config.tasks, config.budget.tasks)
-    else:
-        known = set(read_json(base / "config.json").get("tasks", ()))
-        tasks = tuple(task for task in suite.tasks if task.key in known)[: config.budget.tasks]
-        if not tasks:
-            raise BenchError(
-                f"suite: the base policy in {base} was trained on no task of {suite.name!r}; "
-                "train another with --algo sft, or name tasks with --tasks to try all the same"
-            )
-    states, repeats = config.budget.eval_states, config.budget.eval_repeats
-    return Plan(config, config.algorithm, suite, spec, protocol, tasks, base, states, repeats)
-
-
-def plan_evaluation(config: EvalConfig) -> Plan:
-    """As `plan_run`, for an evaluation alone; rows carry the algorithm that made the policy, `base` for a prior."""
-    suite, spec = registry.get("suite", config.suite), registry.get("policy", config.policy)
-    protocol = dataclasses.replace(suite.protocol(spec.observation), decoding=config.decoding)
-    config.check_protocol(protocol)
-    base = _base_folder(config, spec)
-    if base is None:
-        raise BenchError("base: 'scratch'; a policy with random weights has no vocabulary and nothing to evaluate")
-    algorithm = str(read_json(base / "config.json").get("algorithm", "base"))
-    tasks = select_tasks(suite, config.tasks, len(suite.tasks))
-    return Plan(config, algorithm, suite, spec, protocol, tasks, base, config.states, config.repeats)
-
-
-def _base_folder(config: RunConfig | EvalConfig, spec: Any) -> Path | None:
-    if config.base == "scratch":
-        return None
-    folder: Path | None = spec.prior_folder if config.base == "prior" else Path(config.base)
-    if folder is None or not (folder / "config.json").is_file():
-        missing = f"{config.policy!r} ships no prior" if config.base == "prior" else "there is no policy"
-        raise BenchError(
-            f"base: {config.base!r}; {missing}; train one with `vlarl-bench run --algo sft --base scratch "
-            f"--policy {config.policy} --suite {config.suite}` and pass its `policy` folder"
-        )
-    return folder
 
 
 def run(config: RunConfig, resume: bool = False) -> Path:
@@ -213,10 +116,12 @@ def _claim_folder(config: RunConfig | EvalConfig, resume: bool) -> Path:
         if not (out / "config.json").is_file():
             raise BenchError(f"resume: {out} is not a run folder; it has no config.json")
         return out
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise BenchError(f"out: {out} exists; choose another folder, or continue that run with --resume {out}")
     with explained(out):
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise BenchError(f"out: {out} exists; choose another folder, or continue that run with --resume {out}")
         out.mkdir(parents=True, exist_ok=True)
+        if not os.access(out, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     return out
 
 

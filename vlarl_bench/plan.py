@@ -1,0 +1,118 @@
+"""What a run will do: its parts, resolved by name and checked against each other before anything heavy starts."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import registry
+from .config import EvalConfig, RunConfig, select_tasks
+from .errors import BenchError
+from .records import read_json
+from .rollout import Job, episode_seed
+
+if TYPE_CHECKING:
+    from .protocol import Protocol
+    from .suite import Suite, Task
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run's parts, resolved and checked, before anything heavy starts."""
+
+    config: RunConfig | EvalConfig
+    algorithm: str
+    """Name that the rows carry."""
+    suite: Suite
+    spec: Any
+    protocol: Protocol
+    tasks: tuple[Task, ...]
+    base: Path | None
+    """Policy folder to start from; None for random weights."""
+    states: int
+    """Held-out initial states a task."""
+    repeats: int
+    """Episodes a task and held-out initial state."""
+
+    @property
+    def name(self) -> str:
+        """Run id: the name of its folder."""
+        return Path(self.config.out).resolve().name
+
+    def eval_jobs(self) -> list[Job]:
+        """The held-out episodes; the same before and after."""
+        return [
+            Job(task, state, repeat, episode_seed(self.config.seed, "eval", task.key, state, repeat))
+            for repeat in range(self.repeats)
+            for task in self.tasks
+            for state in self.protocol.eval_states[: self.states]
+        ]
+
+    def train_jobs(self, iteration: int, episodes: int) -> list[Job]:
+        """One round's episodes: tasks in turn, each over a fresh shuffle of the training states."""
+        rng = np.random.default_rng(episode_seed(self.config.seed, "train", iteration))
+        order = {task: rng.permutation(self.protocol.train_states) for task in self.tasks}
+        jobs = []
+        for i in range(episodes):
+            task, turn = self.tasks[i % len(self.tasks)], i // len(self.tasks)
+            state, repeat = int(order[task][turn % len(order[task])]), turn // len(order[task])
+            seed = episode_seed(self.config.seed, "train", iteration, task.key, state, repeat)
+            jobs.append(Job(task, state, repeat, seed))
+        return jobs
+
+
+def plan_run(config: RunConfig) -> Plan:
+    """Finds every part by name and checks that they fit.
+
+    Raises:
+        BenchError: naming what does not.
+    """
+    registry.check_compatible(config.algorithm, config.policy)
+    suite, spec = registry.get("suite", config.suite), registry.get("policy", config.policy)
+    protocol = suite.protocol(spec.observation)
+    config.budget.check_protocol(protocol)
+    base = _base_folder(config, spec)
+    if base is None and registry.get("algorithm", config.algorithm).learns_from == "rollouts":
+        raise BenchError(f"base: 'scratch'; {config.algorithm!r} learns from its own episodes and needs a prior")
+    if config.tasks or base is None:
+        tasks = select_tasks(suite, config.tasks, config.budget.tasks)
+    else:
+        known = set(read_json(base / "config.json").get("tasks", ()))
+        tasks = tuple(task for task in suite.tasks if task.key in known)[: config.budget.tasks]
+        if not tasks:
+            raise BenchError(
+                f"suite: the base policy in {base} was trained on no task of {suite.name!r}; "
+                "train another with --algo sft, or name tasks with --tasks to try all the same"
+            )
+    states, repeats = config.budget.eval_states, config.budget.eval_repeats
+    return Plan(config, config.algorithm, suite, spec, protocol, tasks, base, states, repeats)
+
+
+def plan_evaluation(config: EvalConfig) -> Plan:
+    """As `plan_run`, for an evaluation alone; rows carry the algorithm that made the policy, `base` for a prior."""
+    suite, spec = registry.get("suite", config.suite), registry.get("policy", config.policy)
+    protocol = dataclasses.replace(suite.protocol(spec.observation), decoding=config.decoding)
+    config.check_protocol(protocol)
+    base = _base_folder(config, spec)
+    if base is None:
+        raise BenchError("base: 'scratch'; a policy with random weights has no vocabulary and nothing to evaluate")
+    algorithm = str(read_json(base / "config.json").get("algorithm", "base"))
+    tasks = select_tasks(suite, config.tasks, len(suite.tasks))
+    return Plan(config, algorithm, suite, spec, protocol, tasks, base, config.states, config.repeats)
+
+
+def _base_folder(config: RunConfig | EvalConfig, spec: Any) -> Path | None:
+    if config.base == "scratch":
+        return None
+    folder: Path | None = spec.prior_folder if config.base == "prior" else Path(config.base)
+    if folder is None or not (folder / "config.json").is_file():
+        missing = f"{config.policy!r} ships no prior" if config.base == "prior" else "there is no policy"
+        raise BenchError(
+            f"base: {config.base!r}; {missing}; train one with `vlarl-bench run --algo sft --base scratch "
+            f"--policy {config.policy} --suite {config.suite}` and pass its `policy` folder"
+        )
+    return folder
