@@ -25,7 +25,7 @@ def main() -> None:
     assert folder is not None, f"{name} is registered without a prior"
     policy = spec.load(run / "policy")
     config, _ = read_policy(run / "policy")
-    card = {key: config[key] for key in config.keys() - policy.config.keys()}
+    card = {key: config[key] for key in sorted(config.keys() - policy.config.keys())}
     manifest, asked = (json.loads((run / name).read_text()) for name in ("manifest.json", "config.json"))
     card["made_by"] = shlex.join(["vlarl-bench", *manifest["argv"]])
     demos = ["vlarl-bench", "demos", "--suite", manifest["suite"], "--observation", spec.observation]
