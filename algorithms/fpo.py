@@ -85,7 +85,7 @@ class FPOSettings:
     critic_target: Literal["td", "return"] = "return"
     """`td`: bootstrapped min over target critics (eq. 5); `return`: the episode's discounted return."""
     polyak: float = 0.05
-    """Step of the target critics towards the critics after each gradient step."""
+    """Step of the target critics towards the critics after each gradient step (`td` only)."""
     window: int = 4
     """Iterations kept in the replay window."""
     value_chunk: Literal["fresh", "stored"] = "fresh"
@@ -101,17 +101,24 @@ class FPOSettings:
 
     def check(self) -> None:
         """Raises BenchError on a value out of range."""
-        for name in ("lr", "beta", "std_floor", "critic_lr"):
+        for name in ("lr", "beta", "std_floor", "critic_lr", "explore_size"):
             if getattr(self, name) <= 0:
                 raise BenchError(f"algo.{name}: {getattr(self, name)}; it must be above 0")
-        for name in ("epochs", "minibatch", "draws", "critics", "critic_batch", "critic_width", "window"):
+        counts = ("epochs", "minibatch", "draws", "critics", "critic_batch", "critic_width", "window", "explore_steps")
+        for name in counts:
             if getattr(self, name) < 1:
                 raise BenchError(f"algo.{name}: {getattr(self, name)}; it must be at least 1")
-        if self.explore_steps < 1 or self.critic_steps < 0 or self.drift_penalty < 0:
-            raise BenchError("algo: explore_steps must be at least 1, critic_steps and drift_penalty at least 0")
+        for name in ("critic_steps", "drift_penalty"):
+            if getattr(self, name) < 0:
+                raise BenchError(f"algo.{name}: {getattr(self, name)}; it must be at least 0")
         for name in ("gamma", "gae_lambda", "polyak", "explore_time"):
             if not 0 < getattr(self, name) <= 1:
                 raise BenchError(f"algo.{name}: {getattr(self, name)}; it must be in (0, 1]")
+        if self.bootstrap_time_limit and self.critic_target == "return":
+            raise BenchError(
+                "algo.bootstrap_time_limit: True; with algo.critic_target 'return' running out of time is learned as a "
+                "failure; take 'td'"
+            )
         if not 0 <= self.tau_min < 1:
             raise BenchError(f"algo.tau_min: {self.tau_min}; it must be in [0, 1)")
         if not 0 <= self.clip_eps < 1:
@@ -137,7 +144,7 @@ def cfm_ratio(difference: Tensor, settings: FPOSettings) -> Tensor:
         exponent = difference
     else:
         centre = difference.mean().detach() if settings.ratio == "standardised" else 0.0
-        exponent = (difference - centre) / difference.std().detach().clamp_min(settings.std_floor)
+        exponent = (difference - centre) / difference.std(unbiased=False).detach().clamp_min(settings.std_floor)
     return torch.exp((settings.beta * exponent).clamp(-3.0, 3.0))
 
 
@@ -214,8 +221,10 @@ class FPO(Algorithm):
             seen = [seen for episode in rollout.episodes for seen in episode.observations]
             context = policy.encode(policy.preprocess(seen))
             data, rows = self._decisions(policy, context, rollout)
+        # Judged before these episodes are learned from, or it would say how well they are remembered.
+        metrics = {"explained_variance": self._explained_variance(data)} if self.replay else {}
         self.replay = [*self.replay, data][-s.window :]
-        metrics = self._fit_critic()
+        metrics |= self._fit_critic()
         advantage = self._advantages(data)
         metrics |= {"advantage_std": float(advantage.std())}
         if s.advantage_centre == "task":
@@ -262,10 +271,14 @@ class FPO(Algorithm):
             "ended": ended,
             "terminated": succeeded if s.bootstrap_time_limit else ended,
             "returns": returns,
-            "value_chunk": fresh[row] if s.value_chunk == "fresh" else latent,
+            "value_chunk": fresh[row],
             "next_features": features[row + 1],
             "next_chunk": fresh[row + 1],
+            "next_value_chunk": fresh[row + 1],
         }
+        if s.value_chunk == "stored":
+            following_chunk = torch.where(ended[:, None, None], fresh[row + 1], latent.roll(-1, 0))
+            data |= {"value_chunk": latent, "next_value_chunk": following_chunk}
         return data, row
 
     def _generators(self, count: int) -> list[torch.Generator]:
@@ -294,16 +307,19 @@ class FPO(Algorithm):
             with torch.no_grad():
                 for slow, fast in zip(self.target.parameters(), self.critic.parameters(), strict=True):
                     slow.lerp_(fast, s.polyak)
+        return {"critic_loss": loss.item()}
+
+    def _explained_variance(self, data: dict[str, Tensor]) -> float:
+        """How much of the spread of the returns the critics predict: 1 is all, 0 no more than their mean does."""
         with torch.no_grad():
-            error = replay["returns"] - self.critic(replay["features"], replay["latent"]).mean(0)
-        explained = 1 - error.var() / replay["returns"].var().clamp_min(1e-8)
-        return {"critic_loss": loss.item(), "explained_variance": float(explained)}
+            error = data["returns"] - self.critic(data["features"], data["latent"]).mean(0)
+        return float(1 - error.var() / data["returns"].var().clamp_min(1e-8))
 
     def _advantages(self, data: dict[str, Tensor]) -> Tensor:
         """[n] GAE with V(s) = min_i Q_i(s, x)."""
         with torch.no_grad():
             values = self.critic(data["features"], data["value_chunk"]).amin(0)
-            next_values = self.critic(data["next_features"], data["next_chunk"]).amin(0)
+            next_values = self.critic(data["next_features"], data["next_value_chunk"]).amin(0)
         advantages = gae(
             data["reward"].numpy(),
             values.numpy(),
@@ -335,15 +351,16 @@ class FPO(Algorithm):
         drift: list[float] = []
         for epoch in range(s.epochs):
             for i in torch.randperm(n, generator=self.generator).split(s.minibatch):
-                loss, ratio = actor_loss(losses(i), old[i], advantage[i], s)
+                new = losses(i)
+                loss, ratio = actor_loss(new, old[i], advantage[i], s)
                 off = (ratio.detach() - 1).abs()
-                if not moved and float(off.max()) > 1e-3:
+                if not moved and not float(off.max()) <= 1e-3:  # also when it is not a number
                     raise RuntimeError(f"fpo: the ratio is off 1 by {float(off.max()):.2g} before the first update")
                 self._step(loss)
                 clipped.append(float((off > s.clip_eps).float().mean()))
                 moved.append(float(off.mean()))
                 if epoch == s.epochs - 1:
-                    drift.append(float(-torch.log(ratio.detach()).mean() / s.beta))
+                    drift.append(float((new.detach() - old[i]).mean()))
         return metrics | {
             "clip_fraction": float(np.mean(clipped)),
             "ratio_off_one": float(np.mean(moved)),

@@ -6,7 +6,6 @@ environment step of a demonstration is a training example: what was seen there, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -70,7 +69,7 @@ class SFT(Algorithm):
         self.generator = torch.Generator().manual_seed(seed)
         parameters = [parameter.requires_grad_(True) for parameter in policy.parameters()]
         self.optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
-        self.steps = 0
+        self.steps = self.rounds = 0
         self._examples: tuple[Any, torch.Tensor, torch.Tensor] | None = None
 
     def update(self, policy: Policy, data: Sequence[Demonstration]) -> dict[str, float]:
@@ -86,7 +85,8 @@ class SFT(Algorithm):
             )
         batch, actions, mask = self._examples
         losses = []
-        for _ in range(math.ceil(budget.gradient_steps / budget.iterations)):
+        self.rounds += 1
+        for _ in range(round(budget.gradient_steps * self.rounds / budget.iterations) - self.steps):
             for group in self.optimizer.param_groups:
                 group["lr"] = s.lr * min((self.steps + 1) / (s.warmup + 1), 1 - self.steps / budget.gradient_steps)
             i = torch.randint(len(actions), (budget.batch_size,), generator=self.generator)
@@ -97,18 +97,20 @@ class SFT(Algorithm):
             self.optimizer.step()
             self.steps += 1
             losses.append(loss.item())
-        return {"sft_loss": float(np.mean(losses)), "gradient_steps": float(self.steps)}
+        mean = {"sft_loss": float(np.mean(losses))} if losses else {}
+        return mean | {"gradient_steps": float(self.steps)}
 
     def state_dict(self) -> dict[str, Any]:
         """Optimiser, step counter and generator."""
         return {
             "optimizer": self.optimizer.state_dict(),
             "steps": self.steps,
+            "rounds": self.rounds,
             "generator": self.generator.get_state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues where `state_dict` was taken."""
         self.optimizer.load_state_dict(state["optimizer"])
-        self.steps = state["steps"]
+        self.steps, self.rounds = state["steps"], state["rounds"]
         self.generator.set_state(state["generator"])

@@ -9,7 +9,7 @@ from vlarl_bench import registry
 from vlarl_bench.cli import main
 from vlarl_bench.config import BUDGETS, RunConfig
 from vlarl_bench.errors import BenchError
-from vlarl_bench.run import _claim_folder
+from vlarl_bench.run import _claimed
 
 RUN = ["run", "--algo", "fpo", "--suite", "libero", "--no-video"]
 HEAVY = ("torch", "transformers", "mujoco", "libero", "robosuite", "scipy", "matplotlib", "pandas")
@@ -136,20 +136,78 @@ def test_a_read_only_folder(name, tmp_path):
     if me == 0:
         os.seteuid(65534)
     try:
-        with pytest.raises(BenchError, match="permission denied or read-only; choose a folder you can write"):
-            _claim_folder(config, resume=False)
+        with (
+            pytest.raises(BenchError, match="permission denied or read-only; choose a folder you can write"),
+            _claimed(config, resume=False),
+        ):
+            pass
     finally:
         os.seteuid(me)
 
 
-def test_without_a_gl_library_nothing_starts(capsys, tmp_path, monkeypatch):
+def test_a_folder_is_taken_once_and_given_back_if_nothing_was_started(tmp_path):
+    settings = registry.get("algorithm", "sft").Settings()
+    config = RunConfig("sft", "libero", "pi0-tiny", BUDGETS["smoke"], settings, str(tmp_path / "run"), base="scratch")
+    mine = _claimed(config, resume=False)
+    out = mine.__enter__()
+    assert json.loads((out / "config.json").read_text()) == config.to_dict()
+    with pytest.raises(BenchError, match="exists; choose another folder"):
+        _claimed(config, resume=False).__enter__()
+    assert mine.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None) is False
+    assert not list(tmp_path.iterdir())
+
+
+def test_more_tasks_than_the_prior_knows(capsys, tmp_path):
+    args = ["--policy", "pi0-tiny-pixels", "--suite", "libero_object", "--budget.tasks", "10", "--out", str(tmp_path)]
+    assert main(["run", "--algo", "fpo", "--no-video", *args]) == 2
+    assert "budget.tasks: 10; the base policy" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("args", [["run", "--algo", "fpo", "--no-video"], ["eval"], ["demos"]], ids=lambda a: a[0])
+def test_without_a_gl_library_nothing_starts(args, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("MUJOCO_GL", "nonsense")
     monkeypatch.chdir(tmp_path)
-    assert main(["run", "--algo", "fpo", "--suite", "libero"]) == 2
+    assert main([*args, "--suite", "libero"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("vlarl-bench: error: MUJOCO_GL: 'nonsense' cannot render here (")
     assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (["--seed", "-1"], "seed: -1; it must be in"),
+        (["--out", ""], "out: ''; it must not be empty"),
+        (["--out", "file/x"], "file/x: a file is where a folder should be"),
+    ],
+)
+def test_demonstrations_are_not_begun_on_bad_options(args, line, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    assert main(["demos", "--suite", "libero", *args]) == 2
+    assert capsys.readouterr().err.startswith(f"vlarl-bench: error: {line}")
+
+
+def test_a_run_folder_is_not_a_policy_and_an_evaluation_does_not_resume(capsys, tmp_path):
+    (tmp_path / "policy").mkdir()
+    (tmp_path / "config.json").write_text('{"states": 25}')
+    assert main(["eval", "--suite", "libero", "--base", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert f"is a run folder; pass {tmp_path / 'policy'}" in capsys.readouterr().err
+    assert main(["run", "--resume", str(tmp_path)]) == 2
+    assert "is an evaluation, and only runs resume" in capsys.readouterr().err
+
+
+def test_a_deleted_working_directory_and_a_closed_output(tmp_path):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    code = "import os, sys; os.rmdir(os.getcwd()); from vlarl_bench.cli import main; sys.exit(main(['list']))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=gone, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "vlarl-bench: error: working directory: it has been deleted; change to one that exists\n"
+    closed = command("list", stderr=subprocess.PIPE, preexec_fn=lambda: os.close(1))
+    assert closed.communicate(timeout=60)[1] == ""
+    assert closed.returncode == 0
 
 
 def test_a_full_disk_is_one_line():

@@ -160,7 +160,7 @@ def test_damaged_and_foreign_policies_are_named(whole, tmp_path):
 def test_a_damaged_checkpoint_is_passed_over_and_a_foreign_folder_refused(whole, tmp_path):
     import shutil
 
-    folder = tmp_path / "resumed"
+    folder = tmp_path / whole[0].name
     shutil.copytree(whole[0], folder)
     newest = max((folder / "checkpoints").iterdir())
     state = newest / "state.safetensors"
@@ -168,6 +168,19 @@ def test_a_damaged_checkpoint_is_passed_over_and_a_foreign_folder_refused(whole,
     done = vlarl("run", "--resume", folder)
     assert "passed over" in done.stderr and newest.name in done.stderr
     assert outcome(folder)[2] == outcome(whole[0])[2]
+    shutil.rmtree(folder / "checkpoints")  # as in a folder of which only the rows were kept
+    before = (folder / "episodes.jsonl").read_bytes()
+    kept = vlarl("run", "--resume", folder, check=False)
+    assert kept.returncode == 2
+    assert "no checkpoint to go on from" in kept.stderr
+    assert (folder / "episodes.jsonl").read_bytes() == before
+    for name in ("base_checkpoint", "run"):  # another prior is installed now; the folder was renamed
+        manifest = json.loads((folder / "manifest.json").read_text())
+        (folder / "manifest.json").write_text(json.dumps(manifest | {name: "0123456789ab"}))
+        changed = vlarl("run", "--resume", folder, check=False)
+        assert changed.returncode == 2
+        assert "was 0123456789ab and is now" in changed.stderr.splitlines()[-1]
+        (folder / "manifest.json").write_text(json.dumps(manifest))
     empty = tmp_path / "empty"
     empty.mkdir()
     refused = vlarl("run", "--resume", empty, check=False)

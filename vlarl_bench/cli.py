@@ -23,7 +23,11 @@ from .errors import BenchError
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit status: 0, 1 (doctor), 2 (a mistake, told in one line) or 130 (Ctrl-C)."""
     args = list(sys.argv[1:] if argv is None else argv)
+    if sys.stdout is None:  # closed by the caller, as `>&-` does
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the life of the process)
     try:
+        if not _has_folder():
+            raise BenchError("working directory: it has been deleted; change to one that exists")
         if not args or args[0] in ("-h", "--help"):
             print(_overview())
             return 0 if args else 2
@@ -67,6 +71,8 @@ def _run(args: list[str]) -> int:
         stored = read_json(file)
         if not isinstance(stored, dict):
             raise BenchError(f"resume: {file} does not hold a configuration")
+        if "states" in stored:
+            raise BenchError(f"resume: {resume.resume} is an evaluation, and only runs resume; evaluate again")
         changes = {"workers": resume.workers} if resume.workers else {}
         config = RunConfig.from_dict({**stored, **changes, "out": resume.resume})
     else:
@@ -90,7 +96,7 @@ def _run(args: list[str]) -> int:
             video=options.video,
         )
     registry.check_compatible(config.algorithm, config.policy)
-    _check(config.suite, config.policy, config.tasks, config.video)
+    _check(config.suite, config.tasks)
     from .run import run
 
     try:
@@ -110,7 +116,7 @@ def _eval(args: list[str]) -> int:
     options = parse(Eval, args, "vlarl-bench eval")
     out = options.out or _fresh("eval", options.policy, options.suite, f"seed{options.seed}")
     config = EvalConfig(**{**vars(options), "tasks": _split(options.tasks), "out": out})
-    _check(config.suite, config.policy, config.tasks, config.video)
+    _check(config.suite, config.tasks)
     from .run import evaluate
 
     evaluate(config)
@@ -119,7 +125,11 @@ def _eval(args: list[str]) -> int:
 
 def _demos(args: list[str]) -> int:
     from .config import select_tasks
+    from .demonstrations import make_demonstrations
+    from .doctor import require_gl
     from .options import Demos, parse
+    from .progress import Progress
+    from .records import explained
 
     options = parse(Demos, args, "vlarl-bench demos")
     suite = registry.get("suite", options.suite)
@@ -127,17 +137,18 @@ def _demos(args: list[str]) -> int:
     for name in ("episodes", "workers"):
         if getattr(options, name) < 1:
             raise BenchError(f"{name}: {getattr(options, name)}; it must be at least 1")
+    if not 0 <= options.seed < 2**31:
+        raise BenchError(f"seed: {options.seed}; it must be in [0, 2147483647]")
+    if not options.out:
+        raise BenchError("out: ''; it must not be empty")
     protocol = suite.protocol(options.observation)
     if options.episodes > len(protocol.train_states):
         raise BenchError(
             f"episodes: {options.episodes}; {protocol.label} has {len(protocol.train_states)} to learn from"
         )
-    if options.observation == "pixels":
-        from .doctor import require_gl
-
-        require_gl()
-    from .demonstrations import make_demonstrations
-    from .progress import Progress
+    require_gl()
+    with explained(options.out):
+        Path(options.out).mkdir(parents=True, exist_ok=True)
 
     with Progress() as progress, progress.phase("expert", options.episodes * len(tasks), "demonstrations") as phase:
         make_demonstrations(
@@ -232,15 +243,21 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
 }
 
 
-def _check(suite: str, policy: str, tasks: tuple[str, ...], video: bool) -> None:
+def _check(suite: str, tasks: tuple[str, ...]) -> None:
     """What can be found wrong before anything heavy is imported; `run` checks the rest."""
     from .config import select_tasks
+    from .doctor import require_gl
 
     select_tasks(registry.get("suite", suite), tasks, 0)
-    if video or registry.get("policy", policy).observation == "pixels":
-        from .doctor import require_gl
+    require_gl()  # also where nothing is rendered: the simulators load a GL library when they are imported
 
-        require_gl()
+
+def _has_folder() -> bool:
+    try:
+        os.getcwd()
+    except OSError:
+        return False
+    return True
 
 
 def _flag(args: list[str], command: str, flag: str = "", meaning: str = "") -> bool:

@@ -25,7 +25,7 @@ class Budget:
     tasks: int
     """Tasks of the suite, where `--tasks` names none."""
     iterations: int
-    """Rounds of collecting and updating (algorithms that learn from rollouts)."""
+    """Rounds of collecting and updating; of updating alone for algorithms that learn from demonstrations."""
     episodes: int
     """Training episodes an iteration, over all tasks."""
     eval_states: int
@@ -72,7 +72,7 @@ class RunConfig:
     base: str = "prior"
     """Weights to start from: `prior` (shipped with the policy), `scratch` (random) or a policy folder."""
     tasks: tuple[str, ...] = ()
-    """Task names or `suite/name` keys; empty takes the first `budget.tasks` tasks."""
+    """Task names or `suite/name` keys; empty takes the first `budget.tasks` that the base policy was trained on."""
     seed: int = 0
     workers: int = 2
     """Simulator processes; changes the speed, never the rows."""
@@ -124,7 +124,7 @@ class EvalConfig:
     out: str
     """Run folder."""
     base: str = "prior"
-    """Weights: `prior` (shipped with the policy), `scratch` (random) or a policy folder."""
+    """Weights: `prior` (shipped with the policy) or a policy folder."""
     tasks: tuple[str, ...] = ()
     """Task names or `suite/name` keys; empty takes all tasks of the suite."""
     states: int = 25

@@ -43,7 +43,7 @@ class Run(Generic[Settings]):
     base: str = "prior"
     """Weights to start from: prior (shipped with the policy), scratch (random) or a policy folder."""
     tasks: str = ""
-    """Comma-separated task names; empty takes the first --budget.tasks of the suite."""
+    """Comma-separated task names; empty takes the first --budget.tasks that the base policy was trained on."""
     seed: int = 0
     """Seeds the policy's noise, the algorithm and the choice of episodes."""
     workers: int = 2
@@ -81,7 +81,7 @@ class Eval:
     policy: str = DEFAULT_POLICY
     """Policy to evaluate."""
     base: str = "prior"
-    """Its weights: prior (shipped with the policy), scratch (random) or a policy folder."""
+    """Its weights: prior (shipped with the policy) or a policy folder."""
     tasks: str = ""
     """Comma-separated task names; empty takes all tasks of the suite."""
     states: int = 25

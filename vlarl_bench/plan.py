@@ -82,7 +82,13 @@ def plan_run(config: RunConfig) -> Plan:
         tasks = select_tasks(suite, config.tasks, config.budget.tasks)
     else:
         known = set(read_json(base / "config.json").get("tasks", ()))
-        tasks = tuple(task for task in suite.tasks if task.key in known)[: config.budget.tasks]
+        tasks = tuple(task for task in suite.tasks if task.key in known)
+        if 0 < len(tasks) < config.budget.tasks:
+            raise BenchError(
+                f"budget.tasks: {config.budget.tasks}; the base policy in {base} was trained on {len(tasks)} tasks of "
+                f"{suite.name!r}; ask for at most that many, or name tasks with --tasks"
+            )
+        tasks = tasks[: config.budget.tasks]
         if not tasks:
             raise BenchError(
                 f"suite: the base policy in {base} was trained on no task of {suite.name!r}; "
@@ -93,7 +99,7 @@ def plan_run(config: RunConfig) -> Plan:
 
 
 def plan_evaluation(config: EvalConfig) -> Plan:
-    """As `plan_run`, for an evaluation alone; rows carry the algorithm that made the policy, `base` for a prior."""
+    """As `plan_run`, for an evaluation alone; rows carry the algorithm that made the policy."""
     suite, spec = registry.get("suite", config.suite), registry.get("policy", config.policy)
     protocol = dataclasses.replace(suite.protocol(spec.observation), decoding=config.decoding)
     config.check_protocol(protocol)
@@ -115,4 +121,8 @@ def _base_folder(config: RunConfig | EvalConfig, spec: Any) -> Path | None:
             f"base: {config.base!r}; {missing}; train one with `vlarl-bench run --algo sft --base scratch "
             f"--policy {config.policy} --suite {config.suite}` and pass its `policy` folder"
         )
+    if not (folder / "hashes.json").exists() and (folder / "policy").is_dir():
+        raise BenchError(f"base: {folder} is a run folder; pass {folder / 'policy'}")
+    if not isinstance(read_json(folder / "config.json"), dict):
+        raise BenchError(f"base: {folder / 'config.json'} does not describe a policy")
     return folder

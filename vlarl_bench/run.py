@@ -7,11 +7,11 @@ before. Everything is on disk before the next step begins: a run that dies conti
 from __future__ import annotations
 
 import dataclasses
-import errno
 import os
+import shlex
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,7 +24,16 @@ from .errors import BenchError
 from .plan import Plan, plan_evaluation, plan_run
 from .progress import Progress
 from .provenance import code_version, fingerprint_hash, make_manifest
-from .records import EpisodeLog, EpisodeRow, MetricsLog, explained, write_json_atomic, write_text_atomic
+from .records import (
+    EpisodeLog,
+    EpisodeRow,
+    MetricsLog,
+    Phase,
+    explained,
+    read_json,
+    write_json_atomic,
+    write_text_atomic,
+)
 from .rollout import Episode, Job, Pool, Rollout, episode_seed, run_episodes
 
 if TYPE_CHECKING:
@@ -32,9 +41,8 @@ if TYPE_CHECKING:
     from .policies.base import Policy
     from .suite import Demonstration
 
-Phase = Literal["base", "train", "final", "eval"]
-FILM = ("agentview", 256, 2)
-"""Camera, side in pixels, and environment steps a frame of the videos."""
+FILM = (256, 2)
+"""Side in pixels, and environment steps a frame, of the films."""
 
 
 def run(config: RunConfig, resume: bool = False) -> Path:
@@ -47,16 +55,14 @@ def run(config: RunConfig, resume: bool = False) -> Path:
 
     plan = plan_run(config)
     method = registry.get("algorithm", config.algorithm)
-    torch.set_num_threads(config.threads)
-    out = _claim_folder(config, resume)
     with ExitStack() as stack:
+        out = stack.enter_context(_claimed(config, resume))
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(config.threads)
         progress = stack.enter_context(Progress())
         demonstrations = _demonstrations(plan, config, progress) if method.learns_from == "demonstrations" else None
         policy = _first_policy(plan, demonstrations)
         algorithm = method(config.settings, policy, config.budget, config.seed)
-        # Only now: a damaged policy or missing demonstrations leave an empty folder, which the next try may use.
-        if not resume:
-            write_json_atomic(out / "config.json", config.to_dict())
         _write_manifest(plan, policy, out)
         log = stack.enter_context(EpisodeLog(out / "episodes.jsonl"))
         metrics = stack.enter_context(MetricsLog(out / "metrics.jsonl"))
@@ -66,6 +72,8 @@ def run(config: RunConfig, resume: bool = False) -> Path:
             f"{config.suite}, protocol {plan.protocol.label}"
         )
         restored = load_latest(out / "checkpoints") if resume else None
+        if restored is None and any(row.phase != "base" for row in log.rows):
+            raise BenchError(f"resume: {out} has rows of later rounds but no checkpoint to go on from; start a new run")
         if restored is None:
             if plan.base is not None:  # random weights solve nothing
                 _evaluate(plan, "base", 0, policy, pool, log, progress)
@@ -83,46 +91,58 @@ def run(config: RunConfig, resume: bool = False) -> Path:
         _evaluate(plan, "final", config.budget.iterations, policy, pool, log, progress)
         _save_policy(plan, policy, out)
         rows = log.rows
+    _report(out)
     if config.video:
-        progress.say("filming one episode")
         before = {} if plan.base is None else {"before": plan.spec.load(plan.base)}
         _film(plan, {**before, "after": policy}, rows, out)
-    _report(out)
     return out
 
 
 def evaluate(config: EvalConfig) -> Path:
     """Plays the held-out episodes with one policy and nothing else; rows have the phase `eval`."""
     plan = plan_evaluation(config)
-    out = _claim_folder(config, resume=False)
-    policy = _first_policy(plan, None)
-    write_json_atomic(out / "config.json", config.to_dict())
     with ExitStack() as stack:
+        out = stack.enter_context(_claimed(config, resume=False))
+        policy = _first_policy(plan, None)
         progress = stack.enter_context(Progress())
         _write_manifest(plan, policy, out)
         log = stack.enter_context(EpisodeLog(out / "episodes.jsonl"))
         pool = stack.enter_context(Pool(plan.suite, plan.protocol, config.workers))
         _evaluate(plan, "eval", 0, policy, pool, log, progress)
+    _report(out)
     if config.video:
         _film(plan, {"eval": policy}, log.rows, out)
-    _report(out)
     return out
 
 
-def _claim_folder(config: RunConfig | EvalConfig, resume: bool) -> Path:
-    """The run folder, made if it is new; before anything that takes long, so that a bad name is told at once."""
+@contextmanager
+def _claimed(config: RunConfig | EvalConfig, resume: bool) -> Iterator[Path]:
+    """The run folder, claimed by its config.json before anything that takes long, so that a bad name is told at once
+    and no two processes share one. A run that ends before its manifest is there gives the folder back."""
     out = Path(config.out)
     if resume:
         if not (out / "config.json").is_file():
             raise BenchError(f"resume: {out} is not a run folder; it has no config.json")
-        return out
+        yield out
+        return
+    again = f", or continue that run with --resume {out}" if isinstance(config, RunConfig) else ""
     with explained(out):
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise BenchError(f"out: {out} exists; choose another folder, or continue that run with --resume {out}")
+            raise BenchError(f"out: {out} exists; choose another folder{again}")
         out.mkdir(parents=True, exist_ok=True)
-        if not os.access(out, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    return out
+        try:
+            os.close(os.open(out / "config.json", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        except FileExistsError:
+            raise BenchError(f"out: {out} was just taken by another process; choose another folder") from None
+    try:
+        write_json_atomic(out / "config.json", config.to_dict())
+        yield out
+    except BaseException:
+        if not (out / "manifest.json").exists():
+            with suppress(OSError):
+                (out / "config.json").unlink()
+                out.rmdir()
+        raise
 
 
 def _demonstrations(plan: Plan, config: RunConfig, progress: Progress) -> list[Demonstration]:
@@ -133,10 +153,10 @@ def _demonstrations(plan: Plan, config: RunConfig, progress: Progress) -> list[D
     if not config.demos:
         missing = [task for task in plan.tasks if not (folder / task.suite / f"{task.name}.safetensors").exists()]
         if missing:
-            with progress.phase("expert", config.budget.demos * len(plan.tasks), "demonstrations") as phase:
+            with progress.phase("expert", config.budget.demos * len(missing), "demonstrations") as phase:
                 make_demonstrations(
                     plan.suite,
-                    plan.tasks,
+                    missing,
                     plan.protocol,
                     config.budget.demos,
                     folder,
@@ -285,9 +305,8 @@ def _row(
 
 
 def _write_manifest(plan: Plan, policy: Policy, out: Path) -> None:
+    """Writes the manifest; a resumed run keeps its own, and must still be the run that it describes."""
     config = plan.config
-    if (out / "manifest.json").exists():  # a resumed run keeps its origin
-        return
     manifest = make_manifest(
         run=plan.name,
         argv=sys.argv[1:],
@@ -302,7 +321,20 @@ def _write_manifest(plan: Plan, policy: Policy, out: Path) -> None:
         init_states=plan.protocol.eval_states[: plan.states],
         repeats=plan.repeats,
     )
-    write_json_atomic(out / "manifest.json", manifest)
+    if not (out / "manifest.json").exists():
+        write_json_atomic(out / "manifest.json", manifest)
+        return
+    first = read_json(out / "manifest.json")
+    for name, was, now in (
+        ("run", first["run"], manifest["run"]),
+        ("base policy", first["base_checkpoint"], manifest["base_checkpoint"]),
+        ("protocol", first["protocol"]["label"], manifest["protocol"]["label"]),
+        ("tasks", first["evaluation"]["tasks"], manifest["evaluation"]["tasks"]),
+    ):
+        if was != now:
+            raise BenchError(
+                f"resume: {out}: the {name} was {was} and is now {now}; put it back as it was, or start a new run"
+            )
 
 
 def _save_policy(plan: Plan, policy: Policy, out: Path) -> None:
@@ -310,7 +342,7 @@ def _save_policy(plan: Plan, policy: Policy, out: Path) -> None:
 
     card = {
         "tasks": [task.key for task in plan.tasks],
-        "made_by": "vlarl-bench " + " ".join(sys.argv[1:]),
+        "made_by": shlex.join(["vlarl-bench", *read_json(out / "manifest.json")["argv"]]),
         "algorithm": plan.algorithm,
         "protocol": plan.protocol.hash,
         "code": code_version(),
@@ -332,7 +364,7 @@ def _film(plan: Plan, players: dict[str, Policy], rows: Sequence[EpisodeRow], ou
 
     jobs = plan.eval_jobs()
     job = next((job for job in jobs if of("base", job) is False and of("final", job) is True), jobs[0])
-    camera, size, every = FILM
+    camera, (size, every) = plan.suite.film_camera, FILM
     with Pool(plan.suite, plan.protocol, workers=1, video=True) as pool:
         for name, player in players.items():
             (episode,) = run_episodes(pool, player, [job], plan.protocol, plan.config.slots)

@@ -22,6 +22,7 @@ class LiberoSuite(Suite):
 
     action_dim: ClassVar[int] = 7
     proprio_dim: ClassVar[int] = 8
+    film_camera: ClassVar[str] = "agentview"
     members: ClassVar[tuple[str, ...]]
     """The upstream suites that this one is made of."""
 

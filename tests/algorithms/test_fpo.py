@@ -193,11 +193,29 @@ def test_critics_reach_the_discounted_return(target, members):
     assert torch.allclose(q, torch.tensor([0.81, 0.9, 1.0]).repeat(16).expand_as(q), atol=0.1)
 
 
+@pytest.mark.parametrize("where", ["fresh", "stored"])
+def test_the_value_after_a_decision_is_the_value_at_the_next(where):
+    algorithm = FPO(settings(value_chunk=where, critic_steps=0), ToyFlow(), BUDGET, 0)
+    algorithm.update(ToyFlow(), rollout(ToyFlow(), lambda x: True, 4, 0, length=3))
+    data = algorithm.replay[0]
+    inside = ~data["ended"][:-1]
+    assert torch.equal(data["next_value_chunk"][:-1][inside], data["value_chunk"][1:][inside])
+    assert torch.equal(data["value_chunk"], data["latent"]) == (where == "stored")
+
+
+def test_the_drift_is_told_also_where_the_ratio_cannot_see_it():
+    """The standardised ratio has mean 1 whatever the losses do; the metric must not be made from it."""
+    policy = ToyFlow(1)
+    algorithm = FPO(settings(ratio="standardised", beta=0.1, lr=0.05, drift_penalty=0.0), policy, BUDGET, 0)
+    drifts = [algorithm.update(policy, rollout(policy, wants, 64, i))["cfm_drift"] for i in range(4)]
+    assert max(map(abs, drifts)) > 1e-3
+
+
 def test_timeouts_are_failures_or_bootstraps():
     policy = ToyFlow()
     data = rollout(policy, lambda x: False, 2, 0, length=2)
     for bootstrap in (False, True):
-        algorithm = FPO(settings(bootstrap_time_limit=bootstrap, critic_steps=0), policy, BUDGET, 0)
+        algorithm = FPO(settings(bootstrap_time_limit=bootstrap, critic_target="td", critic_steps=0), policy, BUDGET, 0)
         algorithm.update(policy, data)
         assert algorithm.replay[0]["terminated"].tolist() == ([False] * 4 if bootstrap else [False, True] * 2)
         assert algorithm.replay[0]["ended"].tolist() == [False, True] * 2
@@ -251,7 +269,7 @@ def test_ablation_without_the_ratio_climbs_the_critic():
     "bad",
     [
         *({"lr": 0.0}, {"tau_min": 1.0}, {"clip_eps": 1.5}, {"draws": 0}),
-        *({"gamma": 1.2}, {"explore_steps": 0}, {"critics": 0}),
+        *({"gamma": 1.2}, {"explore_steps": 0}, {"critics": 0}, {"bootstrap_time_limit": True}),
     ],
 )
 def test_settings_out_of_range(bad):

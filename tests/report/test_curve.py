@@ -38,7 +38,7 @@ def test_the_curve_shows_what_the_rows_say(tmp_path, make_run, outcomes, drawn):
     assert np.sort(ends[:, 1]) == pytest.approx([100 * low, 100 * high])
     assert axes.get_xlabel() == "training (environment steps)"
     assert axes.get_ylabel() == "success rate (%)"
-    assert "fpo on pi0-tiny, suite_a, seed 0" in axes.get_title()
+    assert "fpo on pi0-tiny, suite, seed 0" in axes.get_title()
     assert "privileged state" in axes.get_title()
     labels = axes.get_legend_handles_labels()[1]
     assert "training episodes (exploring, initial states 0-3)" in labels

@@ -8,7 +8,7 @@ import pytest
 
 from vlarl_bench.errors import BenchError
 from vlarl_bench.protocol import Protocol
-from vlarl_bench.records import write_json_atomic
+from vlarl_bench.records import EpisodeLog, read_rows, write_json_atomic
 from vlarl_bench.report.render import print_table, to_csv, to_json, to_markdown
 from vlarl_bench.report.runs import read_run, read_runs
 from vlarl_bench.report.table import comparison_table, spans, summary_table
@@ -172,6 +172,41 @@ def test_rows_that_contradict_the_manifest_are_refused(make_run, outcomes, field
     run = read_run(folder)
     with pytest.raises(BenchError, match=words):
         dataclasses.replace(run, rows=(dataclasses.replace(run.rows[0], **fields),))
+
+
+def test_training_on_a_held_out_state_is_refused(make_run, outcomes):
+    folder = make_run("leak", base=outcomes["never"], final=outcomes["always"], train=((1, True),))
+    leak = dataclasses.replace(read_rows(folder / "episodes.jsonl")[-1], init_state=5)
+    with EpisodeLog(folder / "episodes.jsonl") as log:
+        log.append(leak)
+    with pytest.raises(BenchError, match="trains on an initial state"):
+        read_run(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"seed": 7}, "seed is 7 in manifest.json and 0"),
+        ({"run": "other"}, "is of the run"),
+        ({"policy": "huge"}, "'huge'"),
+    ],
+)
+def test_a_manifest_that_was_altered_is_refused(make_run, outcomes, change, words):
+    folder = make_run("altered", base=outcomes["never"], final=outcomes["always"])
+    manifest = json.loads((folder / "manifest.json").read_text())
+    write_json_atomic(folder / "manifest.json", manifest | change)
+    with pytest.raises(BenchError, match=words):
+        read_run(folder)
+    write_json_atomic(folder / "manifest.json", manifest | {"protocol": manifest["protocol"] | {"settle_steps": 3}})
+    with pytest.raises(BenchError, match="does not have the hash it claims"):
+        read_run(folder)
+
+
+def test_a_control_says_that_it_is_one(make_run, outcomes, tmp_path):
+    shuffled = make_run("control", base=outcomes["half"], final=outcomes["half"], config={"rewards": "shuffled"})
+    true = make_run("true", base=outcomes["half"], final=outcomes["half"], config={"rewards": "success"})
+    assert "CONTROL" in comparison_table(read_run(shuffled)).title
+    assert "CONTROL" not in comparison_table(read_run(true)).title
 
 
 def test_what_is_not_a_run_folder_is_named(tmp_path, make_run, outcomes):

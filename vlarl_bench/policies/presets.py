@@ -65,14 +65,14 @@ class PolicySpec:
 
 PI0_TINY = PolicySpec(
     name="pi0-tiny",
-    summary="pi0 scaled down to 1 M parameters: instruction, object poses (privileged state) and proprioception",
+    summary="pi0 scaled down to 0.9 M parameters: instruction, object poses (privileged state) and proprioception",
     capabilities=frozenset({"sft", "flow"}),
     observation="state",
     prior="pi0-tiny",
 )
 PI0_TINY_PIXELS = PolicySpec(
     name="pi0-tiny-pixels",
-    summary="pi0 scaled down to 2 M parameters: instruction, two cameras (64 x 64) and proprioception",
+    summary="pi0 scaled down to 1.4 M parameters: instruction, two cameras (64 x 64) and proprioception",
     capabilities=frozenset({"sft", "flow"}),
     observation="pixels",
     prior="pi0-tiny-pixels",

@@ -56,7 +56,7 @@ def write_curve(path: str | os.PathLike[str], run: RunFolder) -> None:
     axes.set_ylim(-2, 102)
     axes.grid(alpha=0.25)
     axes.set_title(
-        f"{manifest['algorithm']} on {manifest['policy']}, {', '.join(run.suites)}, seed {manifest['seed']}\n"
+        f"{run.title}\n"
         f"{len(manifest['evaluation']['tasks'])} of {manifest['evaluation']['suite_tasks']} tasks of "
         f"{manifest['suite']}, protocol {manifest['protocol']['label']}",
         fontsize=10,

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BenchError
+from ..protocol import Protocol
 from ..records import EpisodeRow, read_json, read_rows
 
-PLACE_AND_SPEED = frozenset({"seed", "out", "workers", "slots", "video", "demos"})
+PLACE_AND_SPEED = frozenset({"seed", "out", "workers", "slots", "threads", "video", "demos"})
 """Entries of a config in which two runs of the same experiment may differ."""
 
 
@@ -24,12 +25,25 @@ class RunFolder:
 
     def __post_init__(self) -> None:
         protocol, tasks = self.manifest["protocol"], set(self.manifest["evaluation"]["tasks"])
+        described = Protocol(**{name: value for name, value in protocol.items() if name not in ("hash", "label")})
+        if (described.hash, described.label) != (protocol["hash"], protocol["label"]):
+            raise BenchError(
+                f"{self.folder / 'manifest.json'}: the protocol does not have the hash it claims; altered?"
+            )
+        if self.config.get("seed") != self.manifest["seed"]:
+            told, asked = self.manifest["seed"], self.config.get("seed")
+            raise BenchError(f"{self.folder}: seed is {told} in manifest.json and {asked} in config.json; altered?")
         for row in self.rows:
             where = f"{self.folder}: episode {row.key}"
+            for name in ("run", "policy"):
+                if getattr(row, name) != self.manifest[name]:
+                    raise BenchError(f"{where} is of the {name} {getattr(row, name)!r}, not {self.manifest[name]!r}")
             if row.protocol != protocol["hash"]:
                 raise BenchError(f"{where} has protocol {row.protocol}, but the manifest says {protocol['label']}")
             if f"{row.suite}/{row.task}" not in tasks:
                 raise BenchError(f"{where} is of a task that the manifest does not list")
+            if row.phase == "train" and row.init_state not in protocol["train_states"]:
+                raise BenchError(f"{where} trains on an initial state that {protocol['label']} does not train on")
             if row.phase != "train" and row.init_state not in protocol["eval_states"]:
                 raise BenchError(f"{where} evaluates on an initial state that {protocol['label']} does not hold out")
 
@@ -50,6 +64,14 @@ class RunFolder:
     def compares(self) -> bool:
         """Whether this is a run (before and after) and not a lone evaluation."""
         return not any(row.phase == "eval" for row in self.rows)
+
+    @property
+    def title(self) -> str:
+        """What was run; a control says that it is one."""
+        m = self.manifest
+        control = ", CONTROL: rewards shuffled" if self.config.get("rewards") == "shuffled" else ""
+        what = f"{m['algorithm']} on" if self.compares else "evaluation of"
+        return f"{what} {m['policy']}, {m['suite']}, seed {m['seed']}{control}"
 
     @property
     def decodings(self) -> list[str]:

@@ -55,11 +55,7 @@ def comparison_table(run: RunFolder) -> Table:
             tasks = [_record(run, [key], decoding) | {"task": key.split("/", 1)[1]} for key in mine]
             cells.append(_cell([_record(run, mine, decoding)]) | {"per_task": tasks})
     compared = ("base", name, "change, pp [95%]", "p") if run.compares else (name,)
-    manifest = run.manifest
-    title = f"{manifest['algorithm']} on {manifest['policy']}, {manifest['suite']}, seed {manifest['seed']}"
-    if not run.compares:
-        title = f"evaluation of {manifest['policy']}, {manifest['suite']}, seed {manifest['seed']}"
-    return Table(title, _notes([run], records), ("task", *compared), tuple(lines), 1, tuple(records), tuple(cells))
+    return Table(run.title, _notes([run], records), ("task", *compared), tuple(lines), 1, tuple(records), tuple(cells))
 
 
 def summary_table(runs: Sequence[RunFolder]) -> Table:
@@ -260,7 +256,8 @@ def _notes(runs: Sequence[RunFolder], records: Sequence[Record]) -> tuple[str, .
     if len(machines) > 1:
         notes.append(f"Rows come from {len(machines)} machines or installations: {', '.join(sorted(machines))}.")
     if not all(record["complete"] for record in records):
-        notes.append("INCOMPLETE: episodes are missing; continue with `vlarl-bench run --resume DIR`.")
+        again = "; continue with `vlarl-bench run --resume DIR`" if any(run.compares for run in runs) else ""
+        notes.append(f"INCOMPLETE: episodes are missing{again}.")
     return tuple(notes)
 
 

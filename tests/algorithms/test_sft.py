@@ -1,0 +1,45 @@
+"""SFT's budget and schedule, on a policy small enough to watch."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from toy import TASK, ToyFlow
+from vlarl_bench.algorithms.sft import SFT, SFTSettings, chunks
+
+from vlarl_bench.config import BUDGETS
+from vlarl_bench.suite import Demonstration, Observation
+
+
+class Imitator(ToyFlow):
+    def sft_loss(self, context, actions, mask, generator):
+        noise = torch.randn(len(actions), 1, *actions.shape[1:], generator=generator)
+        t = torch.rand(len(actions), 1, generator=generator)
+        return (self.flow_loss(context, actions, t, noise).mean((1, 3)) * mask).sum() / mask.sum()
+
+
+def demonstrations():
+    seen = tuple(Observation("do it", np.array([i / 10], np.float32)) for i in range(6))
+    return [Demonstration(TASK, 0, True, seen, np.full((6, 2), 0.5, np.float32))]
+
+
+@pytest.mark.parametrize(("steps", "rounds"), [(10, 5), (20, 6), (7, 3), (3, 5)])
+def test_the_gradient_steps_are_those_of_the_budget_and_the_rate_never_turns_negative(steps, rounds):
+    budget = dataclasses.replace(BUDGETS["smoke"], gradient_steps=steps, iterations=rounds, batch_size=4)
+    policy = Imitator()
+    algorithm = SFT(SFTSettings(warmup=0), policy, budget, 0)
+    rates = []
+    inner = algorithm.optimizer.step
+    algorithm.optimizer.step = lambda: (rates.append(algorithm.optimizer.param_groups[0]["lr"]), inner())
+    for _ in range(rounds):
+        metrics = algorithm.update(policy, demonstrations())
+    assert metrics["gradient_steps"] == steps == len(rates)
+    assert rates == pytest.approx([1e-3 * (1 - i / steps) for i in range(steps)])
+
+
+def test_windows_end_with_the_demonstration():
+    actions = np.arange(3, dtype=np.float32)[:, None]
+    windows, mask = chunks(actions, 2)
+    assert windows[:, :, 0].tolist() == [[0, 1], [1, 2], [2, 2]]
+    assert mask.tolist() == [[1, 1], [1, 1], [1, 0]]
