@@ -182,7 +182,8 @@ def select_tasks(suite: Suite, wanted: tuple[str, ...], count: int) -> tuple[Tas
         matches = [task for task in tasks if word in (task.key, task.name)]
         if not matches:
             near = registry.did_you_mean(word, [t.key if "/" in word else t.name for t in tasks]).split("known:")[0]
-            raise BenchError(f"tasks: {word!r} is not in suite {suite.name!r}; {near}`vlarl-bench list` shows all")
+            where = f"suite {suite.name!r}; {near}`vlarl-bench list --json` shows all"
+            raise BenchError(f"tasks: {word!r} is not in {where}")
         if len(matches) > 1:
             raise BenchError(f"tasks: {word!r} names {len(matches)} tasks; write {matches[0].key!r}")
         chosen.add(matches[0])
