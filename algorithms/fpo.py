@@ -62,7 +62,7 @@ class FPOSettings:
     std_floor: float = 0.1
     """Smallest standard deviation that dl is divided by; on the first pass dl is 0 for every sample."""
     drift_penalty: float = 1.0
-    """Weight of relu(-mean dl), which holds the mean loss: noisy updates raise it, and `standardised` cannot see that."""
+    """Weight of relu(-mean dl), which holds the mean loss: noise raises it and `standardised` cannot see it."""
     ratio_gradient: Literal["through", "weight"] = "through"
     """`through` differentiates rho as PPO does; `weight` stops the gradient at rho and weighs the CFM loss by it."""
     gamma: float = 0.99
