@@ -87,6 +87,7 @@ def _run(args: list[str]) -> int:
             out=options.out or _fresh(options.algo, options.suite, f"seed{options.seed}"),
             base=options.base,
             tasks=_split(options.tasks),
+            protocol=options.protocol,
             seed=options.seed,
             workers=options.workers,
             slots=options.slots,
@@ -141,7 +142,7 @@ def _demos(args: list[str]) -> int:
         raise BenchError(f"seed: {options.seed}; it must be in [0, 2147483647]")
     if not options.out:
         raise BenchError("out: ''; it must not be empty")
-    protocol = suite.protocol(options.observation)
+    protocol = suite.protocol(options.observation, options.protocol)
     if options.episodes > len(protocol.train_states):
         raise BenchError(
             f"episodes: {options.episodes}; {protocol.label} has {len(protocol.train_states)} to learn from"

@@ -73,6 +73,8 @@ class RunConfig:
     """Weights to start from: `prior` (shipped with the policy), `scratch` (random) or a policy folder."""
     tasks: tuple[str, ...] = ()
     """Task names or `suite/name` keys; empty takes the first `budget.tasks` that the base policy was trained on."""
+    protocol: str = "tiny"
+    """How it is evaluated: `tiny` or the name of a published protocol that the suite has."""
     seed: int = 0
     workers: int = 2
     """Simulator processes; changes the speed, never the rows."""
@@ -127,6 +129,8 @@ class EvalConfig:
     """Weights: `prior` (shipped with the policy) or a policy folder."""
     tasks: tuple[str, ...] = ()
     """Task names or `suite/name` keys; empty takes all tasks of the suite."""
+    protocol: str = "tiny"
+    """How it is evaluated: `tiny` or the name of a published protocol that the suite has."""
     states: int = 25
     """Held-out initial states a task."""
     repeats: int = 1
@@ -251,7 +255,7 @@ def _listed(value: Any) -> Any:
 
 
 def _check_common(config: RunConfig | EvalConfig) -> None:
-    for name in ("suite", "policy", "out", "base"):
+    for name in ("suite", "policy", "out", "base", "protocol"):
         if not getattr(config, name):
             raise BenchError(f"{name}: ''; it must not be empty")
     if not 0 <= config.seed < 2**31:

@@ -44,6 +44,8 @@ class Run(Generic[Settings]):
     """Weights to start from: prior (shipped with the policy), scratch (random) or a policy folder."""
     tasks: str = ""
     """Comma-separated task names; empty takes the first --budget.tasks that the base policy was trained on."""
+    protocol: str = "tiny"
+    """How it is evaluated: tiny (this project's own) or a published protocol of the suite, such as openpi."""
     seed: int = 0
     """Seeds the policy's noise, the algorithm and the choice of episodes."""
     workers: int = 2
@@ -84,6 +86,8 @@ class Eval:
     """Its weights: prior (shipped with the policy) or a policy folder."""
     tasks: str = ""
     """Comma-separated task names; empty takes all tasks of the suite."""
+    protocol: str = "tiny"
+    """How it is evaluated: tiny (this project's own) or a published protocol of the suite, such as openpi."""
     states: int = 25
     """Held-out initial states a task."""
     repeats: int = 1
@@ -112,6 +116,8 @@ class Demos:
     """What is recorded: object poses (privileged) or camera images."""
     tasks: str = ""
     """Comma-separated task names; empty takes all tasks of the suite."""
+    protocol: str = "tiny"
+    """Whose observations, horizons and training states they follow."""
     episodes: int = 25
     """Episodes a task."""
     seed: int = 0

@@ -73,8 +73,11 @@ def plan_run(config: RunConfig) -> Plan:
     """
     registry.check_compatible(config.algorithm, config.policy)
     suite, spec = registry.get("suite", config.suite), registry.get("policy", config.policy)
-    protocol = suite.protocol(spec.observation)
+    protocol = suite.protocol(spec.observation, config.protocol)
     config.budget.check_protocol(protocol)
+    _check_images(config, spec, protocol)
+    if not protocol.train_states:
+        raise BenchError(f"protocol: {protocol.label} has no states to train on; it only serves `vlarl-bench eval`")
     base = _base_folder(config, spec)
     if base is None and registry.get("algorithm", config.algorithm).learns_from == "rollouts":
         raise BenchError(f"base: 'scratch'; {config.algorithm!r} learns from its own episodes and needs a prior")
@@ -101,14 +104,24 @@ def plan_run(config: RunConfig) -> Plan:
 def plan_evaluation(config: EvalConfig) -> Plan:
     """As `plan_run`, for an evaluation alone; rows carry the algorithm that made the policy."""
     suite, spec = registry.get("suite", config.suite), registry.get("policy", config.policy)
-    protocol = dataclasses.replace(suite.protocol(spec.observation), decoding=config.decoding)
+    protocol = suite.protocol(spec.observation, config.protocol)
+    protocol = dataclasses.replace(protocol, decoding=config.decoding)
     config.check_protocol(protocol)
+    _check_images(config, spec, protocol)
     base = _base_folder(config, spec)
     if base is None:
         raise BenchError("base: 'scratch'; a policy with random weights has no vocabulary and nothing to evaluate")
     algorithm = str(read_json(base / "config.json").get("algorithm", "base"))
     tasks = select_tasks(suite, config.tasks, len(suite.tasks))
     return Plan(config, algorithm, suite, spec, protocol, tasks, base, config.states, config.repeats)
+
+
+def _check_images(config: RunConfig | EvalConfig, spec: Any, protocol: Protocol) -> None:
+    missing = [camera for camera in spec.cameras if camera not in protocol.cameras]
+    if missing or spec.image_size != protocol.image_size:
+        wanted = f"{', '.join(spec.cameras)} at {spec.image_size} x {spec.image_size}"
+        shown = f"{', '.join(protocol.cameras)} at {protocol.image_size} x {protocol.image_size}"
+        raise BenchError(f"policy: {config.policy!r} looks at {wanted}, but protocol {protocol.label} shows {shown}")
 
 
 def _base_folder(config: RunConfig | EvalConfig, spec: Any) -> Path | None:

@@ -22,22 +22,46 @@ class Protocol:
     execute: int
     """Environment steps of each action chunk that are executed before the policy looks again."""
     train_states: tuple[int, ...]
-    """Initial states that training and demonstrations may use."""
+    """Initial states that training and demonstrations may use; none where a protocol only evaluates."""
     eval_states: tuple[int, ...]
-    """Initial states kept for evaluation; training never sees them."""
+    """Initial states that are evaluated on. Where training uses them too, as some papers do, `label` says so."""
     cameras: tuple[str, ...] = ()
     image_size: int = 0
-    """Side of the square images in pixels; 0 in `state` mode."""
+    """Side in pixels of the square images that the policy is shown; 0 in `state` mode."""
     decoding: Literal["sampled", "zero-noise"] = "sampled"
+    render_size: tuple[int, int] | None = None
+    """Height and width that are rendered and then resized, with black borders where the shape differs; None renders
+    at `image_size`."""
+    mirrored: bool = False
+    """Whether images are swapped left and right: what "rotated by 180 degrees" comes to, since LIBERO's renderer
+    hands them out upside down."""
+    resize: Literal["bilinear", "lanczos"] = "bilinear"
+    msaa: bool = True
+    """Whether edges are antialiased (4 samples a pixel), as the simulators do unless told otherwise."""
+    shadows: bool = True
 
     @property
     def hash(self) -> str:
-        """First 12 hex digits of the SHA-256 of the canonical JSON."""
-        text = json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
+        """First 12 hex digits of the SHA-256 of the canonical JSON.
+
+        A field that came later counts only where it departs from its default, so that rows keep their hash.
+        """
+        fields = dataclasses.asdict(self)
+        for field in dataclasses.fields(self):
+            if field.name in _LATER and fields[field.name] == field.default:
+                del fields[field.name]
+        text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @property
     def label(self) -> str:
-        """Name, version and hash, as shown beside every number; says `privileged state` where that is so."""
-        privileged = ", privileged state" if self.observation == "state" else ""
-        return f"{self.name}@{self.version} ({self.hash}{privileged})"
+        """Name, version and hash, as shown beside every number; says what keeps it from being a fair test."""
+        remarks = [self.hash]
+        if self.observation == "state":
+            remarks.append("privileged state")
+        if set(self.train_states) & set(self.eval_states):
+            remarks.append("evaluates on training states")
+        return f"{self.name}@{self.version} ({', '.join(remarks)})"
+
+
+_LATER = ("render_size", "mirrored", "resize", "msaa", "shadows")

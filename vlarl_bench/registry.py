@@ -127,7 +127,17 @@ def _wrong(kind: Kind, name: str, found: Any) -> str:
         needed = ("name", "summary", "action_dim", "proprio_dim")
     else:
         # By its fields, not by isinstance: the class lives beside the presets, which the core does not import.
-        needed = ("name", "summary", "capabilities", "observation", "prior_folder", "create", "load")
+        needed = (
+            "name",
+            "summary",
+            "capabilities",
+            "observation",
+            "cameras",
+            "image_size",
+            "prior_folder",
+            "create",
+            "load",
+        )
     absent = [field for field in needed if not hasattr(found, field)]
     if absent:
         return f"does not define {', '.join(absent)}"

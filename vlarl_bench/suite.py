@@ -94,8 +94,8 @@ class Demonstration:
 class Suite(ABC):
     """A set of tasks. Importing and constructing one is cheap; the simulator is imported by `open`."""
 
-    name: ClassVar[str]
-    summary: ClassVar[str]
+    name: str
+    summary: str
     expert_version: ClassVar[int] = 1
     """Goes up when the same arguments of `demonstrate` no longer give the same episode."""
     action_dim: ClassVar[int]
@@ -109,8 +109,11 @@ class Suite(ABC):
         """All tasks, in the order of the upstream suite."""
 
     @abstractmethod
-    def protocol(self, observation: str) -> Protocol:
-        """The suite's own (`tiny`) protocol for `state` or `pixels`."""
+    def protocol(self, observation: str, name: str = "tiny") -> Protocol:
+        """The protocol of that name for `state` or `pixels`; `tiny` is this project's own, others are published ones.
+
+        Raises BenchError for a name or a way of observing that the suite does not have.
+        """
 
     @abstractmethod
     def open(self, task: Task, protocol: Protocol, video: bool = False) -> Simulator:

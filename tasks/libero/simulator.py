@@ -17,6 +17,7 @@ import mujoco
 import numpy as np
 
 from vlarl_bench.errors import BenchError
+from vlarl_bench.images import as_shown
 from vlarl_bench.suite import Observation, Outcome, Task
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.St
     from robosuite.utils.transform_utils import quat2axisangle
 
 from .controller import OscController  # noqa: E402  (it imports robosuite, which talks)
+from .suite import upstream_name  # noqa: E402
 
 SETTLE_ACTION = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])
 """What every published LIBERO evaluation does while objects settle: no motion, gripper open."""
@@ -54,7 +56,7 @@ class LiberoSimulator:
     def __init__(self, task: Task, protocol: Protocol, render: bool) -> None:
         self.task, self.protocol = task, protocol
         with contextlib.redirect_stdout(io.StringIO()):
-            suite = benchmark.get_benchmark(task.suite)()
+            suite = benchmark.get_benchmark(upstream_name(task.suite))()
         names = [upstream.name for upstream in suite.tasks]
         index = names.index(task.name)
         self.init_states = np.asarray(suite.get_task_init_states(index))
@@ -68,7 +70,7 @@ class LiberoSimulator:
         robot = self.env.robots[0]
         self._hand = mujoco.mj_name2id(self.model, mujoco.mjtObj.mjOBJ_BODY, robot.robot_model.eef_name)
         self._fingers = np.array(robot._ref_gripper_joint_pos_indexes)
-        self._bodies = dict(self.env.obj_body_id)
+        self._bodies = {**self.env.obj_body_id, **self._moving_parts()}
         self._seen: Observation | None = None
         self._after_reset = self.save()
         self._settled: dict[int, Snapshot] = {}
@@ -123,9 +125,22 @@ class LiberoSimulator:
             if self.protocol.observation == "state":
                 objects = {name: self._pose(body) for name, body in self._bodies.items()}
             else:
-                images = {camera: self.render(camera, self.protocol.image_size) for camera in self.protocol.cameras}
+                images = {camera: as_shown(self._frame(camera), self.protocol) for camera in self.protocol.cameras}
             self._seen = Observation(self.task.instruction, self._proprio(), objects, images)
         return self._seen
+
+    def _moving_parts(self) -> dict[str, int]:
+        """Body of each drawer, door or knob that the goal is about: its pose tells how far it is open."""
+        parts = {}
+        for _, *names in self.env.parsed_problem["goal_state"]:
+            for name in names:
+                owner = self.env.object_sites_dict.get(name) or self.env.get_object(name)
+                for joint in getattr(owner, "joints", None) or ():
+                    index = mujoco.mj_name2id(self.model, mujoco.mjtObj.mjOBJ_JOINT, joint)
+                    if self.model.jnt_type[index] != mujoco.mjtJoint.mjJNT_FREE:
+                        body = int(self.model.jnt_bodyid[index])
+                        parts[mujoco.mj_id2name(self.model, mujoco.mjtObj.mjOBJ_BODY, body)] = body
+        return parts
 
     def _proprio(self) -> np.ndarray:
         quaternion = np.roll(self.data.xquat[self._hand], -1)
@@ -172,7 +187,15 @@ class LiberoSimulator:
 
     def render(self, camera: str, size: int) -> np.ndarray:
         """Upright [size, size, 3] uint8 frame by robosuite's own renderer (its frames come upside down)."""
-        return self.env.sim.render(camera_name=camera, width=size, height=size)[::-1].copy()
+        return self._render(camera, size, size).copy()
+
+    def _frame(self, camera: str) -> np.ndarray:
+        size = self.protocol.image_size
+        return self._render(camera, *(self.protocol.render_size or (size, size)))
+
+    def _render(self, camera: str, height: int, width: int) -> np.ndarray:
+        frame: np.ndarray = self.env.sim.render(camera_name=camera, width=width, height=height)[::-1]
+        return frame
 
     def close(self) -> None:
         """Frees the scene and the renderer."""

@@ -1,20 +1,48 @@
 """The LIBERO suites: names, instructions and protocols. The simulator itself is imported when a task is opened."""
 
 import json
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from vlarl_bench.errors import BenchError
 from vlarl_bench.protocol import Protocol
+from vlarl_bench.registry import did_you_mean
 from vlarl_bench.suite import Demonstration, Simulator, Suite, Task
 
-# Names and instructions as in LIBERO's own task map, kept here so that listing them needs no import of LIBERO;
-# tests/tasks/test_suite.py holds the two against each other.
+# Names and instructions as in LIBERO's own task map (for LIBERO-PRO's changed tasks and wordings as in its BDDL files),
+# kept here so that listing them needs no import of LIBERO; tests/tasks/test_suite.py holds the two against each other.
 _TASKS: dict[str, list[list[str]]] = json.loads((Path(__file__).parent / "tasks.json").read_text(encoding="utf-8"))
 
-HORIZON = {"libero_object": 200, "libero_spatial": 200}
-"""Longest episode of the tiny protocols in environment steps (20 a second)."""
+ALL_STATES = tuple(range(50))
+CAMERAS = ("agentview", "robot0_eye_in_hand")
+
+
+@dataclass(frozen=True)
+class _Published:
+    """What is particular to a published way of evaluating on LIBERO."""
+
+    horizon: tuple[int, int, int, int, int]
+    """Spatial, object, goal, 10, 90."""
+    execute: int
+    settle_steps: int = 10
+    train_states: tuple[int, ...] = ()
+    cameras: tuple[str, ...] = CAMERAS
+    render: int = 256
+    image_size: int = 224
+    resize: Literal["bilinear", "lanczos"] = "bilinear"
+
+
+BASES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
+TINY_HORIZON = (200, 200, 300, 520, 400)
+# Read from each project's public code in November 2026; docs/suites/libero.md says where.
+PUBLISHED = {
+    "openpi": _Published((220, 280, 300, 520, 400), execute=5),
+    "lerobot": _Published((280, 280, 300, 520, 400), execute=10, render=360, image_size=360),
+    "rlinf": _Published((240, 240, 320, 480, 512), execute=5, settle_steps=15, train_states=ALL_STATES, image_size=256),
+    "simplevla": _Published((512,) * 5, execute=8, train_states=ALL_STATES, cameras=("agentview",), resize="lanczos"),
+}
 
 
 class LiberoSuite(Suite):
@@ -23,30 +51,42 @@ class LiberoSuite(Suite):
     action_dim: ClassVar[int] = 7
     proprio_dim: ClassVar[int] = 8
     film_camera: ClassVar[str] = "agentview"
-    members: ClassVar[tuple[str, ...]]
-    """The upstream suites that this one is made of."""
+
+    def __init__(self, name: str, summary: str, members: tuple[str, ...] = ()) -> None:
+        """A suite, or with `members` a group of suites."""
+        self.name, self.summary = name, summary
+        self.members = members or (name,)
 
     @cached_property
     def tasks(self) -> tuple[Task, ...]:
         """Members' tasks in upstream order."""
         return tuple(Task(suite, name, words) for suite in self.members for name, words in _TASKS[suite])
 
-    def protocol(self, observation: str) -> Protocol:
-        """The `tiny` protocols: states 0-24 to learn from, 25-49 to be judged on."""
+    def protocol(self, observation: str, name: str = "tiny") -> Protocol:
+        """`tiny` learns from states 0-24 and is judged on 25-49; the published ones use all 50 as their authors do."""
         if observation not in ("state", "pixels"):
             raise BenchError(f"observation: {observation!r}; LIBERO has 'state' and 'pixels'")
-        pixels = observation == "pixels"
+        if name != "tiny" and name not in PUBLISHED:
+            raise BenchError(f"protocol: {name!r} is not one of LIBERO's; {did_you_mean(name, ['tiny', *PUBLISHED])}")
+        if name == "tiny":
+            return _tiny(observation)
+        if observation == "state":
+            raise BenchError(f"protocol: {name!r} shows camera images; a policy that sees object poses takes 'tiny'")
+        published = PUBLISHED[name]
         return Protocol(
-            name=f"tiny-{observation}",
+            name=name,
             version=1,
-            observation="pixels" if pixels else "state",
-            horizon=HORIZON,
-            settle_steps=10,
-            execute=8,
-            train_states=tuple(range(25)),
-            eval_states=tuple(range(25, 50)),
-            cameras=("agentview", "robot0_eye_in_hand") if pixels else (),
-            image_size=64 if pixels else 0,
+            observation="pixels",
+            horizon=_horizon(published.horizon),
+            settle_steps=published.settle_steps,
+            execute=published.execute,
+            train_states=published.train_states,
+            eval_states=ALL_STATES,
+            cameras=published.cameras,
+            image_size=published.image_size,
+            render_size=(published.render, published.render),
+            mirrored=True,
+            resize=published.resize,
         )
 
     def open(self, task: Task, protocol: Protocol, video: bool = False) -> Simulator:
@@ -64,25 +104,71 @@ class LiberoSuite(Suite):
         return demonstrate(simulator, task, init_state, seed)
 
 
-class LiberoObject(LiberoSuite):
-    """LIBERO-Object: put one of ten groceries into the basket."""
-
-    name = "libero_object"
-    summary = "LIBERO-Object: 10 tasks, one grocery into the basket"
-    members = ("libero_object",)
+def upstream_name(suite: str) -> str:
+    """The name under which LIBERO's package has a suite: `libero_pro_goal_language` is its `libero_goal_lan`."""
+    return suite.replace("libero_pro_", "libero_").replace("_language", "_lan")
 
 
-class LiberoSpatial(LiberoSuite):
-    """LIBERO-Spatial: put the one of two equal bowls that the instruction names by its place onto the plate."""
+def _tiny(observation: str) -> Protocol:
+    pixels = observation == "pixels"
+    return Protocol(
+        name=f"tiny-{observation}",
+        version=2,
+        observation="pixels" if pixels else "state",
+        horizon=_horizon(TINY_HORIZON),
+        settle_steps=10,
+        execute=8,
+        train_states=ALL_STATES[:25],
+        eval_states=ALL_STATES[25:],
+        cameras=CAMERAS if pixels else (),
+        image_size=64 if pixels else 0,
+    )
 
-    name = "libero_spatial"
-    summary = "LIBERO-Spatial: 10 tasks, the bowl named by its place onto the plate"
-    members = ("libero_spatial",)
+
+def _horizon(steps: tuple[int, ...]) -> dict[str, int]:
+    """Per suite; a perturbed suite has the horizon of the one it was made from."""
+    by_base = dict(zip(BASES, steps, strict=True))
+    return {suite: by_base["_".join(upstream_name(suite).split("_")[:2])] for suite in _TASKS}
 
 
-class Libero(LiberoSuite):
-    """All LIBERO suites that this version runs."""
+LIBERO_SPATIAL = LiberoSuite("libero_spatial", "10 tasks: of two equal bowls the one named by its place")
+LIBERO_OBJECT = LiberoSuite("libero_object", "10 tasks: one grocery into the basket")
+LIBERO_GOAL = LiberoSuite("libero_goal", "10 tasks in one scene: open, push, turn on, put something somewhere")
+LIBERO_10 = LiberoSuite("libero_10", "LIBERO-Long: 10 tasks of two steps each, in kitchen, living room and study")
+LIBERO_90 = LiberoSuite("libero_90", "90 short tasks in 20 scenes")
+LIBERO = LiberoSuite(
+    "libero",
+    "LIBERO-Object, -Spatial, -Goal and -10 together: 40 tasks",
+    ("libero_object", "libero_spatial", "libero_goal", "libero_10"),
+)
 
-    name = "libero"
-    summary = "LIBERO-Object and LIBERO-Spatial together: 20 tasks"
-    members = ("libero_object", "libero_spatial")
+# LIBERO-PRO (Zhou et al., 2025): the same suites perturbed, to see what a policy has learnt by heart. Its fifth kind,
+# other environments, is not in the package: neither scenes nor initial states.
+_PERTURBED = {
+    "swap": "objects in each other's places",
+    "object": "other looking objects",
+    "task": "another goal in the same scene",
+    "language": "other words for the same goal",
+}
+
+
+def _pro(base: str, kind: str) -> LiberoSuite:
+    return LiberoSuite(f"libero_pro_{base}_{kind}", f"LIBERO-{base.capitalize()} with {_PERTURBED[kind]}")
+
+
+LIBERO_PRO_SPATIAL_SWAP = _pro("spatial", "swap")
+LIBERO_PRO_SPATIAL_OBJECT = _pro("spatial", "object")
+LIBERO_PRO_SPATIAL_TASK = _pro("spatial", "task")
+LIBERO_PRO_SPATIAL_LANGUAGE = _pro("spatial", "language")
+LIBERO_PRO_OBJECT_SWAP = _pro("object", "swap")
+LIBERO_PRO_OBJECT_OBJECT = _pro("object", "object")
+LIBERO_PRO_OBJECT_TASK = _pro("object", "task")
+LIBERO_PRO_OBJECT_LANGUAGE = _pro("object", "language")
+LIBERO_PRO_GOAL_SWAP = _pro("goal", "swap")
+LIBERO_PRO_GOAL_OBJECT = _pro("goal", "object")
+LIBERO_PRO_GOAL_TASK = _pro("goal", "task")
+LIBERO_PRO_GOAL_LANGUAGE = _pro("goal", "language")
+LIBERO_PRO_10_SWAP = _pro("10", "swap")
+LIBERO_PRO_10_OBJECT = _pro("10", "object")
+LIBERO_PRO_10_TASK = _pro("10", "task")
+LIBERO_PRO_10_LANGUAGE = _pro("10", "language")

@@ -42,6 +42,8 @@ POLICY = SimpleNamespace(
     capabilities=frozenset({"acme"}),
     observation="state",
     prior_folder=None,
+    cameras=(),
+    image_size=0,
     create=None,
     load=None,
 )
@@ -55,7 +57,7 @@ class AcmeSuite(Suite):
     film_camera = "front"
     tasks = (Task("acme-suite", "lift", "lift the anvil"),)
 
-    def protocol(self, observation):
+    def protocol(self, observation, name="tiny"):
         return Protocol("acme", 1, "state", {"acme-suite": 10}, 0, 1, train_states=(0,), eval_states=(1,))
 
     def open(self, task, protocol, video=False):
