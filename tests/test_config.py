@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlarl_bench import registry
-from vlarl_bench.config import BUDGETS, Budget, RunConfig, check_settings, select_tasks
+from vlarl_bench.config import BUDGETS, MOST_SLOTS, MOST_WORKERS, Budget, RunConfig, check_settings, select_tasks
 from vlarl_bench.errors import BenchError
 from vlarl_bench.protocol import Protocol
 
@@ -47,8 +47,8 @@ positive = st.integers(1, 10**6)
     out=st.text(min_size=1),
     tasks=st.lists(st.text(min_size=1), unique=True).map(tuple),
     seed=st.integers(0, 2**31 - 1),
-    workers=positive,
-    slots=positive,
+    workers=st.integers(1, MOST_WORKERS),
+    slots=st.integers(1, MOST_SLOTS),
     demos=st.text(),
     video=st.booleans(),
 )
@@ -71,8 +71,8 @@ def test_every_changed_setting_survives():
         (["seed"], "3", "config.seed: '3'; it must be an integer"),
         (["seed"], True, "config.seed: True; it must be an integer"),
         (["seed"], -1, "seed: -1; it must be in [0, 2147483647]"),
-        (["workers"], 0, "workers: 0; it must be at least 1"),
-        (["slots"], 0, "slots: 0; it must be at least 1"),
+        (["workers"], 0, "workers: 0; it must be in [1, 256]"),
+        (["slots"], 0, "slots: 0; it must be in [1, 4096]"),
         (["video"], 1, "config.video: 1; it must be true or false"),
         (["tasks"], "milk", "config.tasks: 'milk'; it must be a list"),
         (["tasks"], ["milk", "milk"], "tasks: 'milk'; names must be distinct and not empty"),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from vlarl_bench.tasks.libero.suite import LiberoObject
+from vlarl_bench.tasks.libero.suite import LIBERO_OBJECT
 
 from vlarl_bench.demonstrations import (
     demonstration_path,
@@ -16,7 +16,7 @@ from vlarl_bench.demonstrations import (
 from vlarl_bench.errors import BenchError
 from vlarl_bench.suite import Demonstration, Observation
 
-SUITE = LiberoObject()
+SUITE = LIBERO_OBJECT
 STATE, PIXELS = SUITE.protocol("state"), SUITE.protocol("pixels")
 TASK, OTHER = SUITE.tasks[6], SUITE.tasks[8]
 

@@ -1,4 +1,4 @@
-"""The command line: `vlarl-bench run | eval | demos | table | list | doctor`.
+"""The command line: `vlarl-bench run | eval | demos | video | table | list | doctor`.
 
 Whatever is heavy is imported by the command that needs it; `list` and the overview import next to nothing.
 """
@@ -125,7 +125,7 @@ def _eval(args: list[str]) -> int:
 
 
 def _demos(args: list[str]) -> int:
-    from .config import select_tasks
+    from .config import MOST_WORKERS, check_range, select_tasks
     from .demonstrations import make_demonstrations
     from .doctor import require_gl
     from .options import Demos, parse
@@ -135,14 +135,15 @@ def _demos(args: list[str]) -> int:
     options = parse(Demos, args, "vlarl-bench demos")
     suite = registry.get("suite", options.suite)
     tasks = select_tasks(suite, _split(options.tasks), len(suite.tasks))
-    for name in ("episodes", "workers"):
-        if getattr(options, name) < 1:
-            raise BenchError(f"{name}: {getattr(options, name)}; it must be at least 1")
-    if not 0 <= options.seed < 2**31:
-        raise BenchError(f"seed: {options.seed}; it must be in [0, 2147483647]")
+    check_range("workers", options.workers, 1, MOST_WORKERS)
+    check_range("seed", options.seed, 0, 2**31 - 1)
+    if options.episodes < 1:
+        raise BenchError(f"episodes: {options.episodes}; it must be at least 1")
     if not options.out:
         raise BenchError("out: ''; it must not be empty")
     protocol = suite.protocol(options.observation, options.protocol)
+    if not protocol.train_states:
+        raise BenchError(f"protocol: {protocol.label} has no states to learn from; it only serves `vlarl-bench eval`")
     if options.episodes > len(protocol.train_states):
         raise BenchError(
             f"episodes: {options.episodes}; {protocol.label} has {len(protocol.train_states)} to learn from"
@@ -163,6 +164,60 @@ def _demos(args: list[str]) -> int:
             lambda made: phase.advance(episodes=made),
         )
     return 0
+
+
+def _video(args: list[str]) -> int:
+    from .config import EvalConfig, check_range, select_tasks
+    from .doctor import require_gl
+    from .options import Video, parse
+
+    options = parse(Video, args, "vlarl-bench video")
+    check_range("seed", options.seed, 0, 2**31 - 1)
+    suite = registry.get("suite", options.suite)
+    task = select_tasks(suite, _split(options.task), 1)[0]
+    require_gl()
+    if options.expert:
+        protocol = suite.protocol("pixels")
+        state = _init_state(options.init_state, protocol.train_states, protocol)
+        path = options.out or f"videos/{task.suite}-{task.name}-expert-state{state}-seed{options.seed}.mp4"
+        from .film import film_expert
+
+        steps = film_expert(path, suite, task, state, options.seed)
+        print(f"{path}: success in {steps} steps")
+        return 0
+    from .film import film_policy
+    from .plan import plan_evaluation
+    from .rollout import Job, Pool, episode_seed
+
+    config = EvalConfig(
+        options.suite,
+        options.policy,
+        options.out or "videos",
+        options.base,
+        (task.key,),
+        options.protocol,
+        states=1,
+        seed=options.seed,
+    )
+    plan = plan_evaluation(config)
+    state = _init_state(options.init_state, plan.protocol.eval_states, plan.protocol)
+    who = f"{options.policy} {plan.algorithm}"
+    path = options.out or f"videos/{task.suite}-{task.name}-{who.replace(' ', '-')}-state{state}-seed{options.seed}.mp4"
+    policy = plan.load_base()
+    job = Job(task, state, 0, episode_seed(options.seed, "eval", task.key, state, 0))
+    with Pool(plan.suite, plan.protocol, workers=1, video=True) as pool:
+        success = film_policy(path, pool, plan.suite, plan.protocol, policy, job, config.slots, who)
+    print(f"{path}: {'success' if success else 'failure'}")
+    return 0
+
+
+def _init_state(wanted: int | None, default: Sequence[int], protocol: Any) -> int:
+    known = sorted({*protocol.train_states, *protocol.eval_states})
+    if wanted is None:
+        return default[0]
+    if wanted not in known:
+        raise BenchError(f"init_state: {wanted}; {protocol.label} has {known[0]} to {known[-1]}")
+    return wanted
 
 
 def _table(args: list[str]) -> int:
@@ -238,6 +293,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "run": (_run, "fine-tune a policy: evaluate, train, evaluate again on the same held-out episodes"),
     "eval": (_eval, "evaluate a policy without training it"),
     "demos": (_demos, "make demonstrations with the suite's scripted expert"),
+    "video": (_video, "film one episode of a policy or of the scripted expert"),
     "table": (_table, "print one table of several runs, from their rows on disk"),
     "list": (_list, "show what is installed: algorithms, policies, suites, and which run on which"),
     "doctor": (_doctor, "say what this machine has, and what to do about what is missing"),

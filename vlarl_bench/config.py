@@ -258,19 +258,27 @@ def _check_common(config: RunConfig | EvalConfig) -> None:
     for name in ("suite", "policy", "out", "base", "protocol"):
         if not getattr(config, name):
             raise BenchError(f"{name}: ''; it must not be empty")
-    if not 0 <= config.seed < 2**31:
-        raise BenchError(f"seed: {config.seed}; it must be in [0, 2147483647]")
-    _at_least(1, "workers", config.workers)
-    _at_least(1, "slots", config.slots)
+    check_range("seed", config.seed, 0, 2**31 - 1)
+    check_range("workers", config.workers, 1, MOST_WORKERS)
+    check_range("slots", config.slots, 1, MOST_SLOTS)
     for i, task in enumerate(config.tasks):
         if not task or task in config.tasks[:i]:
             raise BenchError(f"tasks: {task!r}; names must be distinct and not empty")
+
+
+def check_range(where: str, value: int, least: int, most: int) -> None:
+    """Raises BenchError unless least <= value <= most."""
+    if not least <= value <= most:
+        raise BenchError(f"{where}: {value}; it must be in [{least}, {most}]")
 
 
 def _at_least(least: int, where: str, value: int) -> None:
     if value < least:
         raise BenchError(f"{where}: {value}; it must be at least {least}")
 
+
+MOST_WORKERS, MOST_SLOTS = 256, 4096
+"""Beyond these a typing error is likelier than a machine that can do it."""
 
 BUDGETS = {
     "smoke": Budget(

@@ -129,6 +129,30 @@ class Demos:
 
 
 @dataclass(frozen=True)
+class Video:
+    """Film one episode of a policy, or of the scripted expert; instruction, step and outcome are drawn in."""
+
+    suite: str
+    """Suite of tasks."""
+    task: str = ""
+    """Task name; empty takes the suite's first."""
+    expert: bool = False
+    """Film the suite's scripted expert in place of a policy."""
+    policy: str = DEFAULT_POLICY
+    """Policy to film."""
+    base: str = "prior"
+    """Its weights: prior (shipped with the policy) or a policy folder."""
+    protocol: str = "tiny"
+    """How the policy is played: tiny (this project's own) or a published protocol of the suite, such as openpi."""
+    init_state: int | None = None
+    """Initial state; empty takes the first held-out one, and for the expert the first to train on."""
+    seed: int = 0
+    """Seeds the policy's noise, or the expert's variation."""
+    out: str = ""
+    """MP4 file, replaced if it exists; empty names one under videos/ by suite, task, player, state and seed."""
+
+
+@dataclass(frozen=True)
 class Table:
     """Print a table of runs, from their rows on disk."""
 

@@ -16,6 +16,7 @@ from .records import read_json
 from .rollout import Job, episode_seed
 
 if TYPE_CHECKING:
+    from .policies.base import Policy
     from .protocol import Protocol
     from .suite import Suite, Task
 
@@ -42,6 +43,22 @@ class Plan:
     def name(self) -> str:
         """Run id: the name of its folder."""
         return Path(self.config.out).resolve().name
+
+    def load_base(self) -> Policy:
+        """The base policy. Raises BenchError if it does not fit the suite's robot or the protocol's chunks."""
+        assert self.base is not None
+        policy: Policy = self.spec.load(self.base)
+        if policy.action_dim != self.suite.action_dim:
+            raise BenchError(
+                f"base: the policy in {self.base} gives {policy.action_dim} numbers an action, but a robot of "
+                f"{self.suite.name!r} takes {self.suite.action_dim}; train another with --algo sft --base scratch"
+            )
+        if policy.chunk < self.protocol.execute:
+            raise BenchError(
+                f"base: the policy in {self.base} plans {policy.chunk} actions, but protocol {self.protocol.label} "
+                f"executes {self.protocol.execute} before it looks again"
+            )
+        return policy
 
     def eval_jobs(self) -> list[Job]:
         """The held-out episodes; the same before and after."""

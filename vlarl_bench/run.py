@@ -41,9 +41,6 @@ if TYPE_CHECKING:
     from .policies.base import Policy
     from .suite import Demonstration
 
-FILM = (256, 2)
-"""Side in pixels, and environment steps a frame, of the films."""
-
 
 def run(config: RunConfig, resume: bool = False) -> Path:
     """Runs or, with `resume`, continues `config`; prints the table and returns the run folder.
@@ -93,7 +90,7 @@ def run(config: RunConfig, resume: bool = False) -> Path:
         rows = log.rows
     _report(out)
     if config.video:
-        before = {} if plan.base is None else {"before": plan.spec.load(plan.base)}
+        before = {} if plan.base is None else {"before": plan.load_base()}
         _film(plan, {**before, "after": policy}, rows, out)
     return out
 
@@ -170,12 +167,13 @@ def _demonstrations(plan: Plan, config: RunConfig, progress: Progress) -> list[D
 def _first_policy(plan: Plan, demonstrations: Sequence[Demonstration] | None) -> Policy:
     """The base policy; random weights get their vocabulary and normalisation from the demonstrations."""
     if plan.base is not None:
-        return plan.spec.load(plan.base)
+        return plan.load_base()
     assert demonstrations is not None
     words = {task.instruction for task in plan.tasks}
     words |= {name for demonstration in demonstrations for name in demonstration.observations[0].objects}
     suite = plan.suite
-    policy = plan.spec.create(suite.action_dim, suite.proprio_dim, sorted(words), plan.config.seed)
+    chunk = plan.protocol.execute
+    policy = plan.spec.create(suite.action_dim, suite.proprio_dim, sorted(words), plan.config.seed, chunk)
     policy.fit_normalisation(
         np.concatenate([demonstration.actions for demonstration in demonstrations]),
         np.stack([seen.proprio for demonstration in demonstrations for seen in demonstration.observations]),
@@ -355,7 +353,7 @@ def _film(plan: Plan, players: dict[str, Policy], rows: Sequence[EpisodeRow], ou
 
     The first episode that failed before and succeeded after; if there is none, the first of all.
     """
-    from .report.video import captioned, write_video
+    from .film import film_policy
 
     outcome = {(row.phase, row.suite, row.task, row.init_state, row.repeat): row.success for row in rows}
 
@@ -364,18 +362,10 @@ def _film(plan: Plan, players: dict[str, Policy], rows: Sequence[EpisodeRow], ou
 
     jobs = plan.eval_jobs()
     job = next((job for job in jobs if of("base", job) is False and of("final", job) is True), jobs[0])
-    camera, (size, every) = plan.suite.film_camera, FILM
     with Pool(plan.suite, plan.protocol, workers=1, video=True) as pool:
         for name, player in players.items():
-            (episode,) = run_episodes(pool, player, [job], plan.protocol, plan.config.slots)
-            frames = pool.call("film", {0: (job.task, job.init_state, episode.actions, camera, size, every)})[0]
-            label = f"{name} {plan.algorithm}"
-            pictures = [
-                captioned(frame, job.task.instruction, label, episode.success, min(i * every, episode.steps))
-                for i, frame in enumerate(frames)
-            ]
-            # The last frame stays for a second, so that one sees how it ended.
-            write_video(out / f"{name}.mp4", pictures + pictures[-1:] * 10, fps=20 / every)
+            who = f"{name} {plan.algorithm}"
+            film_policy(out / f"{name}.mp4", pool, plan.suite, plan.protocol, player, job, plan.config.slots, who)
 
 
 def _report(out: Path) -> None:

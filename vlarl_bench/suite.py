@@ -100,6 +100,8 @@ class Suite(ABC):
     """Goes up when the same arguments of `demonstrate` no longer give the same episode."""
     action_dim: ClassVar[int]
     proprio_dim: ClassVar[int]
+    fps: ClassVar[int]
+    """Environment steps a second of simulated time."""
     film_camera: ClassVar[str]
     """Camera that films are taken with: one that shows the whole scene to a person."""
 

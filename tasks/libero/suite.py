@@ -50,6 +50,7 @@ class LiberoSuite(Suite):
 
     action_dim: ClassVar[int] = 7
     proprio_dim: ClassVar[int] = 8
+    fps: ClassVar[int] = 20
     film_camera: ClassVar[str] = "agentview"
 
     def __init__(self, name: str, summary: str, members: tuple[str, ...] = ()) -> None:

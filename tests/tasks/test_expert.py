@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 import pytest
 from vlarl_bench.tasks.libero.expert import demonstrate
-from vlarl_bench.tasks.libero.suite import LiberoObject
+from vlarl_bench.tasks.libero.suite import LIBERO_OBJECT
 
 from vlarl_bench.errors import BenchError
 
 if TYPE_CHECKING:
     from vlarl_bench.tasks.libero.simulator import LiberoSimulator
 
-SUITE = LiberoObject()
+SUITE = LIBERO_OBJECT
 TASK = SUITE.tasks[6]
 
 
