@@ -1,6 +1,7 @@
 """The policy seam: what every vision-language-action policy offers, named by capability and never by algorithm.
 
-Shapes: B observations, K loss draws an observation, H actions a chunk, A action dimensions.
+Shapes: B observations, K loss draws an observation, H actions a chunk, A action dimensions, S decisions inside the
+decoder (tokens, or denoising steps), D numbers drawn at each.
 `latent` is always the normalised action chunk, `actions` the same chunk in environment units.
 """
 
@@ -24,13 +25,27 @@ class Sample:
     """[B, H, A] in environment units."""
     latent: Tensor
     """[B, H, A] normalised: what `flow_loss` scores."""
+    trace: Tensor | None = None
+    """[B, ...] everything that was drawn on the way, which is what `log_prob` scores; None where nothing scores it."""
+
+
+@dataclass(frozen=True)
+class LogProb:
+    """How likely a trace was, number by number. What a method sums or averages is the method's business."""
+
+    logp: Tensor
+    """[B, S, D] log-probability (density) of each number; 0 where `mask` is false."""
+    entropy: Tensor
+    """[B, S, D] entropy of what it was drawn from."""
+    mask: Tensor
+    """[B, S, D] bool: false for padding, and for numbers that only decide actions that were never executed."""
 
 
 class Policy(nn.Module):
     """A policy with weights. Evaluation and every algorithm go through these methods only."""
 
     capabilities: ClassVar[frozenset[str]]
-    """`sft`: has `sft_loss`. `flow`: has `velocity` and `flow_loss`."""
+    """`sft`: has `sft_loss`. `flow`: has `velocity` and `flow_loss`. `likelihood`: has `explore` and `log_prob`."""
     chunk: int
     """H, actions a chunk."""
     action_dim: int
@@ -95,3 +110,18 @@ class FlowPolicy(Policy):
         target = noise - latent[:, None]
         x = latent[:, None] + t[..., None, None] * target
         return (self.velocity(context, x, t) - target) ** 2
+
+
+class LikelihoodPolicy(Policy):
+    """A policy whose decoder draws from distributions that it can name: action tokens one after another, or the steps
+    of a denoising chain."""
+
+    @abstractmethod
+    def explore(self, context: Any, generators: Sequence[torch.Generator], noise: float) -> Sample:
+        """`sample` with a `trace`. `noise` says how random it is: a softmax temperature for tokens, the least standard
+        deviation of a step for diffusion, the noise level of the SDE for flows. Row i uses only `generators[i]`."""
+
+    @abstractmethod
+    def log_prob(self, context: Any, trace: Tensor, mask: Tensor, noise: float) -> LogProb:
+        """Differentiable likelihood of a trace that `explore` drew at the same `noise`; mask [B, H] marks the actions
+        that were executed."""
