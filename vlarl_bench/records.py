@@ -229,6 +229,11 @@ class LossLog(_Log[dict[str, Any]]):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__(path, dict, dict, lambda line: line["number"], lambda _: 0)
 
+    @property
+    def lines(self) -> tuple[dict[str, Any], ...]:
+        """All losses, in the order of writing."""
+        return tuple(self._records.values())
+
     def append(self, line: Mapping[str, Any]) -> int:
         """Writes one loss, waits until it is on the disk, and returns its number."""
         number = len(self._records) + 1

@@ -86,8 +86,8 @@ class Patience:
 
     open: float = 300.0
     """Opening a scene, which comes before the first reset of a task in a worker, and setting it to its start."""
-    step: float = 60.0
-    """Executing a chunk and looking."""
+    step: float = 120.0
+    """Executing a chunk and looking; the first time in a process something may be compiled."""
     each: float = 1.0
     """More for each environment step asked for."""
 
@@ -98,7 +98,7 @@ LOSSES = 3
 
 @dataclass(frozen=True)
 class Loss:
-    """An attempt at an episode that ended with its worker. The episode was played again from its start."""
+    """An attempt at an episode that ended with its worker. It is no outcome: the episode is played again."""
 
     task: Task
     init_state: int | None
@@ -112,9 +112,13 @@ class Loss:
     def to_json(self) -> dict[str, Any]:
         """The line that is kept of it."""
         return {
-            **{"suite": self.task.suite, "task": self.task.name, "init_state": self.init_state},
-            **{"doing": self.doing, "why": self.why, "trace": self.trace},
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "suite": self.task.suite,
+            "task": self.task.name,
+            "init_state": self.init_state,
+            "doing": self.doing,
+            "why": self.why,
+            "trace": self.trace,
         }
 
     def __str__(self) -> str:

@@ -190,7 +190,7 @@ def _pool(plan: Plan, out: Path, progress: Progress) -> Pool:
     def tell(loss: Loss) -> None:
         with LossLog(out / "lost.jsonl") as log:
             number = log.append(loss.to_json())
-        progress.say(f"lost and run again (loss {number}, see lost.jsonl): {loss}")
+        progress.say(f"loss {number}, see lost.jsonl: {loss}")
 
     return Pool(plan.suite, plan.protocol, plan.config.workers, on_loss=tell)
 

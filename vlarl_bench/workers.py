@@ -178,6 +178,6 @@ def _how_it_ended(code: int | None) -> str:
 
 def _last_line(error: BaseException) -> str:
     """`ValueError: text, in step (simulator.py:12)`: what a traceback ends with, in one line."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
+    text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     frames = traceback.extract_tb(error.__traceback__)
     return f"{text}, in {frames[-1].name} ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else text
