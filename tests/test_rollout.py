@@ -143,7 +143,7 @@ FAULTS = [
     ("dtype", "step", "returned cube as [7] float64 where [7] float32 was due (at step)"),
     ("none", "step", "returned NoneType where an Observation was due (at step)"),
     ("steps", "step", "returned 99 executed steps with success False where 4 were asked for (at step)"),
-    ("unpicklable", "step", "raised AttributeError: Can't "),
+    ("unpicklable", "step", "pickle local object"),
     ("raise", "reset", "(at reset)"),
     ("nan", "reset", "returned proprio = nan at [3] (at reset)"),
     ("loop", "open", "gave no answer within 15 s (at reset)"),
