@@ -155,7 +155,9 @@ FAULTS = [
 def test_a_lost_worker_is_named_replaced_and_changes_nothing(pilot, undisturbed, hasty, tmp_path, kind, at, told):
     episodes, losses = disturbed(pilot, Fault(kind, "two", tmp_path, at))
     (loss,) = losses
-    assert str(loss).startswith("faulty/two, init state 0: the environment worker ")
+    either = 1 if at == "open" else 0  # both workers open the task, with one of these each
+    assert loss.task.name == "two" and loss.init_state in (0, either)
+    assert str(loss).startswith(f"faulty/two, init state {loss.init_state}: the environment worker ")
     assert told in str(loss)
     assert ("Traceback" in loss.trace) == (kind in ("raise", "unpicklable"))
     assert_same(episodes, undisturbed)
@@ -221,7 +223,7 @@ def test_workers_that_die_while_nothing_is_asked_of_them(pilot, undisturbed, has
 moments = st.tuples(st.floats(0, 1), st.integers(0, 1), st.sampled_from([signal.SIGKILL, signal.SIGSTOP]))
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(strikes=st.lists(moments, min_size=1, max_size=2))
 def test_random_kills_at_random_moments_change_nothing(pilot, undisturbed, strikes):
     losses = []
