@@ -50,13 +50,15 @@ class Worker:
     def __init__(self, make: Callable[..., Callable[[Any], Any]], args: Sequence[Any]) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, make, *args), daemon=True)
+        self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
         try:
             self.process.start()
         except OSError as error:
             raise BenchError(f"workers: cannot start a process ({error.strerror}); try fewer") from error
         finally:
             theirs.close()
+        # Not an argument of the process: starting one that dies at once would block if there were much to hand over.
+        self._orders: tuple[Any, ...] | None = (make, *args)
         self._limits: deque[float] = deque()
         self._due: tuple[float] | None = None
         self._verdict = ""
@@ -69,6 +71,9 @@ class Worker:
         self._limits.extend(limits)
         self._next()
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # dead: told when the answer is read
+            if self._orders is not None:
+                self.pipe.send(self._orders)
+                self._orders = None
             self.pipe.send(requests)
 
     def answer(self) -> Any:
@@ -132,12 +137,13 @@ def ready(workers: Iterable[Worker]) -> list[Worker]:
     return [by_pipe[pipe] for pipe in wait(list(by_pipe)) if isinstance(pipe, Connection)]
 
 
-def _serve(pipe: Connection, make: Callable[..., Callable[[Any], Any]], *args: Any) -> None:
+def _serve(pipe: Connection) -> None:
     """A worker's life: answer requests until the pipe closes or something unexpected is raised."""
     _end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        make, *args = pipe.recv()
         answer = make(*args)
         while True:
             for request in pipe.recv():
