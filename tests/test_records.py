@@ -14,6 +14,7 @@ from vlarl_bench.errors import BenchError
 from vlarl_bench.records import (
     EpisodeLog,
     EpisodeRow,
+    LossLog,
     MetricsLog,
     atomic_file,
     explain_oserror,
@@ -240,3 +241,15 @@ def test_damaged_json_is_named(tmp_path, content):
         read_json(tmp_path / "config.json")
     with pytest.raises(BenchError, match=r"nothing\.json: no such file"):
         read_json(tmp_path / "nothing.json")
+
+
+def test_losses_are_numbered_also_over_a_resume(tmp_path):
+    path = tmp_path / "lost.jsonl"
+    for number in (1, 2):
+        with LossLog(path) as log:
+            assert log.append({"task": "pick", "why": "was killed by SIGKILL"}) == number
+    with open(path, "ab") as file:
+        file.write(b'{"crc":"0')  # torn by a crash
+    with LossLog(path) as log:
+        assert [line["number"] for line in log.lines] == [1, 2]
+    assert [json.loads(line)["why"] for line in path.read_text().splitlines()] == ["was killed by SIGKILL"] * 2

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from vlarl_bench.records import read_metrics, read_rows
+from vlarl_bench.records import LossLog, read_metrics, read_rows
 
 COMMAND = [str(Path(sys.executable).parent / "vlarl-bench")]
 SMALL = [
@@ -86,6 +86,36 @@ def test_killed_and_resumed_equals_undisturbed(whole, tmp_path):
     assert mine[0] == theirs[0]
     assert mine[1] == theirs[1]
     assert mine[2] == theirs[2]
+
+
+def children(pid):
+    """Process ids of a process's own children."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_a_run_whose_workers_are_killed_equals_undisturbed_and_tells_it(whole, tmp_path):
+    folder = tmp_path / "lost"
+    process = subprocess.Popen(
+        [*COMMAND, *SMALL, "--no-video", "--out", str(folder)], stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 300
+    while not (folder / "checkpoints" / "000001").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    workers = [pid for pid in children(process.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert len(workers) == 2
+    for pid in workers:
+        os.kill(pid, signal.SIGKILL)
+    _, told = process.communicate(timeout=300)
+    assert process.returncode == 0
+    assert outcome(folder) == outcome(whole[0])
+    with LossLog(folder / "lost.jsonl") as log:
+        losses = log.lines
+    assert [loss["number"] for loss in losses] == [1, 2]
+    for loss in losses:
+        assert loss["why"].startswith("was killed by SIGKILL")
+        assert f"loss {loss['number']}, see lost.jsonl: {loss['suite']}/{loss['task']}" in told
+    assert not (whole[0] / "lost.jsonl").exists()
 
 
 def test_ctrl_c_twice_says_how_to_go_on_and_leaves_no_process(tmp_path):

@@ -219,6 +219,28 @@ class MetricsLog(_Log[dict[str, Any]]):
         self._append([_metrics(dict(line))])
 
 
+class LossLog(_Log[dict[str, Any]]):
+    """`lost.jsonl`: one dict for each attempt at an episode that ended with its worker, numbered from 1.
+
+    The episode was then played again and has its row like any other, so a loss never counts as a failure. The file is
+    there only if there was a loss.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__(path, dict, dict, lambda line: line["number"], lambda _: 0)
+
+    @property
+    def lines(self) -> tuple[dict[str, Any], ...]:
+        """All losses, in the order of writing."""
+        return tuple(self._records.values())
+
+    def append(self, line: Mapping[str, Any]) -> int:
+        """Writes one loss, waits until it is on the disk, and returns its number."""
+        number = len(self._records) + 1
+        self._append([{"number": number, **line}])
+        return number
+
+
 def read_rows(path: str | os.PathLike[str]) -> list[EpisodeRow]:
     """Rows for a report. Leaves the file alone: a run may be writing, so an unfinished last line is skipped."""
     rows: dict[Key, EpisodeRow] = {}

@@ -27,6 +27,7 @@ from .provenance import code_version, fingerprint_hash, make_manifest
 from .records import (
     EpisodeLog,
     EpisodeRow,
+    LossLog,
     MetricsLog,
     Phase,
     explained,
@@ -34,7 +35,7 @@ from .records import (
     write_json_atomic,
     write_text_atomic,
 )
-from .rollout import Episode, Job, Pool, Rollout, episode_seed, run_episodes
+from .rollout import Episode, Job, Loss, Pool, Rollout, episode_seed, run_episodes
 
 if TYPE_CHECKING:
     from .algorithm import Algorithm
@@ -63,7 +64,7 @@ def run(config: RunConfig, resume: bool = False) -> Path:
         _write_manifest(plan, policy, out)
         log = stack.enter_context(EpisodeLog(out / "episodes.jsonl"))
         metrics = stack.enter_context(MetricsLog(out / "metrics.jsonl"))
-        pool = stack.enter_context(Pool(plan.suite, plan.protocol, config.workers))
+        pool = stack.enter_context(_pool(plan, out, progress))
         progress.say(
             f"{config.algorithm} on {config.policy}: {len(plan.tasks)} of the {len(plan.suite.tasks)} tasks of "
             f"{config.suite}, protocol {plan.protocol.label}"
@@ -104,7 +105,7 @@ def evaluate(config: EvalConfig) -> Path:
         progress = stack.enter_context(Progress())
         _write_manifest(plan, policy, out)
         log = stack.enter_context(EpisodeLog(out / "episodes.jsonl"))
-        pool = stack.enter_context(Pool(plan.suite, plan.protocol, config.workers))
+        pool = stack.enter_context(_pool(plan, out, progress))
         _evaluate(plan, "eval", 0, policy, pool, log, progress)
     _report(out)
     if config.video:
@@ -179,6 +180,17 @@ def _first_policy(plan: Plan, demonstrations: Sequence[Demonstration] | None) ->
         np.stack([seen.proprio for demonstration in demonstrations for seen in demonstration.observations]),
     )
     return policy
+
+
+def _pool(plan: Plan, out: Path, progress: Progress) -> Pool:
+    """The run's workers; each loss is told at once and kept in `lost.jsonl`."""
+
+    def tell(loss: Loss) -> None:
+        with LossLog(out / "lost.jsonl") as log:
+            number = log.append(loss.to_json())
+        progress.say(f"loss {number}, see lost.jsonl: {loss}")
+
+    return Pool(plan.suite, plan.protocol, plan.config.workers, on_loss=tell)
 
 
 def _state(policy: Policy, algorithm: Algorithm) -> dict[str, Any]:
