@@ -141,7 +141,7 @@ def _demos(args: list[str]) -> int:
         raise BenchError(f"seed: {options.seed}; it must be in [0, 2147483647]")
     if not options.out:
         raise BenchError("out: ''; it must not be empty")
-    protocol = suite.protocol(options.observation)
+    protocol = suite.protocol(options.mode)
     if options.episodes > len(protocol.train_states):
         raise BenchError(
             f"episodes: {options.episodes}; {protocol.label} has {len(protocol.train_states)} to learn from"

@@ -36,6 +36,8 @@ from .controller import OscController  # noqa: E402  (it imports robosuite, whic
 
 SETTLE_ACTION = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])
 """What every published LIBERO evaluation does while objects settle: no motion, gripper open."""
+WORKSPACES = frozenset({"coffee_table", "floor", "kitchen_table", "living_room_table", "study_table", "table"})
+"""Kinds of fixtures that are the scene's floor or table, and that LIBERO does not count among its objects."""
 _STATE = mujoco.mjtState.mjSTATE_INTEGRATION
 
 
@@ -58,9 +60,7 @@ class LiberoSimulator:
         names = [upstream.name for upstream in suite.tasks]
         index = names.index(task.name)
         self.init_states = np.asarray(suite.get_task_init_states(index))
-        upstream = suite.get_task(index)
-        bddl = os.path.join(get_libero_path("bddl_files"), upstream.problem_folder, upstream.bddl_file)
-        self.env = _open_stock(bddl, render)
+        self.env = _open_stock(_bddl(suite.get_task(index)), render)
         self.model: mujoco.MjModel = self.env.sim.model._model
         self.data: mujoco.MjData = self.env.sim.data._data
         self.controller = OscController(self.env)
@@ -177,6 +177,19 @@ class LiberoSimulator:
     def close(self) -> None:
         """Frees the scene and the renderer."""
         self.env.close()
+
+
+def object_names(suite: str) -> tuple[str, ...]:
+    """Names of all objects and fixtures of a suite's tasks, sorted; read from its BDDL files, without a scene."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        tasks = benchmark.get_benchmark(suite)().tasks
+        problems = [bddl_utils.robosuite_parse_problem(_bddl(task)) for task in tasks]
+    kinds = [item for problem in problems for part in ("objects", "fixtures") for item in problem[part].items()]
+    return tuple(sorted({name for kind, names in kinds for name in names if kind not in WORKSPACES}))
+
+
+def _bddl(task: Any) -> str:
+    return os.path.join(get_libero_path("bddl_files"), task.problem_folder, task.bddl_file)
 
 
 def _open_stock(bddl: str, render: bool) -> Any:

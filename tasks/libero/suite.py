@@ -22,6 +22,9 @@ class LiberoSuite(Suite):
 
     action_dim: ClassVar[int] = 7
     proprio_dim: ClassVar[int] = 8
+    fps: ClassVar[int] = 20
+    action_names = ("x", "y", "z", "rx", "ry", "rz", "gripper")
+    proprio_names = ("eef.x", "eef.y", "eef.z", "eef.rx", "eef.ry", "eef.rz", "finger.left", "finger.right")
     film_camera: ClassVar[str] = "agentview"
     members: ClassVar[tuple[str, ...]]
     """The upstream suites that this one is made of."""
@@ -62,6 +65,11 @@ class LiberoSuite(Suite):
 
         assert isinstance(simulator, LiberoSimulator)
         return demonstrate(simulator, task, init_state, seed)
+
+    def object_names(self, suite: str) -> tuple[str, ...]:
+        from .simulator import object_names
+
+        return object_names(suite)
 
 
 class LiberoObject(LiberoSuite):
