@@ -145,7 +145,7 @@ class Reader:
         place = {part: entry.row.get(f"data/{part}") for part in ("chunk_index", "file_index")}
         if None in place.values():
             raise BenchError(f"{self.root}: meta/episodes: data/chunk_index or data/file_index is missing")
-        frames = self._frames(str(self.info["data_path"]).format(**place))
+        frames = self._frames(self._file("data_path", **place))
         rows = np.flatnonzero(frames["episode_index"] == entry.index)
         if not np.array_equal(frames["frame_index"][rows], np.arange(entry.length)):
             raise BenchError(f"{where}: frame_index does not count its {entry.length} frames; the file is damaged")
@@ -181,7 +181,7 @@ class Reader:
             start = entry.row.get(f"videos/{name}/from_timestamp")
             if start is None or None in place.values():
                 raise BenchError(f"{self.root}: meta/episodes: videos/{name}/* is missing for episode {entry.index}")
-            file = str(self.info["video_path"]).format(video_key=name, **place)
+            file = self._file("video_path", video_key=name, **place)
             with self._explained(file):
                 found = decode(self._content(file), float(start), entry.length, self.info["fps"])
             what = f"{self.root / file}: {name}"
@@ -243,6 +243,15 @@ class Reader:
                 if not isinstance(feature["shape"], list) or not isinstance(feature["dtype"], str):
                     raise ValueError(f"feature {name!r} has no shape or dtype")
         return info
+
+    def _file(self, template: str, **place: Any) -> str:
+        """A file's name by `data_path` or `video_path` of info.json."""
+        text = self.info.get(template)
+        try:
+            return str(text).format(**place)
+        except (KeyError, ValueError, IndexError, TypeError, AttributeError):
+            wanted = DATA_PATH if template == "data_path" else VIDEO_PATH
+            raise self._wrong(f"{INFO}: {template}", repr(text), wanted) from None
 
     def _read(self, file: str) -> bytes:
         path = self.root / file

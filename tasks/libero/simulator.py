@@ -170,6 +170,12 @@ class LiberoSimulator:
         self.controller.restore(snapshot.controller)
         self._seen = snapshot.seen
 
+    def show(self, state: np.ndarray) -> None:
+        """Puts the scene into a flat MuJoCo state (time, qpos, qvel) as it is, for looking at it."""
+        self.env.sim.set_state_from_flattened(state)
+        self.env.sim.forward()
+        self._seen = None
+
     def render(self, camera: str, size: int) -> np.ndarray:
         """Upright [size, size, 3] uint8 frame by robosuite's own renderer (its frames come upside down)."""
         return self.env.sim.render(camera_name=camera, width=size, height=size)[::-1].copy()

@@ -71,6 +71,12 @@ class LiberoSuite(Suite):
 
         return object_names(suite)
 
+    def read_upstream(self, folder: Path, task: Task, protocol: Protocol, limit: int | None) -> list[Demonstration]:
+        """LIBERO's `<task>_demo.hdf5`."""
+        from .hdf5 import read
+
+        return read(folder, task, protocol, limit)
+
 
 class LiberoObject(LiberoSuite):
     """LIBERO-Object: put one of ten groceries into the basket."""
