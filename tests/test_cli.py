@@ -79,6 +79,7 @@ def test_help_shows_defaults_units_and_the_preset(capsys):
         (["eval", "--suite", "libero", "--states", "0"], "states: 0; it must be at least 1"),
         (["eval", "--suite", "libero", "--decoding", "best"], "invalid choice 'best' for argument '--decoding'."),
         (["demos", "--suite", "libero", "--episodes", "999"], "episodes: 999; "),
+        (["demos", "--suite", "libero", "--mode", "video"], "invalid choice 'video' for argument '--mode'."),
         (["table"], "runs: missing; "),
         (["list", "--jsno"], "list: unknown option '--jsno'; did you mean '--json'?"),
         (["doctor", "--fix"], "doctor: unknown option '--fix'; "),

@@ -211,13 +211,14 @@ def test_what_an_interrupted_command_left_is_removed_and_a_damaged_batch_with_th
     with pytest.raises(BenchError, match=r"info.json: its content does not match its hash; run `vlarl-bench demos"):
         load(tmp_path)
     with writing(root, SUITE, SUITE.name, STATE, 0) as writer:
-        assert (writer.made(TASK), writer.made(OTHER)) == ((1, 1), (0, 0))
+        assert [writer.record.count(task.name) for task in (TASK, OTHER)] == [1, 0]
+        assert [writer.next_attempt(task) for task in (TASK, OTHER)] == [1, 0]
     assert files(root) == one
     write(tmp_path, [episode(0, 2, task=OTHER)])
     assert files(root) == two
     (root / "data/chunk-000/file-000.parquet").write_bytes(b"damaged")
     with writing(root, SUITE, SUITE.name, STATE, 0) as writer:
-        assert (writer.made(TASK), writer.made(OTHER)) == ((0, 0), (0, 0))
+        assert [writer.record.count(task.name) for task in (TASK, OTHER)] == [0, 0]
     assert files(root).keys() == {RECORD}
 
 

@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from . import lerobot
 from .errors import BenchError
-from .lerobot import Reader
+from .lerobot import Reader, read_table
 from .lerobot_writer import Place, batch_files, meta_files
 from .protocol import Protocol
 from .records import atomic_file, explained, write_json_atomic
@@ -47,7 +46,7 @@ class Record:
     expert_version: int
     features: dict[str, Any]
     batches: list[dict[str, Any]] = field(default_factory=list)
-    """In the order of episodes: {"task": name, "files": {file name: SHA-256}}."""
+    """In the order of episodes: {"task": name, "episodes": their number, "files": {file name: SHA-256}}."""
     meta: dict[str, str] = field(default_factory=dict)
     """SHA-256 of the files that speak of all batches."""
 
@@ -55,6 +54,10 @@ class Record:
     def hashes(self) -> dict[str, str]:
         """SHA-256 of every file."""
         return {name: digest for batch in self.batches for name, digest in batch["files"].items()} | self.meta
+
+    def count(self, task: str) -> int:
+        """How many demonstrations of a task there are."""
+        return sum(batch["episodes"] for batch in self.batches if batch["task"] == task)
 
     def episode_files(self, task: str | None = None) -> list[str]:
         """Files of meta/episodes, of one task or of all."""
@@ -117,11 +120,10 @@ class Writer:
         self.root, self.record, self.suite = root, record, suite
         self._tables = tables
 
-    def made(self, task: Task) -> tuple[int, int]:
-        """How many demonstrations of `task` there are, and the attempt that comes next."""
+    def next_attempt(self, task: Task) -> int:
+        """The attempt that comes after those whose demonstrations are there."""
         rows = [row for table in self._tables for row in table.select(["task_name", "attempt"]).to_pylist()]
-        attempts = [row["attempt"] for row in rows if row["task_name"] == task.name]
-        return len(attempts), max(attempts, default=-1) + 1
+        return max((row["attempt"] for row in rows if row["task_name"] == task.name), default=-1) + 1
 
     def append(self, task: Task, attempts: Sequence[int], demonstrations: Sequence[Demonstration]) -> None:
         """Adds a batch of one task's episodes. When this returns, it is on the disk."""
@@ -139,7 +141,7 @@ class Writer:
         features, fps = self.record.features, self.suite.fps
         files, table = batch_files(demonstrations, attempts, features, fps, place)
         self._tables.append(table)
-        self.record.batches.append({"task": task.name, "files": self._write(files)})
+        self.record.batches.append({"task": task.name, "episodes": len(table), "files": self._write(files)})
         self.write_meta()
 
     def write_meta(self) -> None:
@@ -243,7 +245,7 @@ def _matches(path: Path, digest: str) -> bool:
 
 def _episodes(root: Path, batch: Mapping[str, Any]) -> pa.Table:
     (name,) = (name for name in batch["files"] if name.startswith("meta/episodes"))
-    return pq.read_table(root / name)
+    return read_table((root / name).read_bytes())
 
 
 def _remove_strays(root: Path, record: Record) -> None:

@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from .demo_store import RECORD, Mismatch, Writer, read_episodes, writing
+from .demo_store import RECORD, Mismatch, Writer, read_episodes, read_record, writing
 from .errors import BenchError
 from .lerobot import INFO, Entry, Reader
 from .protocol import Protocol
@@ -63,13 +63,19 @@ def make_demonstrations(
         writers = {name: stack.enter_context(writing(folder / name, suite, name, protocol, seed)) for name in names}
         missing = []
         for task in tasks:
-            count, attempt = writers[task.suite].made(task)
+            count = writers[task.suite].record.count(task.name)
             progress(min(count, per_task))
             if count < per_task:
-                missing.append(_Order(task, count, attempt))
+                missing.append(_Order(task, count, writers[task.suite].next_attempt(task)))
         if missing:
             _run_workers(suite, missing, protocol, per_task, writers, min(workers, len(missing)), seed, progress)
     return [folder / name for name in names]
+
+
+def count_demonstrations(folder: Path, task: Task) -> int:
+    """How many of ours there are of a task, by the dataset's own word."""
+    root = folder / task.suite
+    return read_record(root).count(task.name) if (root / RECORD).is_file() else 0
 
 
 def load_demonstrations(
@@ -164,7 +170,7 @@ def _digest(demonstrations: Sequence[Demonstration]) -> str:
     """First 12 hex digits of the SHA-256 of everything that is learned from."""
     digest = hashlib.sha256()
     for episode in demonstrations:
-        digest.update(f"{episode.task.key} {episode.init_state} {episode.actions.shape}".encode())
+        digest.update(f"{episode.task.key} {episode.actions.shape}".encode())
         digest.update(episode.actions.tobytes())
         for seen in episode.observations:
             digest.update(seen.proprio.tobytes())

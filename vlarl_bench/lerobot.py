@@ -132,7 +132,7 @@ class Reader:
         found = []
         for file in files:
             with self._explained(file):
-                table = pq.read_table(io.BytesIO(self._content(file)))
+                table = read_table(self._content(file))
                 table = table.select([name for name in table.column_names if not name.startswith("stats/")])
                 for row in table.to_pylist():
                     words = tuple(str(words) for words in row["tasks"])
@@ -207,7 +207,7 @@ class Reader:
         pictures = [name for name in cameras if self.features[name]["dtype"] == "image"]
         columns: dict[str, Any] = {}
         with self._explained(file):
-            table = pq.read_table(io.BytesIO(self._content(file)))
+            table = read_table(self._content(file))
             for name in ("episode_index", "frame_index", *wanted, *pictures):
                 if name not in table.column_names:
                     raise ValueError(f"it has no column {name!r}")
@@ -272,6 +272,11 @@ class Reader:
         except (pa.ArrowException, av.FFmpegError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else (str(error).splitlines() or [""])[0]
             raise BenchError(f"{self.root / file}: unreadable ({reason})") from error
+
+
+def read_table(content: bytes) -> pa.Table:
+    """The table of a parquet file. Without threads: Arrow's, once begun, now and then abort Python when it ends."""
+    return pq.ParquetFile(io.BytesIO(content)).read(use_threads=False)
 
 
 def decode(content: bytes, start: float, length: int, fps: float) -> list[np.ndarray | None]:

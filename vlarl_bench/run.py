@@ -150,21 +150,28 @@ def _claimed(config: RunConfig | EvalConfig, resume: bool) -> Iterator[Path]:
 def _demonstrations(plan: Plan, config: RunConfig, progress: Progress) -> tuple[list[Demonstration], dict[str, Any]]:
     """What an algorithm that learns from demonstrations is given, and what the manifest says of it. Without a folder
     of the user's, those that are missing are made first."""
-    from .demonstrations import describe_demonstrations, load_demonstrations, make_demonstrations
+    from .demonstrations import (
+        count_demonstrations,
+        describe_demonstrations,
+        load_demonstrations,
+        make_demonstrations,
+    )
 
     folder, count = Path(config.demos or "demos"), config.budget.demos
     if not config.demos:
-        with progress.phase("expert", count * len(plan.tasks), "demonstrations") as phase:
-            make_demonstrations(
-                plan.suite,
-                plan.tasks,
-                plan.protocol,
-                count,
-                folder,
-                config.workers,
-                0,
-                lambda made: phase.advance(episodes=made),
-            )
+        short = [task for task in plan.tasks if count_demonstrations(folder, task) < count]
+        if short:
+            with progress.phase("expert", count * len(short), "demonstrations") as phase:
+                make_demonstrations(
+                    plan.suite,
+                    short,
+                    plan.protocol,
+                    count,
+                    folder,
+                    config.workers,
+                    0,
+                    lambda made: phase.advance(episodes=made),
+                )
     found = load_demonstrations(plan.suite, folder, plan.tasks, plan.protocol, count)
     return found, describe_demonstrations(folder, plan.tasks, plan.protocol, found)
 

@@ -43,7 +43,7 @@ def read(folder: Path, task: Task, protocol: Protocol, limit: int | None) -> lis
                 raise BenchError(f"{path}: data.bddl_file_name: {problem!r}; wanted: {task.name!r}")
             names = sorted((name for name in data if name.startswith("demo_")), key=lambda name: int(name[5:]))
             episodes = {name: _episode(path, data[name], name) for name in names[:limit]}
-    except (OSError, KeyError, ValueError, TypeError) as error:
+    except (OSError, KeyError, ValueError, TypeError, ElementTree.ParseError) as error:
         reason = str(error).splitlines()[0].strip("\"'")
         raise BenchError(f"{path}: not a file of LIBERO demonstrations, or damaged ({reason})") from error
     if not episodes:

@@ -52,6 +52,7 @@ class AcmeSuite(Suite):
     summary = "one task"
     action_dim = 7
     proprio_dim = 8
+    fps = 20
     film_camera = "front"
     tasks = (Task("acme-suite", "lift", "lift the anvil"),)
 
