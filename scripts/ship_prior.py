@@ -28,7 +28,7 @@ def main() -> None:
     card = {key: config[key] for key in sorted(config.keys() - policy.config.keys())}
     manifest, asked = (json.loads((run / name).read_text()) for name in ("manifest.json", "config.json"))
     card["made_by"] = shlex.join(["vlarl-bench", *manifest["argv"]])
-    demos = ["vlarl-bench", "demos", "--suite", manifest["suite"], "--observation", spec.observation]
+    demos = ["vlarl-bench", "demos", "--suite", manifest["suite"], "--mode", spec.observation]
     demos += ["--episodes", str(asked["budget"]["demos"]), "--out", asked["demos"]]
     tasks = manifest["evaluation"]["tasks"]
     if len(tasks) < manifest["evaluation"]["suite_tasks"]:

@@ -216,3 +216,26 @@ def test_a_damaged_checkpoint_is_passed_over_and_a_foreign_folder_refused(whole,
     refused = vlarl("run", "--resume", empty, check=False)
     assert refused.returncode == 2
     assert "not a run folder" in refused.stderr or "config.json" in refused.stderr
+
+
+def test_demonstrations_that_are_too_few_are_added_to_and_the_manifest_says_what_was_learned_from(tmp_path):
+    few = ["--suite", "libero_object", "--tasks", "pick_up_the_butter_and_place_it_in_the_basket"]
+    sft = ["run", "--algo", "sft", "--base", "scratch", *few, "--budget", "smoke", "--budget.gradient-steps", "2"]
+    sft += ["--budget.eval-states", "1", "--budget.iterations", "1", "--no-video"]
+
+    def manifest(demos, *arguments):
+        out = tmp_path / f"run{demos}{len(arguments)}"
+        command = [*COMMAND, *sft, "--budget.demos", str(demos), "--out", str(out), *arguments]
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=600)
+        return json.loads((out / "manifest.json").read_text())["demonstrations"]
+
+    one, two = manifest(1), manifest(2)
+    assert (one["episodes"], two["episodes"]) == (1, 2)
+    assert one["digest"] != two["digest"]
+    assert one["source"] == "vlarl-bench"
+    assert manifest(1, "--demos", "demos/libero_object") == one
+    (tmp_path / "demos/libero_object/meta/vlarl_bench.json").unlink()  # now it is somebody else's LeRobotDataset
+    foreign = manifest(2, "--demos", "demos")
+    assert foreign["digest"] == two["digest"]
+    assert foreign["source"] == "LeRobotDataset"
+    assert "cannot be checked" in foreign["held_out"]

@@ -141,7 +141,7 @@ def _demos(args: list[str]) -> int:
         raise BenchError(f"episodes: {options.episodes}; it must be at least 1")
     if not options.out:
         raise BenchError("out: ''; it must not be empty")
-    protocol = suite.protocol(options.observation, options.protocol)
+    protocol = suite.protocol(options.mode, options.protocol)
     if not protocol.train_states:
         raise BenchError(f"protocol: {protocol.label} has no states to learn from; it only serves `vlarl-bench eval`")
     if options.episodes > len(protocol.train_states):

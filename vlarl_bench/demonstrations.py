@@ -1,45 +1,39 @@
-"""Expert episodes: made in parallel worker processes, kept as one verified safetensors file a task.
+"""Demonstrations: made by the suite's expert in parallel worker processes, and read whoever made them.
 
-File format (`<folder>/<suite>/<task>.safetensors`): the arrays of all episodes one after another, and in the
-safetensors metadata one JSON document that says how to cut them, what made them, and the hash of it all.
+A folder of demonstrations holds, for each suite at `<folder>/<suite>` or for one suite at `<folder>` itself,
 
-    actions            [N, A] float32
-    proprio            [N, P] float32
-    objects            [N, len(names), 7] float32   (`state` mode)
-    images/<camera>    [N, S, S, 3] uint8           (`pixels` mode)
+- a LeRobotDataset v3 of ours (`demo_store.py`): verified, of one protocol, from training states only;
+- any other LeRobotDataset v3 (`lerobot.py`) whose features are those that the suite and the protocol have; or
+- the HDF5 files that the suite's upstream project publishes, read by the suite (`Suite.read_upstream`).
+
+Those of others do not say which initial state an episode began from, so whether it is one that is held out for
+evaluation cannot be checked; a run's manifest says so.
 """
 
 import hashlib
-import json
 import multiprocessing
 import os
 import signal
-import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
-
+from .demo_store import RECORD, Mismatch, Writer, read_episodes, read_record, writing
 from .errors import BenchError
+from .lerobot import INFO, Entry, Reader
 from .protocol import Protocol
-from .suite import Demonstration, Observation, Suite, Task
+from .suite import Demonstration, Suite, Task
 
-FORMAT = 1
+OURS, FOREIGN, UPSTREAM = "vlarl-bench", "LeRobotDataset", "HDF5"
 ROUNDS = 4
 """Give up on a task after this many attempts per wanted demonstration."""
 
 Progress = Callable[[int], None]
-"""Called with the number of demonstrations that are newly there: a task's whole number when its file was kept."""
-
-
-def demonstration_path(folder: Path, task: Task) -> Path:
-    """Where one task's demonstrations are kept."""
-    return folder / task.suite / f"{task.name}.safetensors"
+"""Called with the number of demonstrations that are newly there: those that were found, then each that is made."""
 
 
 def make_demonstrations(
@@ -54,206 +48,185 @@ def make_demonstrations(
 ) -> list[Path]:
     """Makes `per_task` successful expert episodes of every task on the protocol's train states.
 
-    Attempt j starts from train state j mod n with seed `seed` + j // n, so a file is a pure function of the suite, the
-    task, the protocol and the seed, whatever `workers` is. Files that already hold that, or more of it, are kept;
-    damaged ones and those of another seed are replaced. Returns the tasks' files. Raises BenchError when the expert
-    cannot do a task, when the folder cannot be written, and rather than replace a file of another protocol.
+    Attempt j starts from train state j mod n with seed `seed` + j // n, and tasks are kept in their order, so a
+    dataset is a pure function of the arguments, whatever `workers` is. Episodes that are there already are kept, and
+    only those that are missing are made and appended; damaged ones are made again. Returns the datasets' folders.
+    Raises BenchError when the expert cannot do a task, when the folder cannot be written, and rather than replace
+    demonstrations of another protocol, seed or expert.
     """
     for name, value in (("per_task", per_task), ("workers", workers)):
         if value < 1:
             raise BenchError(f"{name}: {value}; must be at least 1")
     progress = on_progress or (lambda _: None)
-    missing = []
-    for task in tasks:
-        if _is_complete(folder, task, protocol, per_task, seed, suite.expert_version):
-            progress(per_task)
-        else:
-            missing.append(task)
-    if missing:
-        _run_workers(suite, missing, protocol, per_task, folder, min(workers, len(missing)), seed, progress)
-    return [demonstration_path(folder, task) for task in tasks]
+    names = list(dict.fromkeys(task.suite for task in tasks))
+    with ExitStack() as stack:
+        writers = {name: stack.enter_context(writing(folder / name, suite, name, protocol, seed)) for name in names}
+        missing = []
+        for task in tasks:
+            count = writers[task.suite].record.count(task.name)
+            progress(min(count, per_task))
+            if count < per_task:
+                missing.append(_Order(task, count, writers[task.suite].next_attempt(task)))
+        if missing:
+            _run_workers(suite, missing, protocol, per_task, writers, min(workers, len(missing)), seed, progress)
+    return [folder / name for name in names]
+
+
+def count_demonstrations(folder: Path, task: Task) -> int:
+    """How many of ours there are of a task, by the dataset's own word."""
+    root = folder / task.suite
+    return read_record(root).count(task.name) if (root / RECORD).is_file() else 0
 
 
 def load_demonstrations(
-    folder: Path, tasks: Sequence[Task], protocol: Protocol, limit: int | None = None
+    suite: Suite, folder: Path, tasks: Sequence[Task], protocol: Protocol, limit: int | None = None
 ) -> list[Demonstration]:
     """Reads the demonstrations of `tasks`, at most `limit` of each, in the order in which they were made.
 
-    Raises BenchError when a file is missing, damaged, foreign, made under another protocol, or holds an initial state
-    that the protocol does not give to training.
+    Raises BenchError when one is missing, damaged or of other features than the suite and the protocol have; in our
+    own datasets also when it was made under another protocol, or from a state that the protocol does not give to
+    training.
     """
+    readers: dict[Path, tuple[Reader, list[Entry]]] = {}
     demonstrations: list[Demonstration] = []
     for task in tasks:
-        path = demonstration_path(folder, task)
-        found = _read(path, task, protocol)[1]
-        if limit is not None and len(found) < limit:
-            advice = _advice(task, protocol, limit)
-            raise BenchError(f"{path}: holds {len(found)} demonstrations, {limit} are wanted; {advice}")
-        demonstrations += found[:limit]
-    return demonstrations
-
-
-# Files
-
-
-class _OtherProtocol(BenchError):
-    pass
-
-
-def write_demonstrations(
-    folder: Path,
-    task: Task,
-    protocol: Protocol,
-    seed: int,
-    expert_version: int,
-    demonstrations: Sequence[Demonstration],
-) -> Path:
-    """Writes one task's file, atomically and hashed. All must be successful."""
-    observations = [observation for episode in demonstrations for observation in episode.observations]
-    names, cameras = list(observations[0].objects), list(observations[0].images)
-    arrays = {
-        "actions": np.concatenate([episode.actions for episode in demonstrations]).astype(np.float32),
-        "proprio": np.stack([observation.proprio for observation in observations]).astype(np.float32),
-    }
-    if names:
-        arrays["objects"] = np.stack([[o.objects[name] for name in names] for o in observations]).astype(np.float32)
-    for camera in cameras:
-        arrays[f"images/{camera}"] = np.stack([observation.images[camera] for observation in observations])
-    header = {
-        "format": FORMAT,
-        "suite": task.suite,
-        "task": task.name,
-        "instruction": task.instruction,
-        "protocol": protocol.hash,
-        "seed": seed,
-        "expert_version": expert_version,
-        "init_states": [episode.init_state for episode in demonstrations],
-        "lengths": [len(episode.actions) for episode in demonstrations],
-        "objects": names,
-        "cameras": cameras,
-    }
-    path = demonstration_path(folder, task)
-    # One key only: safetensors writes several in random order, and equal demonstrations should be equal files.
-    text = json.dumps({**header, "sha256": _digest(header, arrays)}, sort_keys=True)
-    _write_atomically(path, save(arrays, {"demonstrations": text}))
-    return path
-
-
-def _read(path: Path, task: Task, protocol: Protocol) -> tuple[dict[str, Any], list[Demonstration]]:
-    advice = _advice(task, protocol)
-    if not path.is_file():
-        raise BenchError(f"{path}: no demonstrations of {task.key}; {advice}")
-    try:
-        with safe_open(path, "numpy") as file:
-            metadata = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        header = json.loads(metadata["demonstrations"])
-        if header.pop("sha256") != _digest(header, arrays):
-            raise ValueError("its content does not match its hash")
-        if header["format"] != FORMAT:
-            raise ValueError(f"it has format {header['format']}, this version reads {FORMAT}")
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        reason = "it is not a file of ours" if isinstance(error, KeyError) else str(error).splitlines()[0]
-        raise BenchError(f"{path}: unreadable ({reason}); delete it, then {advice}") from error
-    if (header["suite"], header["task"]) != (task.suite, task.name):
-        raise BenchError(f"{path}: holds {header['suite']}/{header['task']}, not {task.key}; {advice}")
-    forbidden = sorted(set(header["init_states"]) - set(protocol.train_states))
-    if forbidden:
-        raise BenchError(f"{path}: init states {forbidden} are not train states of {protocol.label}; {advice}")
-    if header["protocol"] != protocol.hash:
-        raise _OtherProtocol(
-            f"{path}: made under protocol {header['protocol']}, not {protocol.label}; use another folder"
-        )
-    return header, _cut(header, arrays, task)
-
-
-def _cut(header: dict[str, Any], arrays: dict[str, np.ndarray], task: Task) -> list[Demonstration]:
-    demonstrations, start = [], 0
-    for init_state, length in zip(header["init_states"], header["lengths"], strict=True):
-        observations = tuple(
-            Observation(
-                task.instruction,
-                arrays["proprio"][row],
-                {name: arrays["objects"][row, column] for column, name in enumerate(header["objects"])},
-                {camera: arrays[f"images/{camera}"][row] for camera in header["cameras"]},
+        root, kind = _source(folder, task, protocol)
+        if kind == OURS:
+            try:
+                found = read_episodes(root, suite, task, protocol, limit)
+            except Mismatch:
+                raise
+            except BenchError as error:
+                raise BenchError(f"{error}; {_advice(task, protocol)}") from error
+        elif kind == FOREIGN:
+            if root not in readers:
+                reader = Reader(root, suite, protocol)
+                readers[root] = reader, reader.entries()
+            found = _read_foreign(*readers[root], suite, task, limit)
+        else:
+            found = suite.read_upstream(root, task, protocol, limit)
+        if len(found) < (limit or 1):
+            advice = f"; {_advice(task, protocol, limit)}" if kind == OURS else ""
+            raise BenchError(
+                f"{root}: holds {len(found)} demonstrations of {task.key}, {limit or 1} are wanted{advice}"
             )
-            for row in range(start, start + length)
-        )
-        actions = arrays["actions"][start : start + length]
-        demonstrations.append(Demonstration(task, init_state, True, observations, actions))
-        start += length
+        demonstrations += found
     return demonstrations
 
 
-def _is_complete(folder: Path, task: Task, protocol: Protocol, per_task: int, seed: int, expert_version: int) -> bool:
-    try:
-        header, _ = _read(demonstration_path(folder, task), task, protocol)
-    except _OtherProtocol:
-        raise
-    except BenchError:
-        return False
-    same = (header["seed"], header["expert_version"]) == (seed, expert_version)
-    return same and len(header["init_states"]) >= per_task
+def describe_demonstrations(
+    folder: Path, tasks: Sequence[Task], protocol: Protocol, demonstrations: Sequence[Demonstration]
+) -> dict[str, Any]:
+    """What a run's manifest says of the demonstrations that it learned from: the digest of their content, which is the
+    same wherever and in whichever format they lie, their number, and whether held-out states can be among them."""
+    kinds = sorted({_source(folder, task, protocol)[1] for task in tasks})
+    return {
+        "digest": _digest(demonstrations),
+        "episodes": len(demonstrations),
+        "source": ", ".join(kinds),
+        "held_out": "from training states only" if kinds == [OURS] else "cannot be checked: init states are unknown",
+    }
 
 
-def _digest(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> str:
-    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-    for name in sorted(arrays):
-        array = arrays[name]
-        digest.update(f"{name} {array.dtype} {array.shape}".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()
+def _read_foreign(
+    reader: Reader, entries: Sequence[Entry], suite: Suite, task: Task, limit: int | None
+) -> list[Demonstration]:
+    """The episodes whose instruction is the task's."""
+    twins = [other.key for other in suite.tasks if _words(other.instruction) == _words(task.instruction)]
+    if len(twins) > 1:
+        raise BenchError(f"{reader.root}: {task.instruction!r} is the instruction of {' and of '.join(twins)}")
+    chosen = [entry for entry in entries if _words(task.instruction) in map(_words, entry.instructions)]
+    if not chosen:
+        there = sorted({words for entry in entries for words in entry.instructions})
+        more = f" and {len(there) - 3} more" if len(there) > 3 else ""
+        shown = ", ".join(map(repr, there[:3]))
+        raise BenchError(f"{reader.root}: tasks: no episode of {task.instruction!r}; there is {shown}{more}")
+    return [reader.demonstration(entry, task, -1) for entry in chosen[:limit]]
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".partial", delete=False) as file:
-            temporary = file.name
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise BenchError(f"{path}: cannot be written ({error.strerror}); choose a folder that can") from error
-    finally:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
+def _words(instruction: str) -> list[str]:
+    return instruction.lower().split()
+
+
+def _source(folder: Path, task: Task, protocol: Protocol) -> tuple[Path, str]:
+    """Where the demonstrations of a task's suite lie, and of which kind they are."""
+    for root in (folder / task.suite, folder):
+        if (root / RECORD).is_file():
+            return root, OURS
+        if (root / INFO).is_file():
+            return root, FOREIGN
+        if any(root.glob("*.hdf5")):
+            return root, UPSTREAM
+    raise BenchError(f"{folder}: no demonstrations of {task.key}; {_advice(task, protocol)}")
 
 
 def _advice(task: Task, protocol: Protocol, episodes: int | None = None) -> str:
-    observation = "" if protocol.observation == "state" else f" --observation {protocol.observation}"
+    mode = "" if protocol.observation == "state" else f" --mode {protocol.observation}"
     count = "" if episodes is None else f" --episodes {episodes}"
-    return f"run `vlarl-bench demos --suite {task.suite}{observation}{count}`"
+    return f"run `vlarl-bench demos --suite {task.suite}{mode}{count}`"
+
+
+def _digest(demonstrations: Sequence[Demonstration]) -> str:
+    """First 12 hex digits of the SHA-256 of everything that is learned from."""
+    digest = hashlib.sha256()
+    for episode in demonstrations:
+        digest.update(f"{episode.task.key} {episode.actions.shape}".encode())
+        digest.update(episode.actions.tobytes())
+        for seen in episode.observations:
+            digest.update(seen.proprio.tobytes())
+            for shown in (seen.objects, seen.images):
+                for name in sorted(shown):
+                    digest.update(name.encode() + shown[name].tobytes())
+    return digest.hexdigest()[:12]
 
 
 # Workers. A worker makes whole tasks, one simulator at a time, and sends each episode to the parent, which alone
 # writes: so a worker can be killed at any time.
 
 
+@dataclass(frozen=True)
+class _Order:
+    """What a worker is told to make."""
+
+    task: Task
+    solved: int
+    """Demonstrations that are there already."""
+    attempt: int
+    """The attempt to go on with."""
+
+
 def _run_workers(
     suite: Suite,
-    tasks: Sequence[Task],
+    orders: Sequence[_Order],
     protocol: Protocol,
     per_task: int,
-    folder: Path,
+    writers: Mapping[str, Writer],
     workers: int,
     seed: int,
     progress: Progress,
 ) -> None:
+    """Makes what is ordered. Batches are kept in the order of `orders`; a task that ends early waits for its turn, and
+    at most 2 `workers` tasks are begun and not yet kept, since they are held in memory."""
     context = multiprocessing.get_context("spawn")
-    waiting = list(tasks)
-    busy: dict[Connection, tuple[Task, list[Demonstration]]] = {}
+    waiting, unkept = list(orders), list(orders)
+    made: dict[Task, list[tuple[int, Demonstration]]] = {order.task: [] for order in orders}
+    busy: dict[Connection, _Order] = {}
+    idle: list[Connection] = []
     processes = []
 
-    def give_work(connection: Connection) -> None:
-        if waiting:
-            task = waiting.pop(0)
-            busy[connection] = task, []
-            connection.send(task)
-        else:
-            connection.close()
+    def keep() -> None:
+        while unkept and len(made[unkept[0].task]) == per_task - unkept[0].solved:
+            task = unkept.pop(0).task
+            attempts, episodes = zip(*made.pop(task), strict=True)
+            writers[task.suite].append(task, attempts, episodes)
+
+    def give_work() -> None:
+        while idle and waiting and len(unkept) - len(waiting) < 2 * workers:
+            connection, order = idle.pop(0), waiting.pop(0)
+            busy[connection] = order
+            connection.send(order)
+        while idle and not waiting:
+            idle.pop().close()
 
     try:
         for _ in range(workers):
@@ -262,11 +235,13 @@ def _run_workers(
             process.start()
             theirs.close()
             processes.append(process)
-            give_work(ours)
+            idle.append(ours)
+            give_work()
         while busy:
             for connection in wait(list(busy)):
                 assert isinstance(connection, Connection)
-                task, done = busy[connection]
+                order = busy[connection]
+                task = order.task
                 try:
                     message = connection.recv()
                 except EOFError:
@@ -274,14 +249,15 @@ def _run_workers(
                     raise BenchError(f"workers: {workers}; one {reason} at {task.key}; try fewer") from None
                 if isinstance(message, BenchError):
                     raise message
-                done.append(message)
+                made[task].append(message)
                 progress(1)
-                if len(done) == per_task:
-                    write_demonstrations(folder, task, protocol, seed, suite.expert_version, done)
+                if len(made[task]) == per_task - order.solved:
                     del busy[connection]
-                    give_work(connection)
+                    idle.append(connection)
+                    keep()
+                    give_work()
     finally:
-        for connection in busy:
+        for connection in (*busy, *idle):
             connection.close()
         if busy:  # something went wrong; a worker in the middle of an episode has nothing worth keeping
             for process in processes:
@@ -296,16 +272,16 @@ def _work(connection: Connection, suite: Suite, protocol: Protocol, per_task: in
     states = protocol.train_states
     try:
         while True:
-            task = connection.recv()
+            order: _Order = connection.recv()
+            task, solved = order.task, order.solved
             simulator = suite.open(task, protocol)
             try:
-                solved = 0
-                for attempt in range(ROUNDS * per_task):
+                for attempt in range(order.attempt, ROUNDS * per_task):
                     turn, index = divmod(attempt, len(states))
                     demonstration = suite.demonstrate(simulator, task, states[index], seed + turn)
                     solved += demonstration.success
                     if demonstration.success:
-                        connection.send(demonstration)
+                        connection.send((attempt, demonstration))
                     if solved == per_task:
                         break
                 else:

@@ -55,7 +55,8 @@ class Run(Generic[Settings]):
     threads: int = 2
     """CPU threads of the learner; another number rounds sums differently."""
     demos: str = ""
-    """Folder of demonstrations; empty makes them first, if the algorithm learns from them."""
+    """Folder of demonstrations: of `vlarl-bench demos`, another LeRobotDataset v3, or LIBERO's HDF5 files; empty makes
+    those that are missing in demos/ first, if the algorithm learns from them."""
     rewards: Literal["success", "shuffled"] = "success"
     """What the learner is told: shuffled permutes outcomes within each task, a control that must not learn."""
     video: bool = True
@@ -112,7 +113,7 @@ class Demos:
 
     suite: str
     """Suite of tasks."""
-    observation: Literal["state", "pixels"] = "state"
+    mode: Literal["state", "pixels"] = "state"
     """What is recorded: object poses (privileged) or camera images."""
     tasks: str = ""
     """Comma-separated task names; empty takes all tasks of the suite."""
@@ -125,7 +126,7 @@ class Demos:
     workers: int = 2
     """Simulator processes; changes the speed, never the demonstrations."""
     out: str = "demos"
-    """Folder that they go to, one file a task."""
+    """Folder that they go to: a LeRobotDataset v3 for each suite."""
 
 
 @dataclass(frozen=True)

@@ -89,12 +89,15 @@ def make_manifest(
     suite_tasks: int,
     init_states: Sequence[int],
     repeats: int,
+    demonstrations: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The content of `manifest.json`: where a run came from, and which evaluation episodes it owes.
 
     tasks are `suite/task` keys; suite_tasks is how many tasks the whole suite has; each of base and final evaluation
-    plays tasks x init_states x repeats episodes, and reports mark those that are missing.
+    plays tasks x init_states x repeats episodes, and reports mark those that are missing. demonstrations says what
+    the run learned from (`demonstrations.describe_demonstrations`), where it learned from any.
     """
+    learned_from = {} if demonstrations is None else {"demonstrations": dict(demonstrations)}
     return {
         "run": run,
         "argv": list(argv),
@@ -110,6 +113,7 @@ def make_manifest(
             "init_states": list(init_states),
             "repeats": repeats,
         },
+        **learned_from,
         "code": code_version(),
         "fingerprint": {**fingerprint(), "hash": fingerprint_hash()},
     }

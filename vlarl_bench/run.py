@@ -58,10 +58,12 @@ def run(config: RunConfig, resume: bool = False) -> Path:
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(config.threads)
         progress = stack.enter_context(Progress())
-        demonstrations = _demonstrations(plan, config, progress) if method.learns_from == "demonstrations" else None
+        demonstrations, learned_from = None, None
+        if method.learns_from == "demonstrations":
+            demonstrations, learned_from = _demonstrations(plan, config, progress)
         policy = _first_policy(plan, demonstrations)
         algorithm = method(config.settings, policy, config.budget, config.seed)
-        _write_manifest(plan, policy, out)
+        _write_manifest(plan, policy, out, learned_from)
         log = stack.enter_context(EpisodeLog(out / "episodes.jsonl"))
         metrics = stack.enter_context(MetricsLog(out / "metrics.jsonl"))
         pool = stack.enter_context(_pool(plan, out, progress))
@@ -103,7 +105,7 @@ def evaluate(config: EvalConfig) -> Path:
         out = stack.enter_context(_claimed(config, resume=False))
         policy = _first_policy(plan, None)
         progress = stack.enter_context(Progress())
-        _write_manifest(plan, policy, out)
+        _write_manifest(plan, policy, out, None)
         log = stack.enter_context(EpisodeLog(out / "episodes.jsonl"))
         pool = stack.enter_context(_pool(plan, out, progress))
         _evaluate(plan, "eval", 0, policy, pool, log, progress)
@@ -143,26 +145,33 @@ def _claimed(config: RunConfig | EvalConfig, resume: bool) -> Iterator[Path]:
         raise
 
 
-def _demonstrations(plan: Plan, config: RunConfig, progress: Progress) -> list[Demonstration]:
-    """What an algorithm that learns from demonstrations is given; made first if there are none."""
-    from .demonstrations import load_demonstrations, make_demonstrations
+def _demonstrations(plan: Plan, config: RunConfig, progress: Progress) -> tuple[list[Demonstration], dict[str, Any]]:
+    """What an algorithm that learns from demonstrations is given, and what the manifest says of it. Without a folder
+    of the user's, those that are missing are made first."""
+    from .demonstrations import (
+        count_demonstrations,
+        describe_demonstrations,
+        load_demonstrations,
+        make_demonstrations,
+    )
 
-    folder = Path(config.demos or "demos")
+    folder, count = Path(config.demos or "demos"), config.budget.demos
     if not config.demos:
-        missing = [task for task in plan.tasks if not (folder / task.suite / f"{task.name}.safetensors").exists()]
-        if missing:
-            with progress.phase("expert", config.budget.demos * len(missing), "demonstrations") as phase:
+        short = [task for task in plan.tasks if count_demonstrations(folder, task) < count]
+        if short:
+            with progress.phase("expert", count * len(short), "demonstrations") as phase:
                 make_demonstrations(
                     plan.suite,
-                    missing,
+                    short,
                     plan.protocol,
-                    config.budget.demos,
+                    count,
                     folder,
                     config.workers,
                     0,
                     lambda made: phase.advance(episodes=made),
                 )
-    return load_demonstrations(folder, plan.tasks, plan.protocol, config.budget.demos)
+    found = load_demonstrations(plan.suite, folder, plan.tasks, plan.protocol, count)
+    return found, describe_demonstrations(folder, plan.tasks, plan.protocol, found)
 
 
 def _first_policy(plan: Plan, demonstrations: Sequence[Demonstration] | None) -> Policy:
@@ -314,7 +323,7 @@ def _row(
     )
 
 
-def _write_manifest(plan: Plan, policy: Policy, out: Path) -> None:
+def _write_manifest(plan: Plan, policy: Policy, out: Path, demonstrations: dict[str, Any] | None) -> None:
     """Writes the manifest; a resumed run keeps its own, and must still be the run that it describes."""
     config = plan.config
     manifest = make_manifest(
@@ -330,6 +339,7 @@ def _write_manifest(plan: Plan, policy: Policy, out: Path) -> None:
         suite_tasks=len(plan.suite.tasks),
         init_states=plan.protocol.eval_states[: plan.states],
         repeats=plan.repeats,
+        demonstrations=demonstrations,
     )
     if not (out / "manifest.json").exists():
         write_json_atomic(out / "manifest.json", manifest)
@@ -340,6 +350,7 @@ def _write_manifest(plan: Plan, policy: Policy, out: Path) -> None:
         ("base policy", first["base_checkpoint"], manifest["base_checkpoint"]),
         ("protocol", first["protocol"]["label"], manifest["protocol"]["label"]),
         ("tasks", first["evaluation"]["tasks"], manifest["evaluation"]["tasks"]),
+        ("demonstrations", *((m.get("demonstrations") or {}).get("digest") for m in (first, manifest))),
     ):
         if was != now:
             raise BenchError(

@@ -9,9 +9,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 from typing import Protocol as Interface
 
+from .errors import BenchError
 from .protocol import Protocol
 
 if TYPE_CHECKING:
@@ -85,6 +87,7 @@ class Demonstration:
 
     task: Task
     init_state: int
+    """The protocol's number of it; -1 where demonstrations of others do not tell."""
     success: bool
     observations: tuple[Observation, ...]
     actions: np.ndarray
@@ -102,6 +105,10 @@ class Suite(ABC):
     proprio_dim: ClassVar[int]
     fps: ClassVar[int]
     """Environment steps a second of simulated time."""
+    action_names: ClassVar[tuple[str, ...]] = ()
+    """What the action's dimensions are called in datasets; empty leaves them unnamed."""
+    proprio_names: ClassVar[tuple[str, ...]] = ()
+    """The same for `Observation.proprio`."""
     film_camera: ClassVar[str]
     """Camera that films are taken with: one that shows the whole scene to a person."""
 
@@ -124,3 +131,23 @@ class Suite(ABC):
     @abstractmethod
     def demonstrate(self, simulator: Simulator, task: Task, init_state: int, seed: int) -> Demonstration:
         """One episode of the scripted expert, from a stored initial state."""
+
+    def object_names(self, suite: str) -> tuple[str, ...]:
+        """Names of all objects that the tasks of the concrete suite `suite` show in `state` mode, in a fixed order.
+
+        This opens every task; a suite that knows better overrides it."""
+        protocol = self.protocol("state")
+        names: set[str] = set()
+        for task in self.tasks:
+            if task.suite == suite:
+                simulator = self.open(task, protocol)
+                try:
+                    simulator.reset(protocol.train_states[0])
+                    names |= simulator.observe().objects.keys()
+                finally:
+                    simulator.close()
+        return tuple(sorted(names))
+
+    def read_upstream(self, folder: Path, task: Task, protocol: Protocol, limit: int | None) -> list[Demonstration]:
+        """Demonstrations of `task` from the HDF5 files that the upstream project publishes, at most `limit`."""
+        raise BenchError(f"{folder}: suite {self.name!r} reads no HDF5 demonstrations; give a LeRobotDataset v3")

@@ -30,6 +30,7 @@ with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.St
     import robosuite
     from libero.libero import benchmark, get_libero_path
     from libero.libero.envs import TASK_MAPPING, bddl_utils
+    from libero.libero.envs.objects import get_object_fn
     from robosuite.utils.errors import RandomizationError
     from robosuite.utils.transform_utils import quat2axisangle
 
@@ -38,6 +39,8 @@ from .suite import upstream_name  # noqa: E402
 
 SETTLE_ACTION = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])
 """What every published LIBERO evaluation does while objects settle: no motion, gripper open."""
+WORKSPACES = frozenset({"coffee_table", "floor", "kitchen_table", "living_room_table", "study_table", "table"})
+"""Kinds of fixtures that are the scene's floor or table, and that LIBERO does not count among its objects."""
 _STATE = mujoco.mjtState.mjSTATE_INTEGRATION
 
 
@@ -60,9 +63,7 @@ class LiberoSimulator:
         names = [upstream.name for upstream in suite.tasks]
         index = names.index(task.name)
         self.init_states = np.asarray(suite.get_task_init_states(index))
-        upstream = suite.get_task(index)
-        bddl = os.path.join(get_libero_path("bddl_files"), upstream.problem_folder, upstream.bddl_file)
-        self.env = _open_stock(bddl, render)
+        self.env = _open_stock(_bddl(suite.get_task(index)), render)
         self.model: mujoco.MjModel = self.env.sim.model._model
         self.data: mujoco.MjData = self.env.sim.data._data
         self.controller = OscController(self.env)
@@ -185,6 +186,12 @@ class LiberoSimulator:
         self.controller.restore(snapshot.controller)
         self._seen = snapshot.seen
 
+    def show(self, state: np.ndarray) -> None:
+        """Puts the scene into a flat MuJoCo state (time, qpos, qvel) as it is, for looking at it."""
+        self.env.sim.set_state_from_flattened(state)
+        self.env.sim.forward()
+        self._seen = None
+
     def render(self, camera: str, size: int) -> np.ndarray:
         """Upright [size, size, 3] uint8 frame by robosuite's own renderer (its frames come upside down)."""
         return self._render(camera, size, size).copy()
@@ -200,6 +207,26 @@ class LiberoSimulator:
     def close(self) -> None:
         """Frees the scene and the renderer."""
         self.env.close()
+
+
+def object_names(suite: str) -> tuple[str, ...]:
+    """Names of all objects, fixtures and moving parts of a suite's tasks, sorted; read without opening a scene."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        tasks = benchmark.get_benchmark(upstream_name(suite))().tasks
+        problems = [bddl_utils.robosuite_parse_problem(_bddl(task)) for task in tasks]
+    kinds = [item for problem in problems for part in ("objects", "fixtures") for item in problem[part].items()]
+    shown = {name: kind for kind, names in kinds for name in names if kind not in WORKSPACES}
+    return tuple(sorted({*shown, *(part for name, kind in shown.items() for part in _part_names(kind, name))}))
+
+
+def _part_names(kind: str, name: str) -> list[str]:
+    """Bodies of an object's asset that move on joints of their own, such as a cabinet's drawers."""
+    asset = get_object_fn(kind)(name=name).get_obj()
+    return [b.get("name") for b in asset.iter("body") if any(j.get("type") != "free" for j in b.findall("joint"))]
+
+
+def _bddl(task: Any) -> str:
+    return os.path.join(get_libero_path("bddl_files"), task.problem_folder, task.bddl_file)
 
 
 def _open_stock(bddl: str, render: bool) -> Any:

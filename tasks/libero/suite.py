@@ -51,6 +51,8 @@ class LiberoSuite(Suite):
     action_dim: ClassVar[int] = 7
     proprio_dim: ClassVar[int] = 8
     fps: ClassVar[int] = 20
+    action_names = ("x", "y", "z", "rx", "ry", "rz", "gripper")
+    proprio_names = ("eef.x", "eef.y", "eef.z", "eef.rx", "eef.ry", "eef.rz", "finger.left", "finger.right")
     film_camera: ClassVar[str] = "agentview"
 
     def __init__(self, name: str, summary: str, members: tuple[str, ...] = ()) -> None:
@@ -103,6 +105,17 @@ class LiberoSuite(Suite):
 
         assert isinstance(simulator, LiberoSimulator)
         return demonstrate(simulator, task, init_state, seed)
+
+    def object_names(self, suite: str) -> tuple[str, ...]:
+        from .simulator import object_names
+
+        return object_names(suite)
+
+    def read_upstream(self, folder: Path, task: Task, protocol: Protocol, limit: int | None) -> list[Demonstration]:
+        """LIBERO's `<task>_demo.hdf5`."""
+        from .hdf5 import read
+
+        return read(folder, task, protocol, limit)
 
 
 def upstream_name(suite: str) -> str:

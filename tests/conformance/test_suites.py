@@ -197,6 +197,13 @@ def test_observation_is_what_the_protocol_says(suite, task, plain, filmed):
         check_observation(suite, protocol, task, simulator.observe())
 
 
+def test_what_is_shown_has_names_that_are_known_beforehand(suite, task, plain):
+    if "state" not in modes(suite):
+        pytest.skip("the suite has no state mode")
+    plain.reset(0)
+    assert set(plain.observe().objects) <= set(suite.object_names(task.suite))
+
+
 def test_reset_forgets_what_was_before(plain, actions):
     plain.reset(0)
     first = plain.observe()
