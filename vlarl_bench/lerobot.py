@@ -276,7 +276,7 @@ class Reader:
 
 
 def read_table(content: bytes) -> pa.Table:
-    """The table of a parquet file. Without threads: Arrow's, once begun, now and then abort Python when it ends."""
+    """The table of a parquet file; read without Arrow's threads, which small files do not need."""
     return pq.ParquetFile(io.BytesIO(content)).read(use_threads=False)
 
 
