@@ -41,6 +41,9 @@ DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 EPISODES_PATH = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 
+_DAMAGE = (ValueError, LookupError, TypeError, AttributeError, OSError, ArithmeticError, SyntaxError)
+"""What Arrow's, Pillow's and Python's readers raise for damaged content; Pillow calls a broken PNG a SyntaxError."""
+
 
 def features(suite: Suite, protocol: Protocol, objects: Sequence[str]) -> dict[str, dict[str, Any]]:
     """What a frame of a suite's demonstrations holds, as `features` of info.json has it. `objects` names all objects
@@ -147,12 +150,12 @@ class Reader:
             raise BenchError(f"{self.root}: meta/episodes: data/chunk_index or data/file_index is missing")
         frames = self._frames(self._file("data_path", **place))
         rows = np.flatnonzero(frames["episode_index"] == entry.index)
-        if not np.array_equal(frames["frame_index"][rows], np.arange(entry.length)):
+        if len(rows) != entry.length or not np.array_equal(frames["frame_index"][rows], np.arange(len(rows))):
             raise BenchError(f"{where}: frame_index does not count its {entry.length} frames; the file is damaged")
         if entry.length < 1:
             raise BenchError(f"{where}: length: {entry.length}; it must be at least 1")
-        for name in {ACTION, STATE, OBJECTS} & frames.keys():
-            if not np.isfinite(frames[name][rows]).all():
+        for name in (ACTION, STATE, OBJECTS):
+            if name in frames and not np.isfinite(frames[name][rows]).all():
                 raise BenchError(f"{where}: feature {name!r}: not finite")
         poses = self._poses(frames[OBJECTS][rows]) if OBJECTS in frames else {}
         images = {camera: self._images(entry, camera, frames, rows) for camera in self.protocol.cameras}
@@ -200,9 +203,7 @@ class Reader:
 
     def _read_frames(self, file: str) -> dict[str, Any]:
         """Columns of a data file: vectors as [N, D] float32, indices as [N] int64, pictures as lists of bytes."""
-        wanted = {ACTION, STATE, OBJECTS} & self.features.keys()
-        if self.protocol.observation != "state":
-            wanted -= {OBJECTS}
+        wanted = [ACTION, STATE, *([OBJECTS] if self.protocol.observation == "state" else [])]
         cameras = [IMAGES + camera for camera in self.protocol.cameras]
         pictures = [name for name in cameras if self.features[name]["dtype"] == "image"]
         columns: dict[str, Any] = {}
@@ -269,13 +270,13 @@ class Reader:
         """Whatever a damaged file leads its reader to raise, as one line that names the file."""
         try:
             yield
-        except (pa.ArrowException, av.FFmpegError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        except (pa.ArrowException, av.FFmpegError, *_DAMAGE) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else (str(error).splitlines() or [""])[0]
             raise BenchError(f"{self.root / file}: unreadable ({reason})") from error
 
 
 def read_table(content: bytes) -> pa.Table:
-    """The table of a parquet file. Without threads: Arrow's, once begun, now and then abort Python when it ends."""
+    """The table of a parquet file; read without Arrow's threads, which small files do not need."""
     return pq.ParquetFile(io.BytesIO(content)).read(use_threads=False)
 
 
@@ -284,10 +285,12 @@ def decode(content: bytes, start: float, length: int, fps: float) -> list[np.nda
     frames: list[np.ndarray | None] = [None] * length
     with av.open(io.BytesIO(content), "r") as container:
         (stream,) = container.streams.video
-        assert stream.time_base is not None
+        if stream.time_base is None:
+            raise ValueError("its video has no time")
         container.seek(round(start / stream.time_base), stream=stream)  # to the key frame there or before
         for frame in container.decode(stream):
-            assert frame.pts is not None
+            if frame.pts is None:
+                raise ValueError("a frame has no time")
             number = round((float(frame.pts * stream.time_base) - start) * fps)
             if number >= length:
                 break
