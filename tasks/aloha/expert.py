@@ -30,7 +30,7 @@ from .simulator import GRIPPERS, object_poses
 if TYPE_CHECKING:
     from .simulator import AlohaSimulator
 
-NOISE = {"transfer_cube": 0.01, "insertion": 0.003}
+NOISE = {"transfer_cube": 0.008, "insertion": 0.003}
 """Std of the executed noise on the joint targets (rad). The peg has 8 mm to spare in the socket, a hand's 0.01 rad is
 half of that, and there are two hands."""
 NOISE_RENEWAL = 0.04
@@ -144,7 +144,7 @@ _ACROSS = _turn("x", 90)
 
 def _transfer_cube(cube: np.ndarray) -> tuple[list[Waypoint], list[Waypoint]]:
     """The right hand lifts the cube to the middle; the left comes when it is still, takes it and draws back."""
-    meet, take, away = np.array([[0, 0.5, 0.25], [0, 0.5, 0.24], [-0.12, 0.5, 0.24]])
+    meet, take, away = np.array([[0, 0.5, 0.25], [0, 0.5, 0.233], [-0.12, 0.5, 0.233]])
     left = [
         Waypoint(0, _START_LEFT, _LEVEL, CLOSED),
         Waypoint(100, away, _ACROSS, OPEN),
@@ -172,7 +172,7 @@ def _transfer_cube(cube: np.ndarray) -> tuple[list[Waypoint], list[Waypoint]]:
 def _insertion(peg: np.ndarray, socket: np.ndarray) -> tuple[list[Waypoint], list[Waypoint]]:
     """The right hand lifts the peg, the left the socket; they meet in the middle and push into one another."""
     meet = np.array([0, 0.5, 0.15])
-    higher = meet + [0, 0, 0.00715]  # the peg hangs lower in its hand than the socket does
+    higher = meet + [0, 0, 0.007]  # the peg hangs lower in its hand than the socket does
     left = [
         Waypoint(0, _START_LEFT, _LEVEL, CLOSED),
         Waypoint(100, socket + [0, 0, 0.08], _DOWN_LEFT, OPEN),
@@ -185,8 +185,8 @@ def _insertion(peg: np.ndarray, socket: np.ndarray) -> tuple[list[Waypoint], lis
     right = [
         Waypoint(0, _START_RIGHT, _LEVEL, CLOSED),
         Waypoint(100, peg + [0, 0, 0.08], _DOWN_RIGHT, OPEN),
-        Waypoint(140, peg + [0, 0, -0.03], _DOWN_RIGHT, OPEN),
-        Waypoint(185, peg + [0, 0, -0.03], _DOWN_RIGHT, CLOSED),
+        Waypoint(140, peg + [0, 0, -0.027], _DOWN_RIGHT, OPEN),
+        Waypoint(185, peg + [0, 0, -0.027], _DOWN_RIGHT, CLOSED),
         Waypoint(240, higher + [0.1, 0, 0], _DOWN_RIGHT, CLOSED),
         Waypoint(290, higher + [0.05, 0, 0], _DOWN_RIGHT, CLOSED),
         Waypoint(350, higher + [0.05, 0, 0], _DOWN_RIGHT, CLOSED),
