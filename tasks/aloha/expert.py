@@ -30,9 +30,9 @@ from .simulator import GRIPPERS, object_poses
 if TYPE_CHECKING:
     from .simulator import AlohaSimulator
 
-NOISE = {"transfer_cube": 0.008, "insertion": 0.003}
-"""Std of the executed noise on the joint targets (rad). The peg has 8 mm to spare in the socket, a hand's 0.01 rad is
-half of that, and there are two hands."""
+NOISE = {"transfer_cube": 0.008, "insertion": 0.002}
+"""Std of the executed noise on the joint targets (rad). The peg has 8 mm to spare in the socket,
+and more noise makes the fingers grip it too far from its middle."""
 NOISE_RENEWAL = 0.04
 """Chance a step that a new noise is drawn; in between it stays, since white noise would average out."""
 
@@ -172,22 +172,22 @@ def _transfer_cube(cube: np.ndarray) -> tuple[list[Waypoint], list[Waypoint]]:
 def _insertion(peg: np.ndarray, socket: np.ndarray) -> tuple[list[Waypoint], list[Waypoint]]:
     """The right hand lifts the peg, the left the socket; they meet in the middle and push into one another."""
     meet = np.array([0, 0.5, 0.15])
-    higher = meet + [0, 0, 0.007]  # the peg hangs lower in its hand than the socket does
+    higher = meet + [0, 0, 0.009]  # the peg hangs lower in its hand than the socket does
     left = [
         Waypoint(0, _START_LEFT, _LEVEL, CLOSED),
-        Waypoint(100, socket + [0, 0, 0.08], _DOWN_LEFT, OPEN),
-        Waypoint(140, socket + [0, 0, -0.03], _DOWN_LEFT, OPEN),
-        Waypoint(185, socket + [0, 0, -0.03], _DOWN_LEFT, CLOSED),
-        Waypoint(240, meet + [-0.1, 0, 0], _DOWN_LEFT, CLOSED),
+        Waypoint(90, socket + [0, 0, 0.08], _DOWN_LEFT, OPEN),
+        Waypoint(130, socket + [0, 0, -0.03], _DOWN_LEFT, OPEN),
+        Waypoint(180, socket + [0, 0, -0.03], _DOWN_LEFT, CLOSED),
+        Waypoint(245, meet + [-0.1, 0, 0], _DOWN_LEFT, CLOSED),
         Waypoint(290, meet + [-0.05, 0, 0], _DOWN_LEFT, CLOSED),
         Waypoint(350, meet + [-0.05, 0, 0], _DOWN_LEFT, CLOSED),
     ]
     right = [
         Waypoint(0, _START_RIGHT, _LEVEL, CLOSED),
-        Waypoint(100, peg + [0, 0, 0.08], _DOWN_RIGHT, OPEN),
-        Waypoint(140, peg + [0, 0, -0.027], _DOWN_RIGHT, OPEN),
-        Waypoint(185, peg + [0, 0, -0.027], _DOWN_RIGHT, CLOSED),
-        Waypoint(240, higher + [0.1, 0, 0], _DOWN_RIGHT, CLOSED),
+        Waypoint(90, peg + [0, 0, 0.08], _DOWN_RIGHT, OPEN),
+        Waypoint(130, peg + [0, 0, -0.027], _DOWN_RIGHT, OPEN),
+        Waypoint(180, peg + [0, 0, -0.027], _DOWN_RIGHT, CLOSED),
+        Waypoint(245, higher + [0.1, 0, 0], _DOWN_RIGHT, CLOSED),
         Waypoint(290, higher + [0.05, 0, 0], _DOWN_RIGHT, CLOSED),
         Waypoint(350, higher + [0.05, 0, 0], _DOWN_RIGHT, CLOSED),
     ]
