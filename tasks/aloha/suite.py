@@ -45,6 +45,7 @@ class AlohaSuite(Suite):
 
     action_dim: ClassVar[int] = 14
     proprio_dim: ClassVar[int] = 14
+    fps: ClassVar[int] = 50
     film_camera: ClassVar[str] = "angle"
 
     def __init__(self, name: str, summary: str, members: tuple[str, ...] = ()) -> None:
