@@ -144,7 +144,7 @@ _ACROSS = _turn("x", 90)
 
 def _transfer_cube(cube: np.ndarray) -> tuple[list[Waypoint], list[Waypoint]]:
     """The right hand lifts the cube to the middle; the left comes when it is still, takes it and draws back."""
-    meet, take, away = np.array([[0, 0.5, 0.25], [0, 0.5, 0.233], [-0.12, 0.5, 0.233]])
+    meet, take, away = np.array([[0, 0.5, 0.25], [0, 0.5, 0.24], [-0.12, 0.5, 0.24]])
     left = [
         Waypoint(0, _START_LEFT, _LEVEL, CLOSED),
         Waypoint(100, away, _ACROSS, OPEN),

@@ -185,6 +185,9 @@ class AlohaSimulator:
         """Upright [height, width, 3] uint8 frame; with the protocol's default settings it is stock gym-aloha's."""
         if not self._renderable:
             raise BenchError(f"{self.task.key}: opened without a renderer; open it with video=True")
+        if mujoco.mj_name2id(self.model, mujoco.mjtObj.mjOBJ_CAMERA, camera) < 0:
+            known = ", ".join(self.model.camera(i).name for i in range(self.model.ncam))
+            raise BenchError(f"camera: {camera!r}; ALOHA has {known}")
         if (height, width) not in self._renderers:
             self._renderers[height, width] = self._make_renderer(height, width)
         renderer = self._renderers[height, width]

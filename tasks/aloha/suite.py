@@ -20,7 +20,7 @@ _TASKS = {
 }
 
 TINY_STATES = tuple(range(50))
-LEROBOT_STATES = tuple(range(1000, 1050))
+PUBLISHED_STATES = tuple(range(1000, 1050))
 """LeRobot's evaluation seeds its environments with 1000, 1001, ... and plays 50 episodes."""
 
 
@@ -77,7 +77,7 @@ class AlohaSuite(Suite):
             settle_steps=0,
             execute=published.execute,
             train_states=TINY_STATES,
-            eval_states=LEROBOT_STATES,
+            eval_states=PUBLISHED_STATES,
             cameras=("top",),
             image_size=published.image_size,
             render_size=(480, 640),
@@ -99,7 +99,8 @@ class AlohaSuite(Suite):
 
 
 def _tiny(observation: str) -> Protocol:
-    """Images without shadows and antialiasing, which cost 12 times what the rest of them does."""
+    """Images without shadows and multisampling, which cost far more than the rest; drawn at three times their size
+    and shrunk instead, which smooths edges as well and is almost free."""
     pixels = observation == "pixels"
     return Protocol(
         name=f"tiny-{observation}",
@@ -112,6 +113,7 @@ def _tiny(observation: str) -> Protocol:
         eval_states=TINY_STATES[25:],
         cameras=("top", "angle") if pixels else (),
         image_size=64 if pixels else 0,
+        render_size=(192, 192) if pixels else None,
         msaa=not pixels,
         shadows=not pixels,
     )
