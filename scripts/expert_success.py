@@ -1,6 +1,6 @@
 """How often a suite's scripted expert succeeds: a row a task, over all initial states of the suite's own protocol.
 
-    python scripts/expert_success.py aloha
+python scripts/expert_success.py aloha
 """
 
 import argparse

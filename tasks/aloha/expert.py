@@ -18,7 +18,6 @@ import mujoco
 import numpy as np
 from gym_aloha.constants import (
     ASSETS_DIR,
-    PUPPET_GRIPPER_POSITION_CLOSE,
     START_ARM_POSE,
     unnormalize_puppet_gripper_position,
 )

@@ -15,7 +15,7 @@ _RIGHT = ("vx300s_right/10_right_gripper_finger",)
 _CUBE, _PEG, _PIN, _TABLE = ("red_box",), ("red_peg",), ("pin",), ("table",)
 _SOCKET = ("socket-1", "socket-2", "socket-3", "socket-4")
 # What counts as which contact, as upstream asks for it: one finger of each gripper, and geoms in this order only.
-_CONTACTS = {
+_CONTACTS: dict[str, dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
     "transfer_cube": {"left": (_CUBE, _LEFT), "right": (_CUBE, _RIGHT), "cube_on_table": (_CUBE, _TABLE)},
     "insertion": {
         "left": (_SOCKET, _LEFT),
@@ -34,7 +34,8 @@ def make_reward(model: mujoco.MjModel, task: str) -> Callable[[mujoco.MjData], i
         what: frozenset((model.geom(a).id, model.geom(b).id) for a in first for b in second)
         for what, (first, second) in _CONTACTS[task].items()
     }
-    stage = {"transfer_cube": _transfer_cube, "insertion": _insertion}[task]
+    stages: dict[str, Callable[..., int]] = {"transfer_cube": _transfer_cube, "insertion": _insertion}
+    stage = stages[task]
 
     def reward(data: mujoco.MjData) -> int:
         touching = set(map(tuple, data.contact.geom.tolist()))

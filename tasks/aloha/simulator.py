@@ -98,9 +98,10 @@ class AlohaSimulator:
         Angles are absolute and not confined to gym-aloha's `action_space`, which says [-1, 1] and means nothing by it:
         only the actuators' own limits hold. Stops at the first success.
         """
+        controls = self._controls(actions)
         self._seen = None
-        outcome = Outcome(len(actions), False)
-        for executed, control in enumerate(self._controls(actions), start=1):
+        outcome = Outcome(len(controls), False)
+        for executed, control in enumerate(controls, start=1):
             self._step(control)
             if self.success():
                 outcome = Outcome(executed, True)
@@ -197,7 +198,8 @@ class AlohaSimulator:
     def _make_renderer(self, height: int, width: int) -> mujoco.Renderer:
         largest = self.model.vis.global_
         if height > largest.offheight or width > largest.offwidth:
-            raise BenchError(f"frame: {height} x {width}; ALOHA renders at most {largest.offheight} x {largest.offwidth}")
+            limit = f"{largest.offheight} x {largest.offwidth}"
+            raise BenchError(f"frame: {height} x {width}; ALOHA renders at most {limit}")
         renderer = mujoco.Renderer(self.model, height, width)
         renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = self.protocol.shadows
         return renderer
@@ -217,9 +219,8 @@ def object_poses(task: Task, init_state: int) -> np.ndarray:
 
 @cache
 def _compiled(scene: str, msaa: bool) -> mujoco.MjModel:
-    """A scene of gym-aloha's; compiled once a process and shared, since nothing in a model changes while it runs."""
+    """A scene of gym-aloha's; compiled once a process and shared, since no simulator changes it, except within `_set`."""
     model = mujoco.MjModel.from_xml_path(str(ASSETS_DIR / scene))
     if not msaa:
         model.vis.quality.offsamples = 0
     return model
-

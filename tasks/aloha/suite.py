@@ -121,6 +121,4 @@ def _tiny(observation: str) -> Protocol:
 
 ALOHA_TRANSFER_CUBE = AlohaSuite("aloha_transfer_cube", "ALOHA: one arm picks up a cube and hands it to the other")
 ALOHA_INSERTION = AlohaSuite("aloha_insertion", "ALOHA: each arm picks up a part, and the peg goes into the socket")
-ALOHA = AlohaSuite(
-    "aloha", "Both ALOHA tasks: two arms, 14 joint targets", ("aloha_transfer_cube", "aloha_insertion")
-)
+ALOHA = AlohaSuite("aloha", "Both ALOHA tasks: two arms, 14 joint targets", ("aloha_transfer_cube", "aloha_insertion"))
