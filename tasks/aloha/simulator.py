@@ -219,7 +219,7 @@ def object_poses(task: Task, init_state: int) -> np.ndarray:
 
 @cache
 def _compiled(scene: str, msaa: bool) -> mujoco.MjModel:
-    """A scene of gym-aloha's; compiled once a process and shared, since no simulator changes it, except within `_set`."""
+    """A scene of gym-aloha's; compiled once a process and shared, since no simulator changes it but for `_set`."""
     model = mujoco.MjModel.from_xml_path(str(ASSETS_DIR / scene))
     if not msaa:
         model.vis.quality.offsamples = 0
