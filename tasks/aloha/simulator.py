@@ -167,7 +167,7 @@ class AlohaSimulator:
         return np.concatenate([found.xpos, np.roll(found.xquat, -1)]).astype(np.float32)
 
     def save(self) -> Snapshot:
-        """Exact snapshot (half a kB)."""
+        """Exact snapshot (2 kB)."""
         physics = np.empty(mujoco.mj_stateSize(self.model, _STATE))
         mujoco.mj_getState(self.model, self.data, physics, _STATE)
         return Snapshot(physics)
