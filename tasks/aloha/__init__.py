@@ -1,0 +1,1 @@
+"""ALOHA: tasks, simulator, scripted expert."""
