@@ -90,7 +90,7 @@ class LiberoSuite(Suite):
         )
 
     def open(self, task: Task, protocol: Protocol, video: bool = False) -> Simulator:
-        """Builds the scene: 2-8 s, and 0.5-2 GB with textures."""
+        """Builds the scene: about 0.1 s, and 0.5 s when it can render."""
         from .simulator import LiberoSimulator
 
         return LiberoSimulator(task, protocol, render=video or protocol.observation == "pixels")
@@ -101,6 +101,7 @@ class LiberoSuite(Suite):
         from .simulator import LiberoSimulator
 
         assert isinstance(simulator, LiberoSimulator)
+        simulator.show_surfaces()  # grasps are planned on visual meshes
         return demonstrate(simulator, task, init_state, seed)
 
 
