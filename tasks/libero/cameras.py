@@ -17,8 +17,6 @@ from .scene import Shown
 
 _HIDDEN_GROUP = 5
 """A geom group that MuJoCo does not draw unless asked to."""
-_FIRST_LIST = 1 << 20
-"""OpenGL display lists from here on hold meshes, two each (MuJoCo adds the convex hull); its own start at 1."""
 _MESH = int(mujoco.mjtGeom.mjGEOM_MESH)
 _REFLECTING = [int(mujoco.mjtGeom.mjGEOM_PLANE), int(mujoco.mjtGeom.mjGEOM_BOX)]
 _MARGIN = 0.01
@@ -31,11 +29,10 @@ class _Library:
     def __init__(self) -> None:
         self.gl = GLContext(max_width=1, max_height=1, device_id=-1)
         self.textures: dict[str, int] = {}
-        """File and way of reading it -> OpenGL's number."""
+        """File and way of reading it -> OpenGL's number of the texture."""
         self.meshes: dict[str, int] = {}
-        """The same -> n; the mesh is in the display list `_FIRST_LIST + 2 n`."""
+        """The same -> the first of two display lists; the second is for the mesh's hull, if it has one."""
         self.cameras: list[Cameras] = []
-        self._next_mesh = 0
         atexit.register(self.gl.free)
 
     def add(self, cameras: Cameras, model: mujoco.MjModel) -> None:
@@ -44,23 +41,23 @@ class _Library:
         shown, context = cameras.shown, cameras.context
         missing = [texture for texture in dict.fromkeys(shown.textures) if texture not in self.textures]
         if missing:
+            kinds = context.textureType.copy()  # uploading would leave those of `source`
             named = [texture.replace("<texture", f'<texture name="{i}"', 1) for i, texture in enumerate(missing)]
             source = mujoco.MjModel.from_xml_string(f"<mujoco><asset>{''.join(named)}</asset></mujoco>")
             for index, texture in enumerate(missing):
                 self.textures[texture] = context.texture[index] = int(GL.glGenTextures(1))
                 mujoco.mjr_uploadTexture(source, context, index)
-        own = context.baseMesh
+            context.textureType[:] = kinds
         for index, mesh in enumerate(shown.meshes):
             if mesh not in self.meshes:
-                self.meshes[mesh] = self._next_mesh
-                context.baseMesh = _FIRST_LIST + 2 * (self._next_mesh - index)
+                self.meshes[mesh] = int(GL.glGenLists(2))
+                context.baseMesh = (self.meshes[mesh] - 2 * index) % 2**32  # MuJoCo adds 2 index, modulo 2^32
                 mujoco.mjr_uploadMesh(model, context, index)
-                self._next_mesh += 1
-        context.baseMesh = own
+        context.baseMesh = 0
         for texture in set(self.textures).difference(*(other.shown.textures for other in self.cameras)):
             GL.glDeleteTextures([self.textures.pop(texture)])
         for mesh in set(self.meshes).difference(*(other.shown.meshes for other in self.cameras)):
-            GL.glDeleteLists(_FIRST_LIST + 2 * self.meshes.pop(mesh), 2)
+            GL.glDeleteLists(self.meshes.pop(mesh), 2)
 
 
 _library: _Library | None = None
@@ -88,9 +85,7 @@ class Cameras:
         self._own_textures = self.context.texture.copy()
         self._library.add(self, model)
         self.context.texture[: len(shown.textures)] = [self._library.textures[texture] for texture in shown.textures]
-        lists = [_FIRST_LIST + 2 * self._library.meshes[mesh] for mesh in shown.meshes]
-        self._moved = [number - self.context.baseMesh for number in lists]
-        """Model's mesh -> where MuJoCo finds it, counted from this context's own first list."""
+        self._lists = [self._library.meshes[mesh] for mesh in shown.meshes]
         self._scene = mujoco.MjvScene(model, maxgeom=1000)
         self._camera = mujoco.MjvCamera()
         self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
@@ -121,7 +116,7 @@ class Cameras:
         model.geom_group[unseen] = groups
         for geom in scene.geoms[: scene.ngeom]:
             if geom.type == _MESH:
-                geom.dataid = self._moved[geom.dataid // 2]
+                geom.dataid = self._lists[geom.dataid // 2]
         viewport = mujoco.MjrRect(0, 0, width, height)
         mujoco.mjr_render(viewport, scene, context)
         frame = np.empty((height, width, 3), np.uint8)

@@ -39,7 +39,7 @@ from .suite import upstream_name  # noqa: E402
 SETTLE_ACTION = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])
 """What every published LIBERO evaluation does while objects settle: no motion, gripper open."""
 _STATE = mujoco.mjtState.mjSTATE_INTEGRATION
-_POSES = tuple("geom_xpos geom_xmat site_xpos site_xmat cam_xpos cam_xmat light_xpos light_xdir".split())
+_POSES = tuple(["geom_xpos", "geom_xmat", "site_xpos", "site_xmat", "cam_xpos", "cam_xmat", "light_xpos", "light_xdir"])
 """All that a camera sees of MuJoCo's data."""
 
 
