@@ -91,6 +91,8 @@ class LiberoSuite(Suite):
 
     def open(self, task: Task, protocol: Protocol, video: bool = False) -> Simulator:
         """Builds the scene: about 0.1 s, and 0.5 s when it can render."""
+        if not protocol.shadows:
+            raise BenchError("shadows: False, but no light of LIBERO casts any; a protocol of LIBERO leaves it at True")
         from .simulator import LiberoSimulator
 
         return LiberoSimulator(task, protocol, render=video or protocol.observation == "pixels")
