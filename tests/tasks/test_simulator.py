@@ -6,6 +6,7 @@ import gc
 import io
 import os
 
+import mujoco
 import numpy as np
 import pytest
 from vlarl_bench.tasks.libero.suite import upstream_name
@@ -18,12 +19,12 @@ CASES = [
     ("libero_spatial", 4),
     ("libero_object", 0),
     ("libero_goal", 7),
-    ("libero_10", 9),
+    ("libero_10", 0),
     ("libero_90", 80),
     ("libero_pro_spatial_swap", 1),
     ("libero_pro_object_object", 2),
     ("libero_pro_goal_task", 0),
-    ("libero_pro_10_language", 0),
+    ("libero_pro_10_language", 9),
 ]
 SETTLE = np.array([0, 0, 0, 0, 0, 0, -1.0])
 
@@ -89,7 +90,11 @@ def random_actions(n, seed=0):
     return actions
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(map(str, case)))
+def case_id(case):
+    return "-".join(map(str, case))
+
+
+@pytest.fixture(scope="module")
 def pair(request):
     simulator, stock = ours(*request.param), Stock(*request.param)
     yield simulator, stock
@@ -97,25 +102,41 @@ def pair(request):
     stock.close()
 
 
+@pytest.mark.parametrize("pair", CASES, indirect=True, ids=case_id)
 def test_same_states_and_success_as_stock_for_200_random_steps(pair):
     simulator, stock = pair
+    led = ours(simulator.task.suite, registry.get("suite", simulator.task.suite).tasks.index(simulator.task))
     # Another state first, to show that resets leave nothing behind.
     simulator.reset(7)
     simulator.step(np.full((3, 7), 0.5))
-    simulator.reset(3)
-    stock.reset(3)
-    worst = np.zeros(2)
+    for each in (simulator, led, stock):
+        each.reset(3)
+    kind = mujoco.mjtState.mjSTATE_INTEGRATION
+    state = np.empty(mujoco.mj_stateSize(led.model, kind))
+    free, each_step = np.zeros(2), np.zeros(2)
     for action in random_actions(200):
+        mujoco.mj_getState(stock.env.sim.model._model, stock.env.sim.data._data, state, kind)
+        mujoco.mj_setState(led.model, led.data, state, kind)
         stock.step(action)
-        simulator.step(action[None])
-        theirs, mine = stock.env.sim.data, simulator.data
-        worst = np.maximum(worst, [np.abs(mine.qpos - theirs.qpos).max(), np.abs(mine.qvel - theirs.qvel).max()])
-        assert simulator.success() == stock.env.check_success()
-    print(worst)
-    # Rounding (1e-16) differs where sums are taken in another order; contacts magnify it, in velocities most.
-    np.testing.assert_array_less(worst, [1e-9, 1e-7])
+        for mine in (simulator, led):
+            mine.step(action[None])
+            assert mine.success() == stock.env.check_success()
+        free = np.maximum(free, distance(simulator, stock))
+        each_step = np.maximum(each_step, distance(led, stock))
+    print(f"free: {free}, each step by itself: {each_step}")
+    # Rounding (1e-16) differs where sums are taken in another order. A step by itself stays within 1e-9; over 200 steps
+    # contacts magnify it, in velocities (up to 10 rad/s) most. docs/suites/speed.md has the numbers.
+    np.testing.assert_array_less(each_step, 1e-9)
+    np.testing.assert_array_less(free, [5e-9, 1e-7])
+    led.close()
 
 
+def distance(simulator, stock):
+    mine, theirs = simulator.data, stock.env.sim.data
+    return np.abs(mine.qpos - theirs.qpos).max(), np.abs(mine.qvel - theirs.qvel).max()
+
+
+@pytest.mark.parametrize("pair", CASES[:5], indirect=True, ids=case_id)
 def test_an_experts_actions_succeed_at_the_same_step_as_in_stock(pair):
     simulator, stock = pair
     suite = registry.get("suite", simulator.task.suite)
@@ -133,10 +154,10 @@ def test_an_experts_actions_succeed_at_the_same_step_as_in_stock(pair):
     for action in executed:
         stock.step(action)
         succeeded.append(stock.env.check_success())
-    assert (succeeded.index(True) if any(succeeded) else None) == (len(executed) - 1 if demonstration.success else None)
+    assert succeeded == [False] * (len(executed) - 1) + [demonstration.success]
 
 
-@pytest.mark.parametrize(("suite_name", "index"), CASES[1:4])
+@pytest.mark.parametrize(("suite_name", "index"), CASES[2:4])
 def test_what_is_only_shown_does_not_change_the_physics(suite_name, index):
     lean, full = ours(suite_name, index), ours(suite_name, index, video=True)
     assert lean.model.nbuffer < 0.1 * full.model.nbuffer
