@@ -7,10 +7,10 @@ STAMP := $(VENV)/.setup-done
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint type bench clean
+.PHONY: help setup demo test lint type bench bench-sim clean
 
 help: ## show this help
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## make .venv with the pinned packages (the other targets do it when needed)
 
@@ -34,6 +34,9 @@ type: $(STAMP) ## mypy
 
 bench: $(STAMP) ## speed of the parts that decide how long a run takes
 	$(BIN)/python -m pytest tests/benchmarks --benchmark-only
+
+bench-sim: $(STAMP) ## LIBERO's speed against the stock environment and raw MuJoCo
+	$(BIN)/python -m pytest tests/benchmarks/test_libero_speed.py --benchmark-only --benchmark-columns=min,median,rounds
 
 clean: ## remove .venv and caches (runs, demonstrations and results stay)
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis

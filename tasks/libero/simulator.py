@@ -27,14 +27,15 @@ if TYPE_CHECKING:
 
 logging.getLogger("robosuite_logs").setLevel(logging.ERROR)  # "No private macro file found": nothing a user can mend
 with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-    import robosuite
     from libero.libero import benchmark, get_libero_path
-    from libero.libero.envs import TASK_MAPPING, bddl_utils
+    from libero.libero.envs import bddl_utils
     from libero.libero.envs.objects import get_object_fn
-    from robosuite.utils.errors import RandomizationError
     from robosuite.utils.transform_utils import quat2axisangle
 
-from .controller import OscController  # noqa: E402  (it imports robosuite, which talks)
+    from .cameras import Cameras
+    from .controller import OscController
+    from .scene import open_problem
+
 from .suite import upstream_name  # noqa: E402
 
 SETTLE_ACTION = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])
@@ -42,6 +43,8 @@ SETTLE_ACTION = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])
 WORKSPACES = frozenset({"coffee_table", "floor", "kitchen_table", "living_room_table", "study_table", "table"})
 """Kinds of fixtures that are the scene's floor or table, and that LIBERO does not count among its objects."""
 _STATE = mujoco.mjtState.mjSTATE_INTEGRATION
+_POSES = tuple(["geom_xpos", "geom_xmat", "site_xpos", "site_xmat", "cam_xpos", "cam_xmat", "light_xpos", "light_xdir"])
+"""All that a camera sees of MuJoCo's data."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class Snapshot:
     physics: np.ndarray
     controller: dict[str, Any]
     seen: Observation | None
+    view: tuple[np.ndarray, ...]
+    """What the cameras see (`_POSES`); nothing where nothing is rendered."""
 
 
 class LiberoSimulator:
@@ -63,7 +68,17 @@ class LiberoSimulator:
         names = [upstream.name for upstream in suite.tasks]
         index = names.index(task.name)
         self.init_states = np.asarray(suite.get_task_init_states(index))
-        self.env = _open_stock(_bddl(suite.get_task(index)), render)
+        self._bddl = _bddl_file(suite.get_task(index))
+        self._cameras: Cameras | None = None
+        self._open(render)
+        self._seen: Observation | None = None
+        self._look()
+        self._after_reset = self.save()
+        self._settled: dict[int, Snapshot] = {}
+
+    def _open(self, visuals: bool) -> None:
+        self.visuals = visuals
+        self.env = open_problem(self._bddl, visuals)
         self.model: mujoco.MjModel = self.env.sim.model._model
         self.data: mujoco.MjData = self.env.sim.data._data
         self.controller = OscController(self.env)
@@ -72,9 +87,20 @@ class LiberoSimulator:
         self._hand = mujoco.mj_name2id(self.model, mujoco.mjtObj.mjOBJ_BODY, robot.robot_model.eef_name)
         self._fingers = np.array(robot._ref_gripper_joint_pos_indexes)
         self._bodies = {**self.env.obj_body_id, **self._moving_parts()}
-        self._seen: Observation | None = None
-        self._after_reset = self.save()
-        self._settled: dict[int, Snapshot] = {}
+        self._view = mujoco.MjData(self.model) if visuals else None
+        """What the cameras see; robosuite's cameras look before the last substep."""
+        self._copied = [(getattr(self._view, name), getattr(self.data, name)) for name in _POSES if visuals]
+
+    def show_surfaces(self) -> None:
+        """Opens the scene again with the meshes that it shows, if it has none; what is planned on them needs it.
+
+        The physics is the same, and snapshots stay valid.
+        """
+        if not self.visuals:
+            now = self.save()
+            self.env.close()
+            self._open(visuals=True)
+            self.restore(now)
 
     def reset(self, init_state: int) -> None:
         """Stock `reset()`, `set_init_state(init_states[init_state])` and the protocol's settle steps.
@@ -88,6 +114,8 @@ class LiberoSimulator:
             self.restore(self._after_reset)
             self.env.sim.set_state_from_flattened(self.init_states[init_state])
             self.env.sim.forward()
+            self.env._post_process()
+            self._look()
             self._seen = None
             for _ in range(self.protocol.settle_steps):
                 self._step(SETTLE_ACTION)
@@ -113,7 +141,13 @@ class LiberoSimulator:
                 controller.set_goal(action[:6])
             controller.apply(action[6])
             mujoco.mj_step2(model, data)
+            if substep == self.substeps - 2:
+                self._look()
         self.env._post_process()
+
+    def _look(self) -> None:
+        for seen, now in self._copied:
+            seen[:] = now
 
     def success(self) -> bool:
         """LIBERO's own goal predicates on the present state."""
@@ -167,16 +201,16 @@ class LiberoSimulator:
         return float(left - right)
 
     def save(self) -> Snapshot:
-        """Exact snapshot (a few kB). In `pixels` mode `observe` first, if what is seen now is to be seen again.
+        """Exact snapshot (a few kB).
 
         MuJoCo's poses lag its state by one substep, as in the stock environment, and a restored state cannot tell by
-        how much: so what was seen travels with the snapshot.
+        how much: so what was seen, or is to be rendered, travels with the snapshot.
         """
         if self.protocol.observation == "state":
             self.observe()
         physics = np.empty(mujoco.mj_stateSize(self.model, _STATE))
         mujoco.mj_getState(self.model, self.data, physics, _STATE)
-        return Snapshot(physics, self.controller.save(), self._seen)
+        return Snapshot(physics, self.controller.save(), self._seen, tuple(seen.copy() for seen, _ in self._copied))
 
     def restore(self, snapshot: Snapshot) -> None:
         """Goes back to a snapshot of this task."""
@@ -184,16 +218,23 @@ class LiberoSimulator:
         mujoco.mj_forward(self.model, self.data)  # derived quantities, for whoever looks before the next step
         mujoco.mj_setState(self.model, self.data, snapshot.physics, _STATE)  # forward moved the solver's warm start
         self.controller.restore(snapshot.controller)
+        if snapshot.view:
+            for (seen, _), view in zip(self._copied, snapshot.view, strict=True):
+                seen[:] = view
+        else:  # taken before `show_surfaces`
+            self._look()
+        self.env._post_process()  # the stove's burner glows or not
         self._seen = snapshot.seen
 
     def show(self, state: np.ndarray) -> None:
         """Puts the scene into a flat MuJoCo state (time, qpos, qvel) as it is, for looking at it."""
         self.env.sim.set_state_from_flattened(state)
         self.env.sim.forward()
+        self._look()
         self._seen = None
 
     def render(self, camera: str, size: int) -> np.ndarray:
-        """Upright [size, size, 3] uint8 frame by robosuite's own renderer (its frames come upside down)."""
+        """Upright [size, size, 3] uint8 frame."""
         return self._render(camera, size, size).copy()
 
     def _frame(self, camera: str) -> np.ndarray:
@@ -201,11 +242,16 @@ class LiberoSimulator:
         return self._render(camera, *(self.protocol.render_size or (size, size)))
 
     def _render(self, camera: str, height: int, width: int) -> np.ndarray:
-        frame: np.ndarray = self.env.sim.render(camera_name=camera, width=width, height=height)[::-1]
-        return frame
+        if self._view is None:
+            raise BenchError(f"video: {self.task.key} was opened without; open(..., video=True) can render")
+        if self._cameras is None:
+            self._cameras = Cameras(self.model, self._view, self.env.shown, self.protocol.msaa)
+        return self._cameras.render(camera, height, width)
 
     def close(self) -> None:
         """Frees the scene and the renderer."""
+        if self._cameras is not None:
+            self._cameras.close()
         self.env.close()
 
 
@@ -213,7 +259,7 @@ def object_names(suite: str) -> tuple[str, ...]:
     """Names of all objects, fixtures and moving parts of a suite's tasks, sorted; read without opening a scene."""
     with contextlib.redirect_stdout(io.StringIO()):
         tasks = benchmark.get_benchmark(upstream_name(suite))().tasks
-        problems = [bddl_utils.robosuite_parse_problem(_bddl(task)) for task in tasks]
+        problems = [bddl_utils.robosuite_parse_problem(_bddl_file(task)) for task in tasks]
     kinds = [item for problem in problems for part in ("objects", "fixtures") for item in problem[part].items()]
     shown = {name: kind for kind, names in kinds for name in names if kind not in WORKSPACES}
     return tuple(sorted({*shown, *(part for name, kind in shown.items() for part in _part_names(kind, name))}))
@@ -225,32 +271,5 @@ def _part_names(kind: str, name: str) -> list[str]:
     return [b.get("name") for b in asset.iter("body") if any(j.get("type") != "free" for j in b.findall("joint"))]
 
 
-def _bddl(task: Any) -> str:
+def _bddl_file(task: Any) -> str:
     return os.path.join(get_libero_path("bddl_files"), task.problem_folder, task.bddl_file)
-
-
-def _open_stock(bddl: str, render: bool) -> Any:
-    """The environment that LIBERO's ControlEnv wraps, built with the same arguments and reset once after seed 0."""
-    problem = bddl_utils.get_problem_info(bddl)
-    with contextlib.redirect_stdout(io.StringIO()):
-        env = TASK_MAPPING[problem["problem_name"]](
-            bddl,
-            robots=["Panda"],
-            controller_configs=robosuite.load_controller_config(default_controller="OSC_POSE"),
-            gripper_types="default",
-            initialization_noise=None,
-            use_camera_obs=False,
-            has_renderer=False,
-            has_offscreen_renderer=render,
-            control_freq=20,
-            horizon=10**9,
-            hard_reset=True,
-        )
-        env.seed(0)
-        for _ in range(20):  # stock ControlEnv.reset retries for ever
-            try:
-                env.reset()
-                return env
-            except RandomizationError:
-                continue
-    raise BenchError(f"LIBERO: could not place the objects of {bddl} in 20 tries; is the installation intact?")

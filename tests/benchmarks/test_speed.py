@@ -1,4 +1,4 @@
-"""Speed of what decides how long a run takes. `make bench`; read the ratios within one run, hosts are noisy."""
+"""Speed of what a learner does between environment steps. `make bench`; hosts are noisy, compare within one run."""
 
 import numpy as np
 import pytest
@@ -24,46 +24,6 @@ def simulator():
 def policy():
     spec = registry.get("policy", "pi0-tiny")
     return spec.create(SUITE.action_dim, SUITE.proprio_dim, [task.instruction for task in SUITE.tasks], seed=0)
-
-
-@pytest.mark.benchmark(group="one LIBERO environment step (25 substeps)")
-def test_bound_raw_mj_step(benchmark, simulator):
-    import mujoco
-
-    simulator.reset(0)
-
-    def substeps():
-        for _ in range(25):
-            mujoco.mj_step(simulator.model, simulator.data)
-
-    benchmark(substeps)
-
-
-@pytest.mark.benchmark(group="one LIBERO environment step (25 substeps)")
-def test_ours(benchmark, simulator):
-    simulator.reset(0)
-    actions = np.random.default_rng(0).uniform(-1, 1, (1, 7))
-    benchmark(simulator.step, actions)
-
-
-@pytest.mark.benchmark(group="one LIBERO environment step (25 substeps)")
-def test_stock(benchmark):
-    from libero.libero import benchmark as upstream
-    from libero.libero import get_libero_path
-    from libero.libero.envs.env_wrapper import ControlEnv
-
-    task = upstream.get_benchmark("libero_object")().get_task(0)
-    env = ControlEnv(
-        bddl_file_name=f"{get_libero_path('bddl_files')}/{task.problem_folder}/{task.bddl_file}",
-        use_camera_obs=False,
-        has_offscreen_renderer=False,
-        horizon=10**9,
-    )
-    env.seed(0)
-    env.reset()
-    action = np.random.default_rng(0).uniform(-1, 1, 7)
-    benchmark(env.step, action)
-    env.close()
 
 
 @pytest.mark.benchmark(group="pi0-tiny")

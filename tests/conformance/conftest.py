@@ -37,8 +37,9 @@ class Bench:
 
 
 def stage(spec):
-    """(suite, protocol) of the first registered suite that shows what the policy must see, in more tasks than one."""
-    for name in registry.names("suite"):
+    """(suite, protocol) of the first suite that shows what the policy must see, in more tasks than one; a light one if
+    it does."""
+    for name in ("libero_object", *registry.names("suite")):
         suite = registry.get("suite", name)
         try:
             protocol = suite.protocol(spec.observation)
