@@ -68,7 +68,7 @@ class LiberoSimulator:
         names = [upstream.name for upstream in suite.tasks]
         index = names.index(task.name)
         self.init_states = np.asarray(suite.get_task_init_states(index))
-        self._bddl = _bddl_file(suite.get_task(index))
+        self._bddl = bddl_file(suite.get_task(index))
         self._cameras: Cameras | None = None
         self._open(render)
         self._seen: Observation | None = None
@@ -259,7 +259,7 @@ def object_names(suite: str) -> tuple[str, ...]:
     """Names of all objects, fixtures and moving parts of a suite's tasks, sorted; read without opening a scene."""
     with contextlib.redirect_stdout(io.StringIO()):
         tasks = benchmark.get_benchmark(upstream_name(suite))().tasks
-        problems = [bddl_utils.robosuite_parse_problem(_bddl_file(task)) for task in tasks]
+        problems = [bddl_utils.robosuite_parse_problem(bddl_file(task)) for task in tasks]
     kinds = [item for problem in problems for part in ("objects", "fixtures") for item in problem[part].items()]
     shown = {name: kind for kind, names in kinds for name in names if kind not in WORKSPACES}
     return tuple(sorted({*shown, *(part for name, kind in shown.items() for part in _part_names(kind, name))}))
@@ -271,5 +271,6 @@ def _part_names(kind: str, name: str) -> list[str]:
     return [b.get("name") for b in asset.iter("body") if any(j.get("type") != "free" for j in b.findall("joint"))]
 
 
-def _bddl_file(task: Any) -> str:
+def bddl_file(task: Any) -> str:
+    """Path of the file that describes one of LIBERO's own tasks."""
     return os.path.join(get_libero_path("bddl_files"), task.problem_folder, task.bddl_file)

@@ -10,7 +10,7 @@ import pytest
 import robosuite
 import robosuite.utils.transform_utils as T
 from libero.libero.envs import TASK_MAPPING
-from vlarl_bench.tasks.libero.simulator import LiberoSimulator, _bddl, bddl_utils, benchmark
+from vlarl_bench.tasks.libero.simulator import LiberoSimulator, bddl_file, bddl_utils, benchmark
 from vlarl_bench.tasks.libero.suite import LIBERO_SPATIAL
 
 from vlarl_bench.demonstrations import describe_demonstrations, load_demonstrations
@@ -26,7 +26,7 @@ CAP = 5
 def stock():
     """Stock LIBERO with cameras, at a placement of the fixtures that our simulator does not have."""
     suite = benchmark.get_benchmark(TASK.suite)()
-    bddl = _bddl(suite.get_task(0))
+    bddl = bddl_file(suite.get_task(0))
     env = TASK_MAPPING[bddl_utils.get_problem_info(bddl)["problem_name"]](
         bddl,
         robots=["Panda"],
