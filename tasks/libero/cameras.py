@@ -10,7 +10,6 @@ import atexit
 
 import mujoco
 import numpy as np
-from OpenGL import GL
 from robosuite.utils.binding_utils import GLContext
 
 from .scene import Shown
@@ -27,13 +26,17 @@ class _Library:
     """The process's OpenGL context, and where the textures and meshes of open (and last closed) scenes are in it."""
 
     def __init__(self) -> None:
-        self.gl = GLContext(max_width=1, max_height=1, device_id=-1)
+        self.context = GLContext(max_width=1, max_height=1, device_id=-1)
+        self.context.make_current()
+        from OpenGL import GL as gl  # only now is it settled by which library
+
+        self.gl = gl
         self.textures: dict[str, int] = {}
         """File and way of reading it -> OpenGL's number of the texture."""
         self.meshes: dict[str, int] = {}
         """The same -> the first of two display lists; the second is for the mesh's hull, if it has one."""
         self.cameras: list[Cameras] = []
-        atexit.register(self.gl.free)
+        atexit.register(self.context.free)
 
     def add(self, cameras: Cameras, model: mujoco.MjModel) -> None:
         """Uploads what is not here yet, and drops what no open scene shows."""
@@ -45,19 +48,19 @@ class _Library:
             named = [texture.replace("<texture", f'<texture name="{i}"', 1) for i, texture in enumerate(missing)]
             source = mujoco.MjModel.from_xml_string(f"<mujoco><asset>{''.join(named)}</asset></mujoco>")
             for index, texture in enumerate(missing):
-                self.textures[texture] = context.texture[index] = int(GL.glGenTextures(1))
+                self.textures[texture] = context.texture[index] = int(self.gl.glGenTextures(1))
                 mujoco.mjr_uploadTexture(source, context, index)
             context.textureType[:] = kinds
         for index, mesh in enumerate(shown.meshes):
             if mesh not in self.meshes:
-                self.meshes[mesh] = int(GL.glGenLists(2))
+                self.meshes[mesh] = int(self.gl.glGenLists(2))
                 context.baseMesh = (self.meshes[mesh] - 2 * index) % 2**32  # MuJoCo adds 2 index, modulo 2^32
                 mujoco.mjr_uploadMesh(model, context, index)
         context.baseMesh = 0
         for texture in set(self.textures).difference(*(other.shown.textures for other in self.cameras)):
-            GL.glDeleteTextures([self.textures.pop(texture)])
+            self.gl.glDeleteTextures([self.textures.pop(texture)])
         for mesh in set(self.meshes).difference(*(other.shown.meshes for other in self.cameras)):
-            GL.glDeleteLists(self.meshes.pop(mesh), 2)
+            self.gl.glDeleteLists(self.meshes.pop(mesh), 2)
 
 
 _library: _Library | None = None
@@ -71,7 +74,7 @@ class Cameras:
         if _library is None:
             _library = _Library()
         self._library = _library
-        self._library.gl.make_current()
+        self._library.context.make_current()
         self.model, self.data, self.shown = model, data, shown
         # A context of MuJoCo's draws what belongs to one model. This one is made of the scene's planes and materials
         # alone; textures and meshes come from the library.
@@ -100,7 +103,7 @@ class Cameras:
 
     def render(self, name: str, height: int, width: int) -> np.ndarray:
         """Upright [height, width, 3] uint8 (a view; OpenGL's rows come bottom up)."""
-        self._library.gl.make_current()
+        self._library.context.make_current()
         context, scene, model = self.context, self._scene, self.model
         if height > context.offHeight or width > context.offWidth:
             mujoco.mjr_resizeOffscreen(max(width, context.offWidth), max(height, context.offHeight), context)
@@ -134,7 +137,7 @@ class Cameras:
 
     def close(self) -> None:
         """Frees the frame buffers. Textures and meshes stay until the next scene has taken what it needs of them."""
-        self._library.gl.make_current()
+        self._library.context.make_current()
         self._library.cameras.remove(self)
         self.context.texture[:] = self._own_textures
         self.context.free()

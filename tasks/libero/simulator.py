@@ -252,6 +252,7 @@ class LiberoSimulator:
         """Frees the scene and the renderer."""
         if self._cameras is not None:
             self._cameras.close()
+            self._cameras = None
         self.env.close()
 
 

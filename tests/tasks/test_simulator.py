@@ -21,7 +21,6 @@ CASES = [
     ("libero_goal", 7),
     ("libero_10", 0),
     ("libero_90", 80),
-    ("libero_pro_spatial_swap", 1),
     ("libero_pro_object_object", 2),
     ("libero_pro_goal_task", 0),
     ("libero_pro_10_language", 9),
@@ -136,7 +135,7 @@ def distance(simulator, stock):
     return np.abs(mine.qpos - theirs.qpos).max(), np.abs(mine.qvel - theirs.qvel).max()
 
 
-@pytest.mark.parametrize("pair", CASES[:5], indirect=True, ids=case_id)
+@pytest.mark.parametrize("pair", CASES[:4], indirect=True, ids=case_id)
 def test_an_experts_actions_succeed_at_the_same_step_as_in_stock(pair):
     simulator, stock = pair
     suite = registry.get("suite", simulator.task.suite)
@@ -189,7 +188,7 @@ def test_same_frames_as_stock_bit_for_bit():
     for case, simulator in zip(cases, simulators, strict=True):
         stock = Stock(*case, size=128)
         seen, frames = stock.reset(3), simulator.observe().images
-        for chunk in random_actions(12).reshape(3, 4, 7):
+        for chunk in random_actions(8).reshape(2, 4, 7):
             for camera in simulator.protocol.cameras:
                 np.testing.assert_array_equal(frames[camera], seen[camera + "_image"][::-1])
             for action in chunk:
