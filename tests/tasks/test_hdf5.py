@@ -1,6 +1,7 @@
 """LIBERO's HDF5 demonstrations, from a file that stock LIBERO makes here as its scripts/create_dataset.py does."""
 
 import dataclasses
+import gc
 import json
 from pathlib import Path
 
@@ -44,7 +45,9 @@ def stock():
     env.seed(7)
     env.reset()
     yield env, bddl
+    env.sim._render_context_offscreen.gl_ctx.make_current()  # robosuite frees from whichever context is current
     env.close()
+    gc.collect()
 
 
 @pytest.fixture(scope="module")
