@@ -35,8 +35,8 @@ type: $(STAMP) ## mypy
 bench: $(STAMP) ## speed of the parts that decide how long a run takes
 	$(BIN)/python -m pytest tests/benchmarks --benchmark-only
 
-bench-sim: $(STAMP) ## LIBERO's speed against the stock environment and raw MuJoCo
-	$(BIN)/python -m pytest tests/benchmarks/test_libero_speed.py --benchmark-only --benchmark-columns=min,median,rounds
+bench-sim: $(STAMP) ## speed of LIBERO and ALOHA against the stock environments and raw MuJoCo
+	$(BIN)/python -m pytest tests/benchmarks/test_libero_speed.py tests/benchmarks/test_aloha_speed.py --benchmark-only --benchmark-columns=min,median,rounds
 
 clean: ## remove .venv and caches (runs, demonstrations and results stay)
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis

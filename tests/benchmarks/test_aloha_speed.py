@@ -137,20 +137,37 @@ def competing(request):
     return contenders(request.param)
 
 
-def test_at_least_8_times_stock_with_the_same_images(competing):
-    times = fastest(competing.items(), rounds=5)
-    assert times["stock, `env.step`"] >= 8 * times["ours, stock's image (480 x 640), chunks of 10"]
+COMPARED = {
+    "10 steps and a 480x640 image": {
+        "ours": "ours, stock's image (480 x 640), chunks of 10",
+        "stock": "stock, `env.step`",
+        "ratio": 8,
+    },
+    "10 steps, nothing rendered": {
+        "ours": "ours, no image",
+        "stock": "stock, images switched off",
+        "bound": "MuJoCo alone (10 mj_step)",
+        "share": 0.6,
+    },
+}
 
 
-def test_at_least_60_percent_of_the_speed_of_mujoco_alone(competing):
-    times = fastest(list(competing.items())[:2], rounds=100)
-    assert times["MuJoCo alone (10 mj_step)"] >= 0.6 * times["ours, no image"]
+@pytest.mark.parametrize(
+    ("what", "role"),
+    [(what, role) for what in COMPARED for role in ("ours", "stock", "bound") if role in COMPARED[what]],
+)
+def test_speed(benchmark, request, competing, what, role):
+    suite_name, compared = request.node.callspec.params["competing"], COMPARED[what]
+    benchmark.group = f"{suite_name}: {what}"
+    targets = {key: compared[key] for key in ("ratio", "share") if role == "ours" and key in compared}
+    benchmark.extra_info.update(role=role, **targets)
+    run, steps = competing[compared[role]]
 
+    def chunk():
+        for _ in range(CHUNK // steps):
+            run()
 
-@pytest.mark.benchmark(group="10 ALOHA environment steps (100 substeps)")
-@pytest.mark.parametrize("contender", ["MuJoCo alone (10 mj_step)", "ours, no image", "stock, images switched off"])
-def test_ten_steps(benchmark, competing, contender):
-    benchmark(competing[contender][0])
+    benchmark.pedantic(chunk, rounds=3 if steps == 1 else 30, warmup_rounds=1)
 
 
 def main():
