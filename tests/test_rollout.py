@@ -66,11 +66,12 @@ def one(policy, short):
     return play(policy, short, workers=1)
 
 
-def test_workers_and_order_change_nothing(policy, short, one):
+@pytest.mark.parametrize("workers", [2, 4])
+def test_workers_and_order_change_nothing(policy, short, one, workers):
     order = [4, 2, 0, 3, 1]
-    two = play(policy, short, workers=2, order=order)
+    more = play(policy, short, workers, order=order)
     assert {tuple(episode.executed) for episode in one} == {(8, 8, 4)}
-    assert_same(two, [one[index] for index in order])
+    assert_same(more, [one[index] for index in order])
 
 
 def test_libero_does_not_notice_that_a_worker_was_killed(policy, short, one):

@@ -23,7 +23,7 @@ class Budget:
     """How much data and compute a run may use. The same numbers for every algorithm that is compared."""
 
     tasks: int
-    """Tasks of the suite, where `--tasks` names none."""
+    """Tasks of the suite, at most, where `--tasks` names none."""
     iterations: int
     """Rounds of collecting and updating; of updating alone for algorithms that learn from demonstrations."""
     episodes: int

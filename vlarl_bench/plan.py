@@ -98,17 +98,18 @@ def plan_run(config: RunConfig) -> Plan:
     base = _base_folder(config, spec)
     if base is None and registry.get("algorithm", config.algorithm).learns_from == "rollouts":
         raise BenchError(f"base: 'scratch'; {config.algorithm!r} learns from its own episodes and needs a prior")
+    count = min(config.budget.tasks, len(suite.tasks))  # ALOHA has two, and is tried with any budget all the same
     if config.tasks or base is None:
-        tasks = select_tasks(suite, config.tasks, config.budget.tasks)
+        tasks = select_tasks(suite, config.tasks, count)
     else:
         known = set(read_json(base / "config.json").get("tasks", ()))
         tasks = tuple(task for task in suite.tasks if task.key in known)
-        if 0 < len(tasks) < config.budget.tasks:
+        if 0 < len(tasks) < count:
             raise BenchError(
                 f"budget.tasks: {config.budget.tasks}; the base policy in {base} was trained on {len(tasks)} tasks of "
                 f"{suite.name!r}; ask for at most that many, or name tasks with --tasks"
             )
-        tasks = tasks[: config.budget.tasks]
+        tasks = tasks[:count]
         if not tasks:
             raise BenchError(
                 f"suite: the base policy in {base} was trained on no task of {suite.name!r}; "
