@@ -56,9 +56,8 @@ def from_bins(index: Tensor, bins: int) -> Tensor:
 def draw_bins(logits: Tensor, uniform: Tensor) -> Tensor:
     """[...] bins where the distribution function of `logits` [..., bins] passes `uniform` [...]."""
     cumulative = logits.double().softmax(-1).cumsum(-1)
-    return torch.searchsorted(cumulative, uniform.double()[..., None], right=True)[..., 0].clamp_max(
-        logits.shape[-1] - 1
-    )
+    index = torch.searchsorted(cumulative, uniform.double()[..., None].contiguous(), right=True)
+    return index[..., 0].clamp_max(logits.shape[-1] - 1)
 
 
 class Prompts:

@@ -92,3 +92,34 @@ OPENVLA_TINY_PIXELS = PolicySpec(
     image_size=64,
     family=OPENVLA,
 )
+
+
+@dataclass(frozen=True)
+class PublishedOpenVLA(PolicySpec):
+    """OpenVLA at its published size: loaded from a folder as its authors publish it, or as this project stores it."""
+
+    def create(
+        self, action_dim: int, proprio_dim: int, vocabulary: Sequence[str], seed: int = 0, chunk: int = 8
+    ) -> Policy:
+        """Raises BenchError: seven billion random numbers are no policy."""
+        raise BenchError(f"base: 'scratch'; {self.name} starts from a published folder, pass its path")
+
+    def load(self, folder: Path | str, unnorm_key: str | None = None) -> Policy:
+        """The policy stored in `folder`; `unnorm_key` picks the training data whose action scales it uses."""
+        if (Path(folder) / "hashes.json").exists():
+            return super().load(folder)
+        from .openvla_checkpoint import load_published
+
+        return load_published(folder, self.name, unnorm_key)
+
+
+OPENVLA_7B = PublishedOpenVLA(
+    name="openvla-7b",
+    summary="OpenVLA (7.5 B parameters) from a published folder: instruction and one camera (224 x 224)",
+    capabilities=frozenset({"sft", "likelihood"}),
+    observation="pixels",
+    prior=None,
+    cameras=("agentview",),
+    image_size=224,
+    family=OPENVLA,
+)
