@@ -360,7 +360,7 @@ def test_quantiles_become_one(policy):
 
 
 def test_masked_numbers_and_the_gripper_by_hand():
-    """q01 = -0.5, q99 = 1.5: a latent of 0.25 is 0.75. The gripper is not scaled: 1 is open, which is the robot's -1."""
+    """q01 = -0.5, q99 = 1.5: a latent of 0.25 is 0.75. The gripper is not scaled: 1 is open, the robot's -1."""
     policy = reshape(make(OPENVLA_TINY), gripper="inverted")
     policy.action_low.fill_(-0.5)
     policy.action_high.fill_(1.5)

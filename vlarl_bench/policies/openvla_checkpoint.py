@@ -87,12 +87,12 @@ def load_published(
     with torch.device("meta"):  # the checkpoint's tensors take the parameters' place, so nothing is held twice
         policy = assemble(name, OpenVLAArchitecture(**shape), Prompts(tokenizer))
     parameters = dict(policy.named_parameters())
-    tensors: dict[str, Tensor] = {}
+    tensors = _scales(stats, policy)
     for part, files in (("network", _shards(folder)), *heads.items()):
         if files:
             expected = {k.removeprefix(f"{part}."): p for k, p in parameters.items() if k.startswith(f"{part}.")}
             tensors |= {f"{part}.{key}": tensor for key, tensor in _read(files, expected).items()}
-    policy.load_state_dict({**tensors, **_scales(stats, policy)}, strict=True, assign=True)
+    policy.load_state_dict(tensors, strict=True, assign=True)
     llama = policy.network.language_model.model
     llama.rotary_emb = type(llama.rotary_emb)(llama.config)  # its frequencies are computed, not stored
     return policy

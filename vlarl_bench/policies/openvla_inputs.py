@@ -5,6 +5,7 @@ Shapes: B observations, C cameras, H actions a chunk, A action dimensions.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
@@ -20,8 +21,8 @@ EMPTY_TOKEN = 29871  # Llama's lone space, which training put before the actions
 def crop_middle(images: Tensor, area: float) -> Tensor:
     """[..., 3, size, size] uint8: the middle `area` of each image, enlarged to the whole size.
 
-    Bilinear between the corners' pixel centres, and rounded, as `tf.image.crop_and_resize` and
-    `convert_image_dtype` do for the published checkpoints.
+    Bilinear between the corners' pixel centres, then cut down to whole grey levels, as `tf.image.crop_and_resize` and
+    `convert_image_dtype` (which multiplies by 255.5 and truncates) do for the published checkpoints.
     """
     side = area**0.5
     line = torch.linspace(-side, side, images.shape[-1], device=images.device)
@@ -42,15 +43,20 @@ def pixels(images: Tensor, crop_area: float) -> Tensor:
 
 def to_bins(latent: Tensor, bins: int) -> Tensor:
     """[...] int64 bins of normalised numbers: `digitize` over `linspace(-1, 1, bins)`, counted from 0."""
-    edges = torch.linspace(-1, 1, bins, dtype=torch.float64, device=latent.device)
+    edges = _edges(bins).to(latent.device)
     return (torch.bucketize(latent.double().clamp(-1, 1).contiguous(), edges, right=True) - 1).clamp(0, bins - 1)
 
 
 def from_bins(index: Tensor, bins: int) -> Tensor:
     """[...] float32 bin centres. The last two bins share one: n edges have n - 1 intervals, and 1 itself is an edge."""
-    edges = torch.linspace(-1, 1, bins, dtype=torch.float64, device=index.device)
+    edges = _edges(bins).to(index.device)
     centres = (edges[:-1] + edges[1:]) / 2
     return centres[index.clamp(0, bins - 2)].float()
+
+
+def _edges(bins: int) -> Tensor:
+    """[bins] float64. NumPy's, to the last bit: a number that lies on an edge then falls in the published bin."""
+    return torch.from_numpy(np.linspace(-1, 1, bins))
 
 
 def draw_bins(logits: Tensor, uniform: Tensor) -> Tensor:
