@@ -23,6 +23,7 @@ from transformers.cache_utils import DynamicCache
 
 from ..errors import BenchError
 from ..suite import Observation
+from .adapt import learning
 from .base import LikelihoodPolicy, LogProb, Policy, Sample
 from .openvla_inputs import Prompts, draw_bins, from_bins, pixels, to_bins
 from .openvla_model import L1Head, OpenVLAArchitecture, OpenVLANetwork, ProprioProjector, Tower
@@ -234,7 +235,7 @@ class _OpenVLA(Policy):
         model = self.network.language_model.model
         head = self.action_head if self.architecture.head == "l1" else self.network.language_model.lm_head
         modules = (*model.layers[self.architecture.frozen_layers :], model.norm, head)
-        return [p for module in modules for p in module.parameters()]
+        return learning(self, (p for module in modules for p in module.parameters()))
 
 
 class OpenVLA(_OpenVLA, LikelihoodPolicy):

@@ -57,43 +57,6 @@ class PolicySpec:
         return policy
 
 
-PI0_TINY = PolicySpec(
-    name="pi0-tiny",
-    summary="pi0 scaled down to 0.9 M parameters: instruction, object poses (privileged state) and proprioception",
-    capabilities=frozenset({"sft", "flow"}),
-    observation="state",
-    prior="pi0-tiny",
-)
-PI0_TINY_PIXELS = PolicySpec(
-    name="pi0-tiny-pixels",
-    summary="pi0 scaled down to 1.4 M parameters: instruction, two cameras (64 x 64) and proprioception",
-    capabilities=frozenset({"sft", "flow"}),
-    observation="pixels",
-    prior="pi0-tiny-pixels",
-    cameras=("agentview", "robot0_eye_in_hand"),
-    image_size=64,
-)
-OPENVLA = "vlarl_bench.policies.openvla"
-OPENVLA_TINY = PolicySpec(
-    name="openvla-tiny",
-    summary="OpenVLA-OFT scaled down to 0.8 M parameters: instruction, object poses (privileged state), proprioception",
-    capabilities=frozenset({"sft", "likelihood"}),
-    observation="state",
-    prior=None,
-    family=OPENVLA,
-)
-OPENVLA_TINY_PIXELS = PolicySpec(
-    name="openvla-tiny-pixels",
-    summary="OpenVLA-OFT scaled down to 1.6 M parameters: instruction, two cameras (64 x 64) and proprioception",
-    capabilities=frozenset({"sft", "likelihood"}),
-    observation="pixels",
-    prior=None,
-    cameras=("agentview", "robot0_eye_in_hand"),
-    image_size=64,
-    family=OPENVLA,
-)
-
-
 @dataclass(frozen=True)
 class PublishedOpenVLA(PolicySpec):
     """OpenVLA at its published size: loaded from a folder as its authors publish it, or as this project stores it."""
@@ -113,6 +76,25 @@ class PublishedOpenVLA(PolicySpec):
         return load_published(folder, self.name, unnorm_key)
 
 
+OPENVLA = "vlarl_bench.policies.openvla"
+OPENVLA_TINY = PolicySpec(
+    name="openvla-tiny",
+    summary="OpenVLA-OFT scaled down to 0.8 M parameters: instruction, object poses (privileged state), proprioception",
+    capabilities=frozenset({"sft", "likelihood"}),
+    observation="state",
+    prior=None,
+    family=OPENVLA,
+)
+OPENVLA_TINY_PIXELS = PolicySpec(
+    name="openvla-tiny-pixels",
+    summary="OpenVLA-OFT scaled down to 1.6 M parameters: instruction, two cameras (64 x 64) and proprioception",
+    capabilities=frozenset({"sft", "likelihood"}),
+    observation="pixels",
+    prior=None,
+    cameras=("agentview", "robot0_eye_in_hand"),
+    image_size=64,
+    family=OPENVLA,
+)
 OPENVLA_7B = PublishedOpenVLA(
     name="openvla-7b",
     summary="OpenVLA (7.5 B parameters) from a published folder: instruction and one camera (224 x 224)",
@@ -122,4 +104,20 @@ OPENVLA_7B = PublishedOpenVLA(
     cameras=("agentview",),
     image_size=224,
     family=OPENVLA,
+)
+PI0_TINY = PolicySpec(
+    name="pi0-tiny",
+    summary="pi0 scaled down to 0.9 M parameters: instruction, object poses (privileged state) and proprioception",
+    capabilities=frozenset({"sft", "flow"}),
+    observation="state",
+    prior="pi0-tiny",
+)
+PI0_TINY_PIXELS = PolicySpec(
+    name="pi0-tiny-pixels",
+    summary="pi0 scaled down to 1.4 M parameters: instruction, two cameras (64 x 64) and proprioception",
+    capabilities=frozenset({"sft", "flow"}),
+    observation="pixels",
+    prior="pi0-tiny-pixels",
+    cameras=("agentview", "robot0_eye_in_hand"),
+    image_size=64,
 )
