@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,18 +23,16 @@ from transformers.cache_utils import DynamicCache
 from ..errors import BenchError
 from ..suite import Observation
 from .adapt import learning
-from .base import LikelihoodPolicy, LogProb, Policy, Sample
+from .base import LikelihoodPolicy, LogProb, Sample
 from .openvla_inputs import Prompts, draw_bins, from_bins, pixels, to_bins
 from .openvla_model import L1Head, OpenVLAArchitecture, OpenVLANetwork, ProprioProjector, Tower
 from .pi0_inputs import OBJECT_FEATURES, Batch, Rows, to_batch
+from .quantiles import Quantiles
 from .steady import steady_rows
 from .vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from .presets import PolicySpec
-
-NARROWEST = {"action": 0.05, "proprio": 0.01}
-"""Least half-width between the quantiles, so that a number that hardly moves in demonstrations is not blown up."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,7 @@ class Context(Rows):
     """[B, P] normalised."""
 
 
-class _OpenVLA(Policy):
+class _OpenVLA(Quantiles):
     """What both heads share: all but decoding. Its weights are random until some are loaded."""
 
     def __init__(
@@ -73,15 +70,7 @@ class _OpenVLA(Policy):
             self._build(a)
         for parameter in self.parameters():  # and no buffer: rotary frequencies stay precise, as upstream
             parameter.data = parameter.data.to(getattr(torch, a.dtype))
-        self.action_low: Tensor
-        self.action_high: Tensor
-        self.action_scaled: Tensor
-        self.proprio_low: Tensor
-        self.proprio_high: Tensor
-        for kind, size in (("action", a.action_dim), ("proprio", a.proprio_dim)):
-            self.register_buffer(f"{kind}_low", -torch.ones(size))
-            self.register_buffer(f"{kind}_high", torch.ones(size))
-        self.register_buffer("action_scaled", torch.ones(a.action_dim, dtype=torch.bool))
+        self.build_scales(a.action_dim, a.proprio_dim)
         self.eval()
 
     def _build(self, a: OpenVLAArchitecture) -> None:
@@ -112,11 +101,7 @@ class _OpenVLA(Policy):
         return {
             "policy": self.name,
             "architecture": {**asdict(self.architecture), "cameras": list(self.architecture.cameras)},
-            "normalisation": {
-                "actions": "2 (x - action_low) / (action_high - action_low) - 1 where action_scaled",
-                "proprio": "clip(2 (x - proprio_low) / (proprio_high - proprio_low) - 1, -1, 1)",
-                "stored": "model.safetensors",
-            },
+            "normalisation": self.scales,
             **words,
         }
 
@@ -125,27 +110,15 @@ class _OpenVLA(Policy):
         """Where the weights are."""
         return self.action_low.device
 
-    # Normalisation
-
-    def fit_normalisation(self, actions: np.ndarray, proprio: np.ndarray) -> None:
-        """Sets the 1 % and 99 % quantiles of demonstrated actions [N, A] and proprio [N, P], in the suite's units."""
-        for kind, values in (("action", actions), ("proprio", proprio)):
-            low, high = np.quantile(np.asarray(values, dtype=np.float64), (0.01, 0.99), axis=0)
-            half = np.maximum((high - low) / 2, NARROWEST[kind])
-            getattr(self, f"{kind}_low").copy_(torch.from_numpy((low + high) / 2 - half))
-            getattr(self, f"{kind}_high").copy_(torch.from_numpy((low + high) / 2 + half))
-
     def normalise(self, actions: Tensor) -> Tensor:
         """Environment units to latent; quantiles become -1 and 1."""
         if self.architecture.gripper == "inverted":
             actions = torch.cat((actions[..., :-1], (1 - actions[..., -1:]) / 2), -1)
-        scaled = 2 * (actions - self.action_low) / (self.action_high - self.action_low) - 1
-        return torch.where(self.action_scaled, scaled, actions)
+        return super().normalise(actions)
 
     def unnormalise(self, latent: Tensor) -> Tensor:
         """Latent to environment units. An inverted gripper is shut or open, nothing between."""
-        scaled = 0.5 * (latent + 1) * (self.action_high - self.action_low) + self.action_low
-        actions = torch.where(self.action_scaled, scaled, latent)
+        actions = super().unnormalise(latent)
         if self.architecture.gripper == "inverted":
             actions = torch.cat((actions[..., :-1], -(2 * actions[..., -1:] - 1).sign()), -1)
         return actions
@@ -160,8 +133,7 @@ class _OpenVLA(Policy):
     def encode(self, batch: Batch) -> Context:
         """Runs what RL leaves as it is, once; gradients flow unless the caller forbids them."""
         a, net = self.architecture, self.network
-        proprio = 2 * (batch.proprio - self.proprio_low) / (self.proprio_high - self.proprio_low) - 1
-        proprio = proprio.clamp(-1, 1)
+        proprio = self.normalise_proprio(batch.proprio)
         seen, real, steps = self._prefix(batch, proprio)
         x, s = seen, seen.shape[1]
         if a.decoding == "parallel":
