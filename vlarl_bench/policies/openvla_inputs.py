@@ -76,6 +76,8 @@ class Prompts:
             self._tokenizer = Tokenizer.from_str(tokenizer)
         except Exception as error:  # tokenizers raises bare Exception
             raise BenchError(f"tokenizer.json: not a tokenizer: {error}") from None
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
         self._encoded: dict[str, list[int]] = {}
 
     def encode(self, text: str) -> list[int]:
