@@ -52,6 +52,8 @@ class Policy(nn.Module):
     """A."""
     feature_dim: int
     """Width of `features`."""
+    frozen: tuple[str, ...] = ()
+    """Parts, by dotted name, that nothing trains (`adapt.freeze`)."""
 
     @property
     @abstractmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 from ..errors import BenchError
 
 if TYPE_CHECKING:
-    from .pi0 import Pi0
+    from .base import Policy
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class PolicySpec:
     cameras: tuple[str, ...] = ()
     image_size: int = 0
     """Side of the square images (pixels); 0 in `state` mode."""
+    family: str = "vlarl_bench.policies.pi0"
+    """Module with `create(spec, action_dim, proprio_dim, vocabulary, seed, chunk)` and `restore(config)`."""
 
     @property
     def prior_folder(self) -> Path | None:
@@ -35,34 +38,73 @@ class PolicySpec:
 
     def create(
         self, action_dim: int, proprio_dim: int, vocabulary: Sequence[str], seed: int = 0, chunk: int = 8
-    ) -> Pi0:
+    ) -> Policy:
         """Random weights. `vocabulary`: the instructions and object names (any texts) whose words it will know."""
-        from .pi0 import Pi0, Pi0Architecture
-        from .vocabulary import Vocabulary
-
-        architecture = Pi0Architecture(
-            observation=self.observation,
-            action_dim=action_dim,
-            proprio_dim=proprio_dim,
-            chunk=chunk,
-            cameras=self.cameras,
-            image_size=self.image_size,
+        policy: Policy = importlib.import_module(self.family).create(
+            self, action_dim, proprio_dim, vocabulary, seed, chunk
         )
-        return Pi0(self.name, architecture, Vocabulary.of(vocabulary), seed)
+        return policy
 
-    def load(self, folder: Path | str) -> Pi0:
+    def load(self, folder: Path | str) -> Policy:
         """The policy stored in `folder`. Raises BenchError if it is damaged, or another policy's."""
-        from .pi0 import Pi0
         from .store import load_weights, read_policy
 
         config, tensors = read_policy(folder)
         if config.get("policy") != self.name:
             raise BenchError(f"policy: {folder} holds {config.get('policy')!r}, not {self.name!r}")
-        policy = Pi0.restore(config)
+        policy: Policy = importlib.import_module(self.family).restore(config)
         load_weights(policy, tensors, folder)
         return policy
 
 
+@dataclass(frozen=True)
+class PublishedOpenVLA(PolicySpec):
+    """OpenVLA at its published size: loaded from a folder as its authors publish it, or as this project stores it."""
+
+    def create(
+        self, action_dim: int, proprio_dim: int, vocabulary: Sequence[str], seed: int = 0, chunk: int = 8
+    ) -> Policy:
+        """Raises BenchError: seven billion random numbers are no policy."""
+        raise BenchError(f"base: 'scratch'; {self.name} starts from a published folder, pass its path")
+
+    def load(self, folder: Path | str, unnorm_key: str | None = None) -> Policy:
+        """The policy stored in `folder`; `unnorm_key` picks the training data whose action scales it uses."""
+        if (Path(folder) / "hashes.json").exists():
+            return super().load(folder)
+        from .openvla_checkpoint import load_published
+
+        return load_published(folder, self.name, unnorm_key)
+
+
+OPENVLA = "vlarl_bench.policies.openvla"
+OPENVLA_TINY = PolicySpec(
+    name="openvla-tiny",
+    summary="OpenVLA-OFT scaled down to 0.8 M parameters: instruction, object poses (privileged state), proprioception",
+    capabilities=frozenset({"sft", "likelihood"}),
+    observation="state",
+    prior=None,
+    family=OPENVLA,
+)
+OPENVLA_TINY_PIXELS = PolicySpec(
+    name="openvla-tiny-pixels",
+    summary="OpenVLA-OFT scaled down to 1.6 M parameters: instruction, two cameras (64 x 64) and proprioception",
+    capabilities=frozenset({"sft", "likelihood"}),
+    observation="pixels",
+    prior=None,
+    cameras=("agentview", "robot0_eye_in_hand"),
+    image_size=64,
+    family=OPENVLA,
+)
+OPENVLA_7B = PublishedOpenVLA(
+    name="openvla-7b",
+    summary="OpenVLA (7.5 B parameters) from a published folder: instruction and one camera (224 x 224)",
+    capabilities=frozenset({"sft", "likelihood"}),
+    observation="pixels",
+    prior=None,
+    cameras=("agentview",),
+    image_size=224,
+    family=OPENVLA,
+)
 PI0_TINY = PolicySpec(
     name="pi0-tiny",
     summary="pi0 scaled down to 0.9 M parameters: instruction, object poses (privileged state) and proprioception",

@@ -27,7 +27,8 @@ def content_hash(policy: Policy) -> str:
     digest = hashlib.sha256(json.dumps(policy.config, sort_keys=True, separators=(",", ":")).encode())
     for key, tensor in sorted(policy.state_dict().items()):
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        # As bytes: NumPy has no bfloat16.
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:12]
 
 

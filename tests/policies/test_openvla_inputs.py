@@ -1,0 +1,73 @@
+"""Bins, images and prompts, each by hand."""
+
+import numpy as np
+import pytest
+import torch
+
+from vlarl_bench.errors import BenchError
+from vlarl_bench.policies.openvla_inputs import Prompts, crop_middle, draw_bins, from_bins, pixels, to_bins
+
+from .openvla_tiny import tokenizer
+
+
+def test_bins_are_numpys_digitize():
+    """The published convention: token = vocabulary end - digitize(a), value = centre of bin, clipped to the last."""
+    values = np.concatenate([np.random.default_rng(0).uniform(-1.2, 1.2, 5000), np.linspace(-1, 1, 256), [-1, 0, 1]])
+    edges = np.linspace(-1, 1, 256)
+    digit = np.digitize(np.clip(values, -1, 1), edges)
+    index = to_bins(torch.from_numpy(values), 256)
+    assert (31999 - index.numpy() == 32000 - digit).all()
+    assert index.min() == 0
+    assert index.max() == 255
+    centres = (edges[:-1] + edges[1:]) / 2
+    np.testing.assert_allclose(from_bins(index, 256), centres[np.clip(digit - 1, 0, 254)], atol=1e-7)
+
+
+def test_bins_by_hand():
+    """Three edges -1, 0, 1 make two intervals with centres -0.5 and 0.5; the edge 1 is a bin of its own."""
+    values = torch.tensor([[-2.0, -1, -0.1], [0.0, 0.99, 1]])
+    assert to_bins(values, 3).tolist() == [[0, 0, 0], [1, 1, 2]]
+    assert from_bins(torch.tensor([0, 1, 2]), 3).tolist() == [-0.5, 0.5, 0.5]
+
+
+def test_draws_invert_the_distribution_function():
+    logits = torch.tensor([0.5, 0.25, 0.25]).log()
+    uniform = torch.tensor([0.0, 0.49, 0.51, 0.74, 0.76, 0.9999999999], dtype=torch.float64)
+    assert draw_bins(logits.expand(6, 3), uniform).tolist() == [0, 0, 1, 1, 2, 2]
+    impossible = torch.tensor([-torch.inf, 0, -torch.inf])
+    assert draw_bins(impossible.expand(6, 3), uniform).tolist() == [1] * 6
+
+
+def test_pixels_by_hand():
+    """White, then black: (1 - mean) / std and -mean / std of ImageNet; 1 and -1 for SigLIP."""
+    images = torch.zeros(1, 2, 3, 4, 4, dtype=torch.uint8)
+    images[0, 0] = 255
+    found = pixels(images, 1.0)
+    assert found.shape == (1, 2, 6, 4, 4)
+    white = [(1 - 0.485) / 0.229, (1 - 0.456) / 0.224, (1 - 0.406) / 0.225, 1, 1, 1]
+    black = [-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225, -1, -1, -1]
+    np.testing.assert_allclose(found[0, :, :, 2, 1], [white, black], atol=1e-6)
+
+
+def test_middle_of_an_image_by_hand():
+    """A ramp of 10 grey levels a pixel keeps its middle and loses a factor sqrt(0.9) of its slope."""
+    ramp = (torch.arange(21) * 10).to(torch.uint8).expand(3, 21, 21)
+    found = crop_middle(ramp[None, None], 0.9)[0, 0]
+    expected = 100 + np.sqrt(0.9) * (np.arange(21) - 10) * 10
+    assert found[0, 5].tolist() == np.floor(expected / 255 * 255.5).tolist()
+    assert torch.equal(found, found[:1, :1].expand(3, 21, 21))
+    upright = crop_middle(ramp.transpose(1, 2)[None, None], 0.9)[0, 0]
+    assert torch.equal(upright.transpose(1, 2), found)
+    assert torch.equal(crop_middle(ramp[None, None], 1.0)[0, 0], ramp)
+
+
+def test_prompt():
+    prompts = Prompts(tokenizer())
+    before, after = ["In", ":", "What", "action", "should", "the", "robot", "take", "to"], ["?", "Out", ":"]
+    words = [*before, "pick", "up", "the", "milk", *after]
+    ids = {word: i for word, i in zip(words, prompts.encode("Pick up the MILK"), strict=True)}
+    assert ids["In"] == 100
+    assert len(set(ids.values())) == len(ids)
+    assert 0 not in ids.values()
+    with pytest.raises(BenchError, match=r"tokenizer\.json: not a tokenizer"):
+        Prompts("{")

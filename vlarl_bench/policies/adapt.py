@@ -1,0 +1,84 @@
+"""Which weights learn: parts frozen by name, and low-rank adapters (LoRA, Hu et al., 2022) by way of peft."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..errors import BenchError
+
+if TYPE_CHECKING:
+    from .base import Policy
+
+TRANSFORMER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""Every linear layer of a language model's blocks, as transformers names them."""
+
+
+def freeze(policy: Policy, parts: Sequence[str]) -> None:
+    """Freezes parameters and modules by dotted name, such as `network.vision_backbone`.
+
+    They leave `actor_parameters` as well. Raises BenchError for a name that is none, listing what there is.
+    """
+    for part in parts:
+        frozen = [p for name, p in policy.named_parameters() if within(name, part)]
+        if not frozen:
+            known = part
+            while known and not any(within(name, known) for name, _ in policy.named_parameters()):
+                known = known.rpartition(".")[0]
+            level = known.count(".") + 2 if known else 1
+            names = {n for n, _ in policy.named_parameters() if not known or within(n, known)}
+            there = sorted({".".join(name.split(".")[:level]) for name in names})
+            raise BenchError(f"freeze: {part!r} is no part of the policy; there are {', '.join(there)}")
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        policy.frozen = (*policy.frozen, part)
+
+
+def within(name: str, part: str) -> bool:
+    """Whether a dotted parameter name is `part` or lies inside it."""
+    return name == part or name.startswith(f"{part}.")
+
+
+def learning(policy: Policy, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Those of `parameters` that may learn: not frozen, and only adapters where the policy has any."""
+    names = {id(p): name for name, p in policy.named_parameters()}
+    adapted = any(".lora_" in name for name in names.values())
+    kept = [p for p in parameters if not any(within(names[id(p)], part) for part in policy.frozen)]
+    return [p for p in kept if ".lora_" in names[id(p)]] if adapted else kept
+
+
+def add_lora(
+    policy: Policy, rank: int = 32, alpha: int | None = None, targets: Sequence[str] = TRANSFORMER, seed: int = 0
+) -> None:
+    """Puts adapters beside the actor's linear layers called `targets`; from then on only they are the actor.
+
+    An adapter adds alpha / rank B A x, with B zero at first; alpha is the rank unless given. Raises BenchError if peft
+    is not installed, or if the actor has no such layer.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise BenchError("lora: needs peft, which is not installed; run: pip install 'vlarl-bench[lora]'") from None
+    actor = {id(p) for p in policy.actor_parameters()}
+    layers = [n for n, m in policy.named_modules() if isinstance(m, nn.Linear) and id(m.weight) in actor]
+    chosen = [name for name in layers if name.rpartition(".")[2] in targets]
+    if rank < 1 or not chosen:
+        there = ", ".join(sorted({name.rpartition(".")[2] for name in layers})) or "none that is not adapted already"
+        raise BenchError(f"lora: rank {rank}, targets {list(targets)}; the actor's linear layers are {there}")
+    config = LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=chosen)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, policy)
+    policy.eval()
+
+
+def merge_lora(policy: Policy) -> None:
+    """Adds the adapters to the weights beside them and takes them away: the policy has its own keys again."""
+    adapted: list[tuple[str, Any]] = [(n, m) for n, m in policy.named_modules() if hasattr(m, "lora_A")]
+    for name, layer in adapted:
+        layer.merge()
+        parent, _, child = name.rpartition(".")
+        setattr(policy.get_submodule(parent), child, layer.get_base_layer())

@@ -1,0 +1,198 @@
+"""OpenVLA from a folder as its authors publish it, by path: `openvla-7b`, its LIBERO fine-tunes, and OFT's.
+
+Read are config.json, the safetensors (one file, or shards with their index), tokenizer.json and the statistics of the
+training data; the folder's Python files never run, and pickles are refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import BenchError
+from .openvla import OpenVLA, OpenVLARegression, assemble
+from .openvla_inputs import EMPTY_TOKEN, Prompts
+from .openvla_model import OpenVLAArchitecture, Tower
+
+PUBLISHED: Mapping[str, Any] = {
+    "observation": "pixels",
+    "action_dim": 7,
+    "proprio_dim": 8,
+    "vocabulary_size": 32064,  # Llama's 32000, and room that was added for padding
+    "action_end": 32000,
+    "begin": 1,
+    "separator": EMPTY_TOKEN,
+    "stop": 2,
+    "placeholders": "zero",
+    "layers": 32,
+    "frozen_layers": 0,
+    "width": 4096,
+    "heads": 32,
+    "mlp": 11008,
+    "max_words": 64,
+    "image_size": 224,
+    "patch": 14,
+    "dino": Tower(1024, 24, 16, 4096),
+    "siglip": Tower(1152, 27, 16, 4304),
+    "whole_towers": True,
+    "crop_area": 0.9,
+    "gripper": "inverted",
+    "dtype": "bfloat16",
+}
+"""Architecture of every published checkpoint, with LIBERO's robot and conventions."""
+ONE_IMAGE: Mapping[str, Any] = {
+    "decoding": "autoregressive",
+    "chunk": 1,
+    "proprio_token": False,
+    "cameras": ("agentview",),
+}
+OFT: Mapping[str, Any] = {
+    "decoding": "parallel",
+    "head": "l1",
+    "chunk": 8,
+    "cameras": ("agentview", "robot0_eye_in_hand"),
+}
+DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+def load_published(
+    folder: Path | str, name: str = "openvla-7b", unnorm_key: str | None = None, **sizes: Any
+) -> OpenVLA | OpenVLARegression:
+    """The policy in a published folder; OFT's if an `action_head` lies beside the network.
+
+    `unnorm_key` names the training data whose scales to use (`libero_object` finds `libero_object_no_noops` too); None
+    takes the only one there is. `sizes` are what a checkpoint of another size has in place of `PUBLISHED`.
+
+    Raises BenchError naming every tensor that is missing, surplus or of another shape, or the file that is unreadable.
+    """
+    folder = Path(folder)
+    config = _json(folder / "config.json")
+    if config.get("model_type") != "openvla":
+        raise BenchError(f"config.json: model_type {config.get('model_type')!r} in {folder}; it must be 'openvla'")
+    statistics = folder / "dataset_statistics.json"
+    stats = pick_statistics(_json(statistics) if statistics.exists() else config.get("norm_stats"), unnorm_key)
+    heads = {part: _beside(folder, part) for part in ("action_head", "proprio_projector")}
+    shape = {**PUBLISHED, **(OFT if heads["action_head"] else ONE_IMAGE), **sizes}
+    shape["proprio_token"] = heads["proprio_projector"] is not None
+    try:
+        tokenizer = (folder / "tokenizer.json").read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BenchError(f"tokenizer.json: cannot read it in {folder}: {error}") from None
+    with torch.device("meta"):  # the checkpoint's tensors take the parameters' place, so nothing is held twice
+        policy = assemble(name, OpenVLAArchitecture(**shape), Prompts(tokenizer))
+    parameters = dict(policy.named_parameters())
+    tensors = _scales(stats, policy)
+    for part, files in (("network", _shards(folder)), *heads.items()):
+        if files:
+            expected = {k.removeprefix(f"{part}."): p for k, p in parameters.items() if k.startswith(f"{part}.")}
+            tensors |= {f"{part}.{key}": tensor for key, tensor in _read(files, expected).items()}
+    policy.load_state_dict(tensors, strict=True, assign=True)
+    llama = policy.network.language_model.model
+    llama.rotary_emb = type(llama.rotary_emb)(llama.config)  # its frequencies are computed, not stored
+    return policy
+
+
+def pick_statistics(stats: Any, unnorm_key: str | None) -> Mapping[str, Any]:
+    """The statistics of one dataset. Raises BenchError that lists what there is."""
+    if not isinstance(stats, dict) or not stats:
+        raise BenchError("norm_stats: neither dataset_statistics.json nor config.json has any")
+    there = ", ".join(sorted(stats))
+    if unnorm_key is None and len(stats) > 1:
+        raise BenchError(f"unnorm_key: the checkpoint was trained on several datasets; choose one of {there}")
+    keys = list(stats) if unnorm_key is None else [unnorm_key, f"{unnorm_key}_no_noops"]
+    for key in keys:
+        if key in stats:
+            chosen: Mapping[str, Any] = stats[key]
+            return chosen
+    raise BenchError(f"unnorm_key: {unnorm_key!r}; the checkpoint has {there}")
+
+
+def _scales(stats: Mapping[str, Any], policy: OpenVLA | OpenVLARegression) -> dict[str, Tensor]:
+    """The policy's buffers: quantiles of actions, and of proprio where it is seen."""
+    a = policy.architecture
+    scales = {"proprio_low": -torch.ones(a.proprio_dim), "proprio_high": torch.ones(a.proprio_dim)}
+    try:
+        for kind in ("action", "proprio") if a.proprio_token else ("action",):
+            for side, quantile in (("low", "q01"), ("high", "q99")):
+                scales[f"{kind}_{side}"] = torch.tensor(stats[kind][quantile], dtype=torch.float32)
+        mask = stats["action"].get("mask", [True] * a.action_dim)
+        scales["action_scaled"] = torch.tensor(mask, dtype=torch.bool)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise BenchError(f"norm_stats: {error!r}; needs action (and proprio) with q01, q99 and mask") from None
+    for key, tensor in scales.items():
+        right = a.proprio_dim if key.startswith("proprio") else a.action_dim
+        if tensor.shape != (right,):
+            raise BenchError(f"norm_stats: {key} has shape {list(tensor.shape)}; this robot needs [{right}]")
+    return scales
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise BenchError(f"policy: cannot read {path}: {error.strerror}") from None
+    except ValueError:
+        raise BenchError(f"policy: {path} is not JSON") from None
+    if not isinstance(content, dict):
+        raise BenchError(f"policy: {path} is not a JSON object")
+    return content
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The network's files: one, or those that the index names."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists() or not index.exists():
+        return [single]
+    names = _json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
+        raise BenchError(f"policy: {index} has no weight_map from tensors to files beside it")
+    return [folder / name for name in sorted(set(names.values()))]
+
+
+def _beside(folder: Path, part: str) -> list[Path] | None:
+    """The file of a part that OFT stores on its own, such as `action_head--150000_checkpoint.safetensors`."""
+    found = sorted(folder.glob(f"{part}*.safetensors"))
+    pickles = sorted(folder.glob(f"{part}*.pt"))
+    if len(found) > 1:
+        raise BenchError(f"policy: {folder} has several files {part}*.safetensors; keep one")
+    if pickles and not found:
+        raise BenchError(
+            f"policy: {pickles[0]} is a pickle, which is never read; where you trust it, store its tensors once with "
+            f"safetensors.torch.save_file(torch.load(..., weights_only=True), '{pickles[0].stem}.safetensors')"
+        )
+    return found or None
+
+
+def _read(files: Iterable[Path], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of all files, checked against those expected before any is read. DDP's `module.` prefix is dropped."""
+    where: dict[str, tuple[Path, str]] = {}
+    wrong = []
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for stored in opened.keys():  # noqa: SIM118 (not a dict)
+                    key = stored.removeprefix("module.")
+                    where[key] = (file, stored)
+                    if key in expected:
+                        view = opened.get_slice(stored)
+                        found = f"{view.get_dtype()} {list(view.get_shape())}"
+                        right = f"{DTYPES[expected[key].dtype]} {list(expected[key].shape)}"
+                        if found != right:
+                            wrong.append(f"{key} is {found}, should be {right}")
+        except (OSError, SafetensorError) as error:
+            raise BenchError(f"policy: cannot read {file}: {error}") from None
+    problems = [f"lacks {key}" for key in sorted(expected.keys() - where.keys())]
+    problems += [f"has unknown {key}" for key in sorted(where.keys() - expected.keys())] + sorted(wrong)
+    if problems:
+        raise BenchError(f"policy: {', '.join(f.name for f in files)} in {Path(file).parent}: {'; '.join(problems)}")
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            tensors |= {k: opened.get_tensor(stored) for k, (f, stored) in where.items() if f == file}
+    return tensors
