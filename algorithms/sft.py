@@ -67,7 +67,7 @@ class SFT(Algorithm):
     def __init__(self, settings: SFTSettings, policy: Policy, budget: Budget, seed: int) -> None:
         self.settings, self.budget = settings, budget
         self.generator = torch.Generator().manual_seed(seed)
-        parameters = [parameter.requires_grad_(True) for parameter in policy.parameters()]
+        parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]  # frozen parts stay so
         self.optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
         self.steps = self.rounds = 0
         self._examples: tuple[Any, torch.Tensor, torch.Tensor] | None = None
