@@ -86,6 +86,7 @@ def main() -> None:
     mpl.rcParams["svg.hashsalt"] = "vlarl-bench"
     from matplotlib import pyplot as plt
 
+    others = os.getloadavg()[0]
     figure, axes = plt.subplots(1, len(PANELS), figsize=(10, 4), layout="constrained")
     for axis, (title, protocol) in zip(axes, PANELS.items(), strict=True):
         baseline = stock(protocol)
@@ -103,7 +104,8 @@ def main() -> None:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("environment steps / s, all workers")
     axes[0].legend()
-    figure.suptitle(f"LIBERO on {os.cpu_count()} CPU cores, {SLOTS} episodes in flight", fontsize=12)
+    machine = f"{os.cpu_count()} CPU cores, which others kept at a load of {others:.1f}"
+    figure.suptitle(f"LIBERO on {machine}; {SLOTS} episodes in flight", fontsize=12)
     OUT.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(OUT, metadata={"Date": None})
     print(f"wrote {OUT.relative_to(Path.cwd()) if OUT.is_relative_to(Path.cwd()) else OUT}", file=sys.stderr)
