@@ -1,11 +1,13 @@
 """Plots LIBERO's environment steps a second against workers and chunk length: docs/suites/speed.svg.
 
-`MUJOCO_GL=osmesa .venv/bin/python scripts/plot_speed.py`, 1 to 3 minutes on an otherwise idle machine.
+`MUJOCO_GL=osmesa .venv/bin/python scripts/plot_speed.py`, 1 to 3 minutes. Timed in CPU seconds of the busiest worker:
+what the clock would say on a machine with a core for each. Other work on the machine matters little.
 """
 
 import contextlib
 import dataclasses
 import io
+import multiprocessing
 import os
 import sys
 import time
@@ -26,8 +28,8 @@ WORKERS = (1, 2, 4)
 CHUNKS = (1, 2, 4, 8, 16)
 SLOTS = 4
 """Episodes in flight, a multiple of the workers."""
-SECONDS = 1.0
-"""How long each point is measured for, at least."""
+SECONDS = 0.5
+"""CPU time that each point is measured for, at least."""
 OUT = Path(__file__).parent.parent / "docs" / "suites" / "speed.svg"
 PANELS = {
     "nothing rendered (state)": SUITE.protocol("state"),
@@ -35,14 +37,21 @@ PANELS = {
 }
 
 
+def busiest() -> float:
+    """CPU seconds of the worker process that had most; without workers, of this one."""
+    pids = [process.pid for process in multiprocessing.active_children() if process.pid]
+    clocks = [(~pid << 3) | 2 for pid in pids]  # clock_getcpuclockid(3), which Python does not have
+    return max(map(time.clock_gettime, clocks), default=time.process_time())
+
+
 def rate(act: Callable[[], Any], steps: int) -> float:
     """Environment steps a second of `act`, which makes `steps` of them."""
     act()
-    start, done = time.perf_counter(), 0
-    while time.perf_counter() - start < SECONDS or done < 2:
+    start, done = busiest(), 0
+    while busiest() - start < SECONDS or done < 2:
         act()
         done += 1
-    return done * steps / (time.perf_counter() - start)
+    return done * steps / (busiest() - start)
 
 
 def ours(protocol: Protocol, workers: int) -> list[float]:
@@ -102,8 +111,8 @@ def main() -> None:
         axis.set_xlabel("chunk length (environment steps between two looks)")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("environment steps / s, all workers")
-    axes[0].legend()
-    figure.suptitle(f"LIBERO on {os.cpu_count()} CPU cores, {SLOTS} episodes in flight", fontsize=12)
+    axes[-1].legend()
+    figure.suptitle(f"LIBERO, with a core for each worker; {SLOTS} episodes in flight", fontsize=12)
     OUT.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(OUT, metadata={"Date": None})
     print(f"wrote {OUT.relative_to(Path.cwd()) if OUT.is_relative_to(Path.cwd()) else OUT}", file=sys.stderr)

@@ -1,7 +1,8 @@
 """One LIBERO task, open: stock LIBERO's scene, physics and success test, stepped a chunk at a time.
 
-The scene, the initial states and the goal predicates are LIBERO's own. Only the inner loop is ours: one forward pass a
-substep instead of three (`mj_step1`/`mj_step2`), `OscController`, no observables and no images that nobody looks at.
+The scene, the initial states and the goal predicates are LIBERO's own. Ours are how it is built (`scene.py`), the inner
+loop, with one forward pass a substep instead of three (`mj_step1`/`mj_step2`), `OscController` and no observables, and
+the cameras (`cameras.py`), with no image that nobody looks at. docs/suites/speed.md measures it against the original.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ SETTLE_ACTION = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])
 WORKSPACES = frozenset({"coffee_table", "floor", "kitchen_table", "living_room_table", "study_table", "table"})
 """Kinds of fixtures that are the scene's floor or table, and that LIBERO does not count among its objects."""
 _STATE = mujoco.mjtState.mjSTATE_INTEGRATION
-_POSES = tuple(["geom_xpos", "geom_xmat", "site_xpos", "site_xmat", "cam_xpos", "cam_xmat", "light_xpos", "light_xdir"])
+_POSES = ("geom_xpos", "geom_xmat", "site_xpos", "site_xmat", "cam_xpos", "cam_xmat", "light_xpos", "light_xdir")
 """All that a camera sees of MuJoCo's data."""
 
 
