@@ -250,7 +250,7 @@ def test_update_trains_the_actor_only_and_repeats_bitwise():
         algorithm = FPO(settings(), policy, BUDGET, 3)
         algorithm.update(policy, rollout(policy, wants, 16, 0))
         results.append({k: v.clone() for k, v in policy.state_dict().items()})
-        assert torch.equal(policy.frozen, torch.ones(1))
+        assert torch.equal(policy.prefix, torch.ones(1))
     assert all(torch.equal(results[0][k], results[1][k]) for k in results[0])
     assert not torch.equal(results[0]["w"], ToyFlow(1).w)
 

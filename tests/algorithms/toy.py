@@ -41,7 +41,7 @@ class ToyFlow(FlowPolicy):
         self.u = nn.Parameter(0.3 * torch.randn(size, generator=generator, dtype=dtype))
         self.b = nn.Parameter(0.3 * torch.randn(size, generator=generator, dtype=dtype))
         self.v = nn.Parameter(0.3 * torch.randn(1, size, generator=generator, dtype=dtype))
-        self.frozen = nn.Parameter(torch.ones(1, dtype=dtype))
+        self.prefix = nn.Parameter(torch.ones(1, dtype=dtype))
 
     @property
     def config(self):
@@ -59,7 +59,7 @@ class ToyFlow(FlowPolicy):
     def velocity(self, context, x, t):
         flat = x.flatten(2)
         out = flat @ self.w + t[..., None] * self.u + self.b + (context.proprio @ self.v)[:, None]
-        return (self.frozen * out).view_as(x)
+        return (self.prefix * out).view_as(x)
 
     @torch.no_grad()
     def sample(self, context, generators):
