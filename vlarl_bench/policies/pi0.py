@@ -10,12 +10,10 @@ an instruction, C cameras, S prefix tokens, L layers, D prefix width.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, ClassVar, ParamSpec, TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,11 +24,12 @@ from ..errors import BenchError
 from ..suite import Observation
 from .base import FlowPolicy, Sample
 from .pi0_inputs import OBJECT_FEATURES, Batch, Rows, to_batch
+from .standardised import Standardised
+from .steady import steady_rows
 from .vocabulary import Vocabulary
 
-Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
-CLIP = 6.0  # standard deviations; keeps a proprio reading far outside the demonstrations from saturating the expert
+if TYPE_CHECKING:
+    from .presets import PolicySpec
 
 
 @dataclass(frozen=True)
@@ -65,27 +64,6 @@ class Pi0Architecture:
         return len(self.cameras) * (self.image_size // self.patch) ** 2 if self.cameras else 0
 
 
-def _steady_rows(method: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Makes a row's result the same to the bit wherever it stands in a batch of a given size, and beside whatever.
-
-    BLAS cuts a matrix between threads at rows of its choice, and rows at a cut round differently, so acting (anything
-    without gradients) is done by one thread. At these sizes a second one gains little; training keeps them all.
-    """
-
-    @functools.wraps(method)
-    def steady(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        threads = torch.get_num_threads()
-        if torch.is_grad_enabled() or threads == 1:
-            return method(*args, **kwargs)
-        torch.set_num_threads(1)
-        try:
-            return method(*args, **kwargs)
-        finally:
-            torch.set_num_threads(threads)
-
-    return steady
-
-
 @dataclass(frozen=True)
 class Context(Rows):
     """An encoded observation. Plain tensors that nothing writes to, so contexts can be shared and indexed freely."""
@@ -99,12 +77,8 @@ class Context(Rows):
     pooled: Tensor
     """[B, 2 D] mean and maximum of the prefix's hidden states."""
 
-    def detach(self) -> Context:
-        """The same context, cut from the prefix's graph."""
-        return replace(self, **{field.name: getattr(self, field.name).detach() for field in fields(self)})
 
-
-class Pi0(FlowPolicy):
+class Pi0(Standardised, FlowPolicy):
     """Scaled-down pi0 behind the flow seam. Its weights are random until some are loaded."""
 
     capabilities: ClassVar[frozenset[str]] = frozenset({"sft", "flow"})
@@ -134,14 +108,7 @@ class Pi0(FlowPolicy):
         for embedding in (self.model.model.vlm.get_input_embeddings(), self.model.model.dit.get_input_embeddings()):
             # Gemma scales embeddings by sqrt(width): this makes them unit variance, on a par with the object tokens.
             nn.init.normal_(embedding.weight, std=embedding.weight.shape[1] ** -0.5)
-        self.action_mean: Tensor
-        self.action_std: Tensor
-        self.proprio_mean: Tensor
-        self.proprio_std: Tensor
-        self.register_buffer("action_mean", torch.zeros(a.action_dim))
-        self.register_buffer("action_std", torch.ones(a.action_dim))
-        self.register_buffer("proprio_mean", torch.zeros(a.proprio_dim))
-        self.register_buffer("proprio_std", torch.ones(a.proprio_dim))
+        self.build_scales(a.action_dim, a.proprio_dim)
 
     @classmethod
     def restore(cls, config: Mapping[str, Any]) -> Pi0:
@@ -162,11 +129,7 @@ class Pi0(FlowPolicy):
         return {
             "policy": self.name,
             "architecture": {**asdict(self.architecture), "cameras": list(self.architecture.cameras)},
-            "normalisation": {
-                "actions": "(x - action_mean) / action_std",
-                "proprio": f"clip((x - proprio_mean) / proprio_std, {-CLIP}, {CLIP})",
-                "stored": "model.safetensors",
-            },
+            "normalisation": self.scales,
             "vocabulary": list(self.vocabulary.entries),
         }
 
@@ -175,31 +138,13 @@ class Pi0(FlowPolicy):
         """Where the weights are."""
         return self.action_mean.device
 
-    # Normalisation
-
-    def fit_normalisation(self, actions: np.ndarray, proprio: np.ndarray) -> None:
-        """Sets mean and deviation from demonstrated actions [N, A] and proprio [N, P], in the suite's units."""
-        for prefix, values, floor in (("action", actions, 0.1), ("proprio", proprio, 0.01)):
-            # The floor keeps a dimension that hardly moves in the demonstrations from being blown up to unit variance.
-            flat = torch.as_tensor(np.asarray(values, dtype=np.float64))
-            getattr(self, f"{prefix}_mean").copy_(flat.mean(0))
-            getattr(self, f"{prefix}_std").copy_(flat.std(0, unbiased=False).clamp_min(floor))
-
-    def normalise(self, actions: Tensor) -> Tensor:
-        """Environment units to latent."""
-        return (actions - self.action_mean) / self.action_std
-
-    def unnormalise(self, latent: Tensor) -> Tensor:
-        """Latent to environment units."""
-        return latent * self.action_std + self.action_mean
-
     # Prefix
 
     def preprocess(self, observations: Sequence[Observation]) -> Batch:
         """Observations to padded tensors. Raises BenchError if one does not fit the architecture."""
         return to_batch(observations, self.architecture, self.vocabulary, self.device)
 
-    @_steady_rows
+    @steady_rows
     def encode(self, batch: Batch) -> Context:
         """Runs the vision-language prefix once; gradients flow unless the caller forbids them."""
         a, vlm = self.architecture, self.model.model.vlm
@@ -218,8 +163,7 @@ class Pi0(FlowPolicy):
         real = mask[..., None]
         mean = (hidden * real).sum(1) / real.sum(1)
         top = hidden.masked_fill(~real, -torch.inf).amax(1)
-        proprio = ((batch.proprio - self.proprio_mean) / self.proprio_std).clamp(-CLIP, CLIP)
-        return Context(cache, mask, proprio, torch.cat((mean, top), -1))
+        return Context(cache, mask, self.normalise_proprio(batch.proprio), torch.cat((mean, top), -1))
 
     def _tokens(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Mask [B, S], embeddings [B, S, D] and positions [B, S] of the prefix."""
@@ -247,7 +191,7 @@ class Pi0(FlowPolicy):
 
     # Action expert
 
-    @_steady_rows
+    @steady_rows
     def velocity(self, context: Context, x: Tensor, t: Tensor) -> Tensor:
         """[B, K, H, A] velocities at x [B, K, H, A], t [B, K].
 
@@ -310,6 +254,24 @@ class Pi0(FlowPolicy):
         """The action expert and its projections: exactly what receives a gradient from a detached context."""
         modules = (self.model.model.dit.layers, self.model.model.dit.norm, self.model.embed_action_time)
         return [p for module in (*modules, self.model.action_out_proj) for p in module.parameters()]
+
+
+def create(
+    spec: PolicySpec, action_dim: int, proprio_dim: int, vocabulary: Sequence[str], seed: int, chunk: int
+) -> Pi0:
+    """Random weights, at the sizes of `spec`; `vocabulary` are texts."""
+    architecture = Pi0Architecture(
+        observation=spec.observation,
+        action_dim=action_dim,
+        proprio_dim=proprio_dim,
+        chunk=chunk,
+        cameras=spec.cameras,
+        image_size=spec.image_size,
+    )
+    return Pi0(spec.name, architecture, Vocabulary.of(vocabulary), seed)
+
+
+restore = Pi0.restore
 
 
 def _transformers_config(a: Pi0Architecture, vocabulary: int) -> PI0Config:

@@ -1,4 +1,4 @@
-"""What pi0 sees: observations as padded tensors.
+"""What the policies see: observations as padded tensors.
 
 Shapes: B observations, P proprio, M objects, W words a name, T words an instruction, C cameras.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Self
+from typing import Protocol, Self
 
 import numpy as np
 import torch
@@ -15,12 +15,33 @@ from torch import Tensor
 
 from ..errors import BenchError
 from ..suite import Observation
-from .vocabulary import Vocabulary
-
-if TYPE_CHECKING:
-    from .pi0 import Pi0Architecture
 
 OBJECT_FEATURES = 15
+
+
+class Sizes(Protocol):
+    """What an architecture says of its inputs."""
+
+    @property
+    def observation(self) -> str: ...
+    @property
+    def proprio_dim(self) -> int: ...  # 0: proprio is not seen
+    @property
+    def max_objects(self) -> int: ...
+    @property
+    def max_name_words(self) -> int: ...
+    @property
+    def max_words(self) -> int: ...
+    @property
+    def cameras(self) -> tuple[str, ...]: ...
+    @property
+    def image_size(self) -> int: ...
+
+
+class Words(Protocol):
+    """What turns a text into ids."""
+
+    def encode(self, text: str) -> list[int]: ...
 
 
 @dataclass(frozen=True)
@@ -33,6 +54,10 @@ class Rows:
     def index(self, i: Tensor) -> Self:
         """The rows `i` [N] (integers or a mask), as a new value."""
         return type(self)(**{field.name: getattr(self, field.name)[i] for field in fields(self)})
+
+    def detach(self) -> Self:
+        """The same rows, cut from the graph that made them."""
+        return type(self)(**{field.name: getattr(self, field.name).detach() for field in fields(self)})
 
 
 @dataclass(frozen=True)
@@ -51,9 +76,7 @@ class Batch(Rows):
     """[B, C, 3, size, size] uint8; C = 0 in `state` mode."""
 
 
-def to_batch(
-    observations: Sequence[Observation], a: Pi0Architecture, vocabulary: Vocabulary, device: torch.device
-) -> Batch:
+def to_batch(observations: Sequence[Observation], a: Sizes, vocabulary: Words, device: torch.device) -> Batch:
     """Pads observations to the sizes of architecture `a`. Raises BenchError if one does not fit."""
     n, state = len(observations), a.observation == "state"
     proprio = np.zeros((n, a.proprio_dim), np.float32)
@@ -62,9 +85,11 @@ def to_batch(
     names = np.zeros((n, poses.shape[1], a.max_name_words), np.int64)
     images = np.zeros((n, len(a.cameras), 3, a.image_size, a.image_size), np.uint8)
     for row, observation in enumerate(observations):
-        if observation.proprio.shape != (a.proprio_dim,):
-            raise BenchError(f"proprio: shape {observation.proprio.shape}, but this policy takes ({a.proprio_dim},)")
-        proprio[row] = observation.proprio
+        if a.proprio_dim:
+            if observation.proprio.shape != (a.proprio_dim,):
+                shape = observation.proprio.shape
+                raise BenchError(f"proprio: shape {shape}, but this policy takes ({a.proprio_dim},)")
+            proprio[row] = observation.proprio
         _put(words[row], vocabulary.encode(observation.instruction), "instruction", observation.instruction)
         if state:
             if not 0 < len(observation.objects) <= a.max_objects:
@@ -74,7 +99,8 @@ def to_batch(
                 _put(names[row, slot], vocabulary.encode(name), "object name", name)
         for slot, camera in enumerate(a.cameras):
             images[row, slot] = _image(observation, camera, a.image_size)
-    arrays = (proprio, words, object_features(poses, proprio[:, :3]), names, images)
+    objects = object_features(poses, proprio[:, :3]) if state else np.zeros((n, 0, OBJECT_FEATURES), np.float32)
+    arrays = (proprio, words, objects, names, images)
     return Batch(*(torch.from_numpy(array).to(device) for array in arrays))
 
 

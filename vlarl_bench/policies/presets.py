@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import BenchError
 
 if TYPE_CHECKING:
-    from .pi0 import Pi0
+    from .base import Policy
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class PolicySpec:
     cameras: tuple[str, ...] = ()
     image_size: int = 0
     """Side of the square images (pixels); 0 in `state` mode."""
+    family: str = "vlarl_bench.policies.pi0"
+    """Module with `create(spec, action_dim, proprio_dim, vocabulary, seed, chunk)` and `restore(config)`."""
 
     @property
     def prior_folder(self) -> Path | None:
@@ -35,30 +38,21 @@ class PolicySpec:
 
     def create(
         self, action_dim: int, proprio_dim: int, vocabulary: Sequence[str], seed: int = 0, chunk: int = 8
-    ) -> Pi0:
+    ) -> Policy:
         """Random weights. `vocabulary`: the instructions and object names (any texts) whose words it will know."""
-        from .pi0 import Pi0, Pi0Architecture
-        from .vocabulary import Vocabulary
-
-        architecture = Pi0Architecture(
-            observation=self.observation,
-            action_dim=action_dim,
-            proprio_dim=proprio_dim,
-            chunk=chunk,
-            cameras=self.cameras,
-            image_size=self.image_size,
+        policy: Policy = importlib.import_module(self.family).create(
+            self, action_dim, proprio_dim, vocabulary, seed, chunk
         )
-        return Pi0(self.name, architecture, Vocabulary.of(vocabulary), seed)
+        return policy
 
-    def load(self, folder: Path | str) -> Pi0:
+    def load(self, folder: Path | str) -> Policy:
         """The policy stored in `folder`. Raises BenchError if it is damaged, or another policy's."""
-        from .pi0 import Pi0
         from .store import load_weights, read_policy
 
         config, tensors = read_policy(folder)
         if config.get("policy") != self.name:
             raise BenchError(f"policy: {folder} holds {config.get('policy')!r}, not {self.name!r}")
-        policy = Pi0.restore(config)
+        policy: Policy = importlib.import_module(self.family).restore(config)
         load_weights(policy, tensors, folder)
         return policy
 
@@ -78,4 +72,38 @@ PI0_TINY_PIXELS = PolicySpec(
     prior="pi0-tiny-pixels",
     cameras=("agentview", "robot0_eye_in_hand"),
     image_size=64,
+)
+OCTO = "vlarl_bench.policies.octo"
+OCTO_TINY = PolicySpec(
+    name="octo-tiny",
+    summary="Octo scaled down to 2.6 M parameters: instruction, object poses (privileged state) and proprioception",
+    capabilities=frozenset({"sft", "likelihood", "diffusion"}),
+    observation="state",
+    prior=None,
+    family=OCTO,
+)
+OCTO_TINY_PIXELS = PolicySpec(
+    name="octo-tiny-pixels",
+    summary="Octo scaled down to 3 M parameters: instruction, two cameras (64 x 64) and proprioception",
+    capabilities=frozenset({"sft", "likelihood", "diffusion"}),
+    observation="pixels",
+    prior=None,
+    cameras=("agentview", "robot0_eye_in_hand"),
+    image_size=64,
+    family=OCTO,
+)
+OCTO_SMALL = PolicySpec(
+    name="octo-small-1.5",
+    summary="Octo-Small 1.5 (27 M parameters and T5-base), from the published checkpoint: two cameras at 256 x 256",
+    capabilities=frozenset({"sft", "likelihood", "diffusion"}),
+    observation="pixels",
+    prior=None,
+    cameras=("agentview", "robot0_eye_in_hand"),
+    image_size=256,
+    family=OCTO,
+)
+OCTO_BASE = replace(
+    OCTO_SMALL,
+    name="octo-base-1.5",
+    summary="Octo-Base 1.5 (93 M parameters and T5-base), from the published checkpoint: two cameras at 256 x 256",
 )
