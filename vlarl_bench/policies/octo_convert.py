@@ -95,7 +95,7 @@ def convert_parameters(parameters: Mapping[str, np.ndarray]) -> dict[str, Tensor
     if unknown:
         raise BenchError(f"checkpoint: has parameters that this network does not: {_some(unknown)}")
     return {
-        str(keys[path]): torch.from_numpy(np.ascontiguousarray(torch_array(path, array), dtype=np.float32))
+        str(keys[path]): torch.from_numpy(np.array(torch_array(path, array), np.float32, order="C"))
         for path, array in parameters.items()
     }
 
@@ -176,7 +176,7 @@ def read_checkpoint(folder: Path, step: int | None = None) -> dict[str, np.ndarr
     steps = {int(path.name): path for path in folder.glob("*") if path.name.isdigit() and path.is_dir()}
     if not steps or (step is not None and step not in steps):
         raise BenchError(
-            f"checkpoint: {folder} has no step {'' if step is None else step}; it has {sorted(steps) or 'none'}"
+            f"checkpoint: {folder} has no step{'s' if step is None else f' {step}'}; it has {sorted(steps) or 'none'}"
         )
     at = steps[max(steps) if step is None else step]
     at = at / "default" if (at / "default").is_dir() else at

@@ -76,7 +76,7 @@ PI0_TINY_PIXELS = PolicySpec(
 OCTO = "vlarl_bench.policies.octo"
 OCTO_TINY = PolicySpec(
     name="octo-tiny",
-    summary="Octo scaled down to 2.6 M parameters: instruction, object poses (privileged state) and proprioception",
+    summary="Octo scaled down to 2.5 M parameters: instruction, object poses (privileged state) and proprioception",
     capabilities=frozenset({"sft", "likelihood", "diffusion"}),
     observation="state",
     prior=None,
@@ -84,7 +84,7 @@ OCTO_TINY = PolicySpec(
 )
 OCTO_TINY_PIXELS = PolicySpec(
     name="octo-tiny-pixels",
-    summary="Octo scaled down to 3 M parameters: instruction, two cameras (64 x 64) and proprioception",
+    summary="Octo scaled down to 2.9 M parameters: instruction, two cameras (64 x 64) and proprioception",
     capabilities=frozenset({"sft", "likelihood", "diffusion"}),
     observation="pixels",
     prior=None,
