@@ -12,7 +12,12 @@ from vlarl_bench import registry
 from vlarl_bench.policies.store import content_hash, save_policy
 
 POLICIES = registry.names("policy")
-METHODS = {"sft": ("sft_loss",), "flow": ("velocity", "flow_loss")}
+METHODS = {
+    "sft": ("sft_loss",),
+    "flow": ("velocity", "flow_loss"),
+    "likelihood": ("explore", "log_prob"),
+    "diffusion": ("denoising_loss",),
+}
 
 
 @pytest.fixture(scope="module", params=POLICIES)
@@ -193,3 +198,56 @@ def test_flow_loss_is_the_squared_error_of_the_velocity(policy, context):
             times = torch.full((4, 2), t)
             expected = (policy.velocity(context, x, times) - (noise - latent[:, None])) ** 2
             torch.testing.assert_close(policy.flow_loss(context, latent, times, noise), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_exploring_is_sampling_with_a_trace(policy, context):
+    needs(policy, "likelihood")
+    weights = content_hash(policy)
+    first = policy.explore(context, seeds(0, 1, 2, 3), 1.0)
+    again = policy.explore(context, seeds(0, 1, 2, 3), 1.0)
+    assert torch.equal(first.trace, again.trace)
+    assert torch.equal(first.latent, again.latent)
+    torch.testing.assert_close(policy.unnormalise(first.latent), first.actions)
+    others = policy.explore(context.index(torch.tensor([0, 3, 1, 3])), seeds(0, 7, 8, 9), 1.0)
+    assert torch.equal(first.trace[0], others.trace[0])
+    assert not torch.equal(first.trace[3], others.trace[3])
+    assert content_hash(policy) == weights
+
+
+def test_log_prob_is_differentiable_and_knows_what_was_executed(policy, context):
+    needs(policy, "likelihood")
+    policy = copy.deepcopy(policy).requires_grad_(True)
+    trace = policy.explore(context, seeds(0, 1, 2, 3), 1.0).trace
+    executed = torch.ones(4, policy.chunk)
+    executed[0, policy.chunk // 2 :] = 0
+    found = policy.log_prob(context, trace, executed, 1.0)
+    assert found.logp.shape == found.entropy.shape == found.mask.shape
+    assert found.logp.shape[0] == 4 and found.logp.ndim == 3
+    assert found.mask.dtype == torch.bool
+    assert found.mask[0].sum() < found.mask[1].sum()
+    assert not found.logp[~found.mask].any()
+    assert found.logp.isfinite().all() and found.entropy.isfinite().all()
+    alone = policy.log_prob(context.index(torch.tensor([2])), trace[2:3], executed[2:3], 1.0)
+    torch.testing.assert_close(found.logp[2].sum(), alone.logp.sum(), rtol=1e-4, atol=1e-3)
+    found.logp.sum().backward()
+    actor = {id(parameter) for parameter in policy.actor_parameters()}
+    for name, parameter in policy.named_parameters():
+        assert (parameter.grad is not None) == (id(parameter) in actor), name
+
+
+def test_denoising_loss_is_the_squared_error_of_the_predicted_noise(policy, context):
+    needs(policy, "diffusion")
+    policy = copy.deepcopy(policy).requires_grad_(True)
+    draw = torch.Generator().manual_seed(0)
+    latent = torch.randn(4, policy.chunk, policy.action_dim, generator=draw)
+    noise = torch.randn(4, 3, policy.chunk, policy.action_dim, generator=draw)
+    t = torch.randint(policy.denoising_steps, (4, 3), generator=draw)
+    loss = policy.denoising_loss(context, latent, t, noise)
+    assert loss.shape == noise.shape
+    assert (loss >= 0).all()
+    for k in range(3):
+        alone = policy.denoising_loss(context, latent, t[:, k : k + 1], noise[:, k : k + 1])
+        torch.testing.assert_close(loss[:, k : k + 1], alone, rtol=1e-4, atol=1e-4)
+    loss.mean().backward()
+    for parameter in policy.actor_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all()

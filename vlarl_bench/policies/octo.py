@@ -116,9 +116,7 @@ class Octo(Standardised, DiffusionPolicy):
             else:
                 vocabulary = Vocabulary(config["vocabulary"])
             return cls(config["policy"], architecture, vocabulary)
-        except Exception as error:  # a broken tokenizer raises a bare Exception
-            if isinstance(error, (MemoryError, RecursionError)):
-                raise
+        except Exception as error:  # a broken tokenizer raises just that
             raise BenchError(f"config.json: {error!r:.200} does not describe an Octo policy") from None
 
     @property

@@ -9,6 +9,7 @@ P proprio, H actions a chunk, A action dimensions.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -244,6 +245,7 @@ class OctoNetwork(nn.Module):
         return x[:, :, -1], x[:, :, :-1], seen
 
 
+@functools.cache
 def attention_rules(words: int, observed: int, window: int, correct: bool = True) -> Tensor:
     """[N, N] bool: which token (row) may look at which (column), padding aside.
 
