@@ -200,36 +200,45 @@ def test_flow_loss_is_the_squared_error_of_the_velocity(policy, context):
             torch.testing.assert_close(policy.flow_loss(context, latent, times, noise), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_exploring_is_sampling_with_a_trace(policy, context):
+def test_explore_is_a_function_of_its_arguments(policy, context):
     needs(policy, "likelihood")
-    weights = content_hash(policy)
-    first = policy.explore(context, seeds(0, 1, 2, 3), 1.0)
-    again = policy.explore(context, seeds(0, 1, 2, 3), 1.0)
+    before = torch.get_rng_state()
+    first, again = (policy.explore(context, seeds(0, 1, 2, 3), 1.0) for _ in range(2))
     assert torch.equal(first.trace, again.trace)
     assert torch.equal(first.latent, again.latent)
+    assert not torch.equal(first.trace, policy.explore(context, seeds(4, 5, 6, 7), 1.0).trace)
+    assert torch.equal(torch.get_rng_state(), before), "uses torch's global generator"
+    assert len(first.trace) == 4
+    assert first.latent.shape == (4, policy.chunk, policy.action_dim)
     torch.testing.assert_close(policy.unnormalise(first.latent), first.actions)
     others = policy.explore(context.index(torch.tensor([0, 3, 1, 3])), seeds(0, 7, 8, 9), 1.0)
     assert torch.equal(first.trace[0], others.trace[0])
-    assert not torch.equal(first.trace[3], others.trace[3])
-    assert content_hash(policy) == weights
 
 
-def test_log_prob_is_differentiable_and_knows_what_was_executed(policy, context):
+def test_log_prob_scores_what_was_executed_row_by_row(policy, context):
+    needs(policy, "likelihood")
+    trace = policy.explore(context, seeds(0, 1, 2, 3), 1.0).trace
+    mask = torch.ones(4, policy.chunk)
+    mask[1, 1:] = 0
+    with torch.no_grad():
+        scored = policy.log_prob(context, trace, mask, 1.0)
+        alone = policy.log_prob(context.index(torch.tensor([2])), trace[2:3], mask[2:3], 1.0)
+    assert scored.logp.shape == scored.entropy.shape == scored.mask.shape
+    assert scored.logp.isfinite().all()
+    assert scored.mask.dtype == torch.bool
+    assert (scored.logp[~scored.mask] == 0).all()
+    counted = scored.mask.sum((1, 2))
+    assert counted[1] < counted[0] == counted[2]
+    torch.testing.assert_close(scored.logp[2:3], alone.logp, rtol=1e-4, atol=1e-4)
+
+
+def test_log_prob_reaches_exactly_the_actor(policy, context):
     needs(policy, "likelihood")
     policy = copy.deepcopy(policy).requires_grad_(True)
     trace = policy.explore(context, seeds(0, 1, 2, 3), 1.0).trace
-    executed = torch.ones(4, policy.chunk)
-    executed[0, policy.chunk // 2 :] = 0
-    found = policy.log_prob(context, trace, executed, 1.0)
-    assert found.logp.shape == found.entropy.shape == found.mask.shape
-    assert found.logp.shape[0] == 4 and found.logp.ndim == 3
-    assert found.mask.dtype == torch.bool
-    assert found.mask[0].sum() < found.mask[1].sum()
-    assert not found.logp[~found.mask].any()
-    assert found.logp.isfinite().all() and found.entropy.isfinite().all()
-    alone = policy.log_prob(context.index(torch.tensor([2])), trace[2:3], executed[2:3], 1.0)
-    torch.testing.assert_close(found.logp[2].sum(), alone.logp.sum(), rtol=1e-4, atol=1e-3)
-    found.logp.sum().backward()
+    scored = policy.log_prob(context.detach(), trace, torch.ones(4, policy.chunk), 1.0)
+    assert scored.logp.requires_grad
+    scored.logp.mean().backward()
     actor = {id(parameter) for parameter in policy.actor_parameters()}
     for name, parameter in policy.named_parameters():
         assert (parameter.grad is not None) == (id(parameter) in actor), name

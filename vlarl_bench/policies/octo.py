@@ -285,8 +285,8 @@ def create(
     """A tiny preset with random weights; `vocabulary` are texts. Raises BenchError for a published size."""
     if spec.name in FULL_SIZE:
         raise BenchError(
-            f"policy: {spec.name!r} starts from the published checkpoint, not from random weights; convert it with "
-            "`python -m vlarl_bench.policies.octo_convert` and give the folder as --base"
+            f"base: 'scratch'; {spec.name} starts from the published checkpoint: convert it with "
+            "`python -m vlarl_bench.policies.octo_convert` and pass the folder"
         )
     architecture = OctoArchitecture(
         observation=spec.observation,

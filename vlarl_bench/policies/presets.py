@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -102,8 +102,13 @@ OCTO_SMALL = PolicySpec(
     image_size=256,
     family=OCTO,
 )
-OCTO_BASE = replace(
-    OCTO_SMALL,
+OCTO_BASE = PolicySpec(
     name="octo-base-1.5",
     summary="Octo-Base 1.5 (93 M parameters and T5-base), from the published checkpoint: two cameras at 256 x 256",
+    capabilities=frozenset({"sft", "likelihood", "diffusion"}),
+    observation="pixels",
+    prior=None,
+    cameras=("agentview", "robot0_eye_in_hand"),
+    image_size=256,
+    family=OCTO,
 )
