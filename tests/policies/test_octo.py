@@ -32,21 +32,24 @@ def draws(n, k, steps=10, seed=0):
 
 
 def chain(policy, context, noise, least):
-    """Written out again, from the authors' formula: trace and log-density of each step's draw."""
-    betas = policy.betas.double()
-    kept = (1 - betas).cumprod(0)
+    """Written out again, from Ho et al., 2020, eq. 6-7 and 15: trace and log-density of each step's draw."""
+    f = [np.cos((t / 10 + 0.008) / 1.008 * np.pi / 2) ** 2 for t in range(11)]
+    betas = [min(1 - f[t + 1] / f[t], 0.999) for t in range(10)]
+    kept = np.cumprod([1, *(1 - beta for beta in betas)])
     x, trace, logp = noise[:, 0], [noise[:, 0]], []
-    for i, t in enumerate(reversed(range(policy.denoising_steps))):
+    for i, t in enumerate(reversed(range(10))):
+        a, after = kept[t], kept[t + 1]
         with torch.no_grad():
             predicted = policy.model.head(context.readout, x.flatten(1), torch.full((len(x),), t)).view(x.shape)
-        mean = (x - (1 - (1 - betas[t])) / (1 - kept[t]).sqrt() * predicted) / (1 - betas[t]).sqrt()
-        deviation = max(betas[t].sqrt().item() if t else 0.0, least)
+        latent = ((x - np.sqrt(1 - after) * predicted) / np.sqrt(after)).clamp(-5, 5)
+        mean = np.sqrt(a) * betas[t] / (1 - after) * latent + np.sqrt(1 - betas[t]) * (1 - a) / (1 - after) * x
+        deviation = max(np.sqrt((1 - a) / (1 - after) * betas[t]), least)
         drawn = mean + deviation * noise[:, i + 1]
         if deviation:
             logp.append(torch.distributions.Normal(mean, deviation).log_prob(drawn).flatten(1))
         trace.append(drawn)
-        x = drawn.clamp(-5, 5).float()
-    return torch.stack(trace, 1).float(), (torch.stack(logp, 1).float() if len(logp) > 9 else None)
+        x = drawn.clamp(-5, 5)
+    return torch.stack(trace, 1), torch.stack(logp, 1)
 
 
 def noise_of(policy, seeds):
@@ -78,8 +81,8 @@ def test_log_probability_of_what_was_sampled_is_that_of_what_is_scored(policy, c
     assert found.logp.shape == found.entropy.shape == found.mask.shape == (5, 10, 56)
     assert found.mask.all()
     torch.testing.assert_close(found.logp.mean((1, 2)), expected.mean((1, 2)), atol=1e-5, rtol=1e-5)
-    # The first step multiplies by 1 / sqrt(1 - 0.999) = 32, rounding too: single numbers agree to a little less.
-    torch.testing.assert_close(found.logp, expected, atol=1e-3, rtol=1e-4)
+    # Divided by a deviation of 0.05, rounding shows in single numbers.
+    torch.testing.assert_close(found.logp, expected, atol=2e-4, rtol=1e-5)
 
 
 def test_entropy_and_mask_by_hand(policy, context):
@@ -91,9 +94,10 @@ def test_entropy_and_mask_by_hand(policy, context):
     assert not found.mask[1, :, 21:].any()
     assert not found.logp[1, :, 21:].any()
     assert not found.entropy[1, :, 21:].any()
-    deviations = [max(float(policy.betas[t].sqrt()) if t else 0, 0.2) for t in reversed(range(10))]
-    expected = torch.tensor([stats.norm(scale=deviation).entropy() for deviation in deviations]).float()
-    torch.testing.assert_close(found.entropy[0, :, 0], expected)
+    kept = (1 - policy.betas.double()).cumprod(0).tolist()
+    variances = [float(policy.betas[t]) * (1 - kept[t - 1]) / (1 - kept[t]) if t else 0.0 for t in reversed(range(10))]
+    expected = [stats.norm(scale=max(variance**0.5, 0.2)).entropy() for variance in variances]
+    torch.testing.assert_close(found.entropy[0, :, 0], torch.tensor(expected).float())
     full = policy.log_prob(context, trace, torch.ones(5, 8), 0.2)
     assert torch.equal(full.logp[1, :, :21], found.logp[1, :, :21])
 
@@ -110,9 +114,9 @@ def one_number(policy, slope=0.0):
     return policy
 
 
-def single(steps, limit=5.0):
+def single(steps, limit=5.0, posterior=False):
     a = OctoArchitecture("state", 1, 3, chunk=1, width=16, layers=1, heads=2, mlp=16, word_width=8, head_width=8)
-    a = dataclasses.replace(a, denoising_steps=steps, max_latent=limit)
+    a = dataclasses.replace(a, denoising_steps=steps, max_latent=limit, posterior=posterior)
     policy = Octo("octo-tiny", a, Vocabulary.of([*INSTRUCTIONS, *OBJECTS]))
     seen = dataclasses.replace(observe(0), proprio=np.zeros(3, np.float32))
     with torch.no_grad():
@@ -149,9 +153,10 @@ def test_a_linear_chain_ends_in_its_closed_form():
     torch.testing.assert_close(logp.double(), expected, atol=1e-4, rtol=1e-5)
 
 
-def test_the_density_of_a_chain_integrates_to_that_of_its_samples():
+@pytest.mark.parametrize("posterior", [False, True])
+def test_the_density_of_a_chain_integrates_to_that_of_its_samples(posterior):
     """Two steps, one number, a network that is not linear and a clip that bites: brute force over the middle draw."""
-    policy, context = single(2, limit=1.5)
+    policy, context = single(2, 1.5, posterior)
     least, start = 0.4, 0.7
     middle = torch.linspace(-40, 40, 8001)
     last = torch.linspace(-4, 4, 81)
@@ -184,9 +189,10 @@ def chain_from(policy, context, noise, least):
     return torch.stack(trace, 1), x
 
 
-def test_a_head_that_knows_the_noise_denoises_to_the_latent():
+@pytest.mark.parametrize("posterior", [False, True])
+def test_a_head_that_knows_the_noise_denoises_to_the_latent(posterior):
     """x_t = sqrt(a) latent + sqrt(1 - a) noise: for a latent of zero the noise is x / sqrt(1 - a), whatever it was."""
-    policy, context = single(10)
+    policy, context = single(10, 5.0, posterior)
     noise, zero = torch.randn(1, 4, 1, 1), torch.zeros(1, 1, 1)
     t = torch.tensor([[0, 3, 7, 9]])
     one_number(policy, 1.0)
@@ -198,6 +204,15 @@ def test_a_head_that_knows_the_noise_denoises_to_the_latent():
         x = (1 - policy.kept[0]).sqrt() * noise[:, :1]
         policy.predict = lambda context, x, t: x / (1 - policy.kept[t]).sqrt()[..., None, None]
         torch.testing.assert_close(policy.means(context, x, t[:, :1]), torch.zeros(1, 1, 1, 1), atol=1e-6, rtol=0)
+
+
+def test_without_a_clip_the_posterior_has_the_authors_mean():
+    """The two samplers are one formula, with the predicted latent or the predicted noise in it."""
+    (authors, context), (posterior, _) = single(10, 1e9, False), single(10, 1e9, True)
+    x, t = torch.randn(1, 10, 1, 1, generator=generators(0)[0]), torch.arange(10)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(authors.means(context, x, t), posterior.means(context, x, t), atol=1e-4, rtol=1e-4)
+    assert (authors.deviations(0.0) >= posterior.deviations(0.0)).all()
 
 
 def test_denoising_loss_takes_k_draws_and_clips_latents(policy, context):
@@ -251,7 +266,7 @@ def test_a_batch_is_its_rows(policy, spec, context):
     together = policy.explore(context, generators(*range(5)), 0.1)
     for i in range(5):
         alone = policy.explore(context.index(torch.tensor([i])), generators(i), 0.1)
-        # The first step multiplies by 1 / sqrt(1 - 0.999) = 32, rounding too.
+        # An untrained head makes a chain that spreads rounding.
         torch.testing.assert_close(together.trace[i], alone.trace[0], atol=1e-3, rtol=1e-4)
 
 

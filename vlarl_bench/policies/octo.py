@@ -8,6 +8,8 @@ chain has a density (Ren et al., 2024, DPPO, arXiv:2409.00588, sec. 4.3); what a
 The tiny presets keep the architecture and differ in this: sizes, 10 denoising steps instead of 20, words from a table
 that is trained along instead of frozen T5, padding words masked, no goal image, a window of one timestep, and
 proprioception as Octo's low-dimensional tokens. In `state` mode one token an object takes the place of the images.
+They clip the predicted latent inside each step, where the authors' sampler clips only what was drawn: the first step
+multiplies an error of the network by 1 / sqrt(1 - 0.999) = 32, which only very long training makes small enough.
 
 Shapes: B observations, K draws, S denoising steps, H actions a chunk, A action dimensions, D width.
 """
@@ -92,11 +94,16 @@ class Octo(Standardised, DiffusionPolicy):
         self.model = OctoNetwork(a, a.text_vocabulary if isinstance(vocabulary, Subwords) else len(vocabulary))
         self.build_scales(a.action_dim, a.proprio_dim)
         betas = cosine_betas(a.denoising_steps)
+        kept = (1 - betas).cumprod(0)
+        before = torch.cat((torch.ones_like(kept[:1]), kept[:-1]))
+        own = betas * (1 - before) / (1 - kept) if a.posterior else betas * (before < 1)
         self.betas: Tensor
         self.kept: Tensor
-        # Not stored: they follow from the number of steps.
-        self.register_buffer("betas", betas.float(), persistent=False)
-        self.register_buffer("kept", (1 - betas).cumprod(0).float(), persistent=False)
+        self.before: Tensor
+        self.own: Tensor
+        """[S] deviation of a step's draw in `sample`: 0 at step 0."""
+        for name, schedule in (("betas", betas), ("kept", kept), ("before", before), ("own", own.sqrt())):
+            self.register_buffer(name, schedule.float(), persistent=False)  # not stored: it follows from the steps
 
     @classmethod
     def restore(cls, config: Mapping[str, Any]) -> Octo:
@@ -174,14 +181,16 @@ class Octo(Standardised, DiffusionPolicy):
 
     def means(self, context: Context, x: Tensor, t: Tensor) -> Tensor:
         """[B, K, H, A] what steps t [B, K] make of x [B, K, H, A], before their noise."""
-        beta, kept = (schedule[t][..., None, None] for schedule in (self.betas, self.kept))
-        return (x - beta / (1 - kept).sqrt() * self.predict(context, x, t)) / (1 - beta).sqrt()
+        beta, kept, before = (schedule[t][..., None, None] for schedule in (self.betas, self.kept, self.before))
+        noise, limit = self.predict(context, x, t), self.architecture.max_latent
+        if not self.architecture.posterior:
+            return (x - beta / (1 - kept).sqrt() * noise) / (1 - beta).sqrt()
+        latent = ((x - (1 - kept).sqrt() * noise) / kept.sqrt()).clamp(-limit, limit)
+        return (before.sqrt() * beta * latent + (1 - beta).sqrt() * (1 - before) * x) / (1 - kept)
 
     def deviations(self, least: float) -> Tensor:
         """[S] standard deviation of each step's draw, in the order of decoding: `least` is for those that draw less."""
-        own = self.betas.sqrt()
-        own[0] = 0
-        return own.clamp_min(least).flip(0)
+        return self.own.clamp_min(least).flip(0)
 
     @torch.no_grad()
     @steady_rows
@@ -201,7 +210,7 @@ class Octo(Standardised, DiffusionPolicy):
         return Sample(self.unnormalise(x), x, torch.stack(trace, 1))
 
     def sample(self, context: Context, generators: Sequence[torch.Generator] | None) -> Sample:
-        """The authors' sampler; with None, all noise is zero. A function of its arguments alone.
+        """DDPM; with None, all noise is zero. A function of its arguments alone.
 
         At a given batch size a row does not depend, to the bit, on its neighbours or on its place.
         """

@@ -159,6 +159,7 @@ def architecture_of(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, .
             head_blocks=_count(shapes, RESIDUAL + "Dense_0/bias"),
             time_dim=2 * shapes[HEAD + "time_preprocess/kernel"][0],
             denoising_steps=options.get("diffusion_steps", 20),
+            posterior=False,
             max_latent=options.get("max_action", 5.0),
         )
     except (KeyError, TypeError, IndexError, AttributeError) as error:

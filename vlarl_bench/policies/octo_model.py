@@ -69,8 +69,11 @@ class OctoArchitecture:
     head_blocks: int = 3
     time_dim: int = 32
     denoising_steps: int = 10
+    posterior: bool = True
+    """True: a step draws from the posterior around the predicted latent, clipped (Ho et al., 2020, eq. 6-7), as DPPO
+    does. False: the authors' sampler, which clips only what was drawn."""
     max_latent: float = 5.0
-    """Latents are clipped to this many standard deviations, after each denoising step and in the loss."""
+    """Latents are clipped to this many standard deviations, in each denoising step and in the loss."""
 
 
 class StandardisedConv(nn.Conv2d):
