@@ -45,7 +45,8 @@ class Policy(nn.Module):
     """A policy with weights. Evaluation and every algorithm go through these methods only."""
 
     capabilities: ClassVar[frozenset[str]]
-    """`sft`: has `sft_loss`. `flow`: has `velocity` and `flow_loss`. `likelihood`: has `explore` and `log_prob`."""
+    """`sft`: has `sft_loss`. `flow`: has `velocity` and `flow_loss`. `likelihood`: has `explore` and `log_prob`.
+    `diffusion`: has `denoising_steps` and `denoising_loss`."""
     chunk: int
     """H, actions a chunk."""
     action_dim: int
@@ -127,3 +128,17 @@ class LikelihoodPolicy(Policy):
     def log_prob(self, context: Any, trace: Tensor, mask: Tensor, noise: float) -> LogProb:
         """Differentiable likelihood of a trace that `explore` drew at the same `noise`; mask [B, H] marks the actions
         that were executed."""
+
+
+class DiffusionPolicy(LikelihoodPolicy):
+    """A policy that decodes by removing noise step by step (Ho et al., 2020, eq. 4, 11 and 14). Steps count down from
+    `denoising_steps` - 1 to 0; at step t a chunk is x_t = sqrt(a_t) latent + sqrt(1 - a_t) noise, with a_t the share
+    of the signal's variance that the schedule has left, and the network predicts the noise. S = `denoising_steps`,
+    D = H * A, and a trace is [B, S + 1, H, A]: the noise that decoding starts from, then what each step drew."""
+
+    denoising_steps: int
+
+    @abstractmethod
+    def denoising_loss(self, context: Any, latent: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """[B, K, H, A] squared errors of the predicted noise at stored steps t [B, K] (integers) and
+        noises [B, K, H, A]; latent is [B, H, A]. No reduction: the caller decides which elements count."""

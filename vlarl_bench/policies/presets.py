@@ -121,3 +121,42 @@ PI0_TINY_PIXELS = PolicySpec(
     cameras=("agentview", "robot0_eye_in_hand"),
     image_size=64,
 )
+OCTO = "vlarl_bench.policies.octo"
+OCTO_TINY = PolicySpec(
+    name="octo-tiny",
+    summary="Octo scaled down to 2.5 M parameters: instruction, object poses (privileged state) and proprioception",
+    capabilities=frozenset({"sft", "likelihood", "diffusion"}),
+    observation="state",
+    prior=None,
+    family=OCTO,
+)
+OCTO_TINY_PIXELS = PolicySpec(
+    name="octo-tiny-pixels",
+    summary="Octo scaled down to 2.9 M parameters: instruction, two cameras (64 x 64) and proprioception",
+    capabilities=frozenset({"sft", "likelihood", "diffusion"}),
+    observation="pixels",
+    prior=None,
+    cameras=("agentview", "robot0_eye_in_hand"),
+    image_size=64,
+    family=OCTO,
+)
+OCTO_SMALL = PolicySpec(
+    name="octo-small-1.5",
+    summary="Octo-Small 1.5 (27 M parameters and T5-base), from the published checkpoint: two cameras at 256 x 256",
+    capabilities=frozenset({"sft", "likelihood", "diffusion"}),
+    observation="pixels",
+    prior=None,
+    cameras=("agentview", "robot0_eye_in_hand"),
+    image_size=256,
+    family=OCTO,
+)
+OCTO_BASE = PolicySpec(
+    name="octo-base-1.5",
+    summary="Octo-Base 1.5 (93 M parameters and T5-base), from the published checkpoint: two cameras at 256 x 256",
+    capabilities=frozenset({"sft", "likelihood", "diffusion"}),
+    observation="pixels",
+    prior=None,
+    cameras=("agentview", "robot0_eye_in_hand"),
+    image_size=256,
+    family=OCTO,
+)

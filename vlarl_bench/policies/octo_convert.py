@@ -1,0 +1,308 @@
+"""Turns a published Octo checkpoint (JAX, orbax) into a policy folder:
+
+    pip install "vlarl-bench[octo]"
+    python -m vlarl_bench.policies.octo_convert --checkpoint octo-small-1.5 --out priors/octo-small \
+        --tokenizer t5-base/tokenizer.json --statistics-key bridge_dataset
+
+Reads `config.json`, `dataset_statistics.json` and the newest step, `<step>/default` or `<step>`. Orbax and JAX are
+needed only here. T5's tokenizer is not in the checkpoint: take `tokenizer.json` from where T5-base is published.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import isqrt
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+
+from ..errors import BenchError
+from .octo import FULL_SIZE, Octo, Subwords
+from .octo_model import VIEWS, OctoArchitecture
+from .presets import OCTO_SMALL
+from .store import save_policy
+
+TRUNK = "octo_transformer/"
+STEM = TRUNK + r"observation_tokenizers_(\w+)/SmallStem16_0/"
+T5 = TRUNK + "task_tokenizers_language/hf_model/"
+BLOCK = TRUNK + r"BlockTransformer_0/Transformer_0/encoderblock_(\d+)/"
+HEAD = "heads_action/diffusion_model/"
+RESIDUAL = HEAD + r"reverse_network/MLPResNetBlock_(\d+)/"
+MODULES = {
+    T5 + "shared": "language.embed_tokens",
+    T5 + "encoder/(.+)": r"language.\1",
+    TRUNK + r"(?:task|obs)_(\w+)_projection": r"projections.\1",
+    STEM + r"StdConv_(\d+)": r"stems.\1.convs.\2",
+    STEM + r"GroupNorm_(\d+)": r"stems.\1.norms.\2",
+    STEM + "embedding": r"stems.\1.embedding",
+    BLOCK + "LayerNorm_0": r"blocks.\1.norm1",
+    BLOCK + "LayerNorm_1": r"blocks.\1.norm2",
+    BLOCK + "MultiHeadDotProductAttention_0/(query|key|value|out)": r"blocks.\1.\2",
+    BLOCK + "MlpBlock_0/Dense_0": r"blocks.\1.up",
+    BLOCK + "MlpBlock_0/Dense_1": r"blocks.\1.down",
+    TRUNK + "BlockTransformer_0/Transformer_0/encoder_norm": "norm",
+    HEAD + "cond_encoder/Dense_0": "head.time_in",
+    HEAD + "cond_encoder/Dense_1": "head.time_out",
+    HEAD + "reverse_network/Dense_0": "head.input",
+    HEAD + "reverse_network/Dense_1": "head.output",
+    RESIDUAL + "LayerNorm_0": r"head.blocks.\1.norm",
+    RESIDUAL + "Dense_0": r"head.blocks.\1.up",
+    RESIDUAL + "Dense_1": r"head.blocks.\1.down",
+}
+"""Pattern of a module's path in the checkpoint -> its name here; parameters are handled by `torch_key`."""
+PARAMETERS = {"kernel": "weight", "scale": "weight", "weight": "weight", "embedding": "weight", "bias": "bias"}
+
+
+def torch_key(path: str) -> str | None:
+    """The name in `OctoNetwork` of a parameter's path in the checkpoint; None where the network has none."""
+    position = re.fullmatch(TRUNK + r"(?:task|obs|readout)_(\w+)_pos_embedding", path)
+    if position:
+        return f"positions.{position[1]}"
+    if path == HEAD + "time_preprocess/kernel":
+        return "head.frequencies"
+    module, _, parameter = path.rpartition("/")
+    for pattern, name in MODULES.items():
+        found = re.fullmatch(pattern, module)
+        if found and parameter in PARAMETERS:
+            return f"{found.expand(name).replace('/', '.')}.{PARAMETERS[parameter]}"
+    return None
+
+
+def torch_array(path: str, array: np.ndarray) -> np.ndarray:
+    """A parameter of the checkpoint in torch's layout."""
+    if path.endswith("_pos_embedding"):
+        return array[0]
+    if "/MultiHeadDotProductAttention_0/" in path:  # kernels [D, heads, d] and, of `out`, [heads, d, D]
+        if path.endswith("bias"):
+            return array.reshape(-1)
+        return array.reshape(-1, array.shape[-1]).T if "/out/" in path else array.reshape(len(array), -1).T
+    if path.endswith("/kernel") and "time_preprocess" not in path:
+        return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
+    return array
+
+
+def convert_parameters(parameters: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+    """The network's state dict, from the checkpoint's parameters by path. Raises BenchError, listing unknown ones."""
+    keys = {path: torch_key(path) for path in parameters}
+    unknown = sorted(path for path, key in keys.items() if key is None)
+    if unknown:
+        raise BenchError(f"checkpoint: has parameters that this network does not: {_some(unknown)}")
+    return {
+        str(keys[path]): torch.from_numpy(np.array(torch_array(path, array), np.float32, order="C"))
+        for path, array in parameters.items()
+    }
+
+
+def architecture_of(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> OctoArchitecture:
+    """Architecture of a checkpoint, from its config.json and its parameters' shapes by path.
+
+    Raises BenchError if it is not one that `OctoNetwork` can be.
+    """
+    try:
+        model = config["model"]
+        head = model["heads"]["action"]
+        options = head["kwargs"]
+        wanted = {
+            "model.heads.action.name": (head["name"], "DiffusionActionHead"),
+            "model.heads.action.kwargs.use_map": (options.get("use_map", False), False),
+            "model.heads.action.kwargs.use_layer_norm": (options.get("use_layer_norm", True), True),
+            "model.readouts": (model["readouts"], {"action": 1}),
+            "model.repeat_task_tokens": (model.get("repeat_task_tokens", False), True),
+            "model.observation_tokenizers": (sorted(model["observation_tokenizers"]), sorted(VIEWS)),
+            "model.task_tokenizers": (sorted(model["task_tokenizers"]), ["language"]),
+        }
+        for field, (found, right) in wanted.items():
+            if found != right:
+                raise BenchError(f"config.json: {field} is {found!r}; this converter takes {right!r}")
+        query = shapes[
+            TRUNK + "BlockTransformer_0/Transformer_0/encoderblock_0/MultiHeadDotProductAttention_0/query/kernel"
+        ]
+        language = shapes[TRUNK + "task_language_pos_embedding"]
+        sides = [16 * isqrt(shapes[f"{TRUNK}obs_{view}_pos_embedding"][2]) for view in VIEWS]
+        stem = TRUNK + "observation_tokenizers_primary/SmallStem16_0/"
+        widths = [
+            shapes[path][-1] for path in sorted(shapes) if path.startswith(stem + "StdConv_") and "bias" not in path
+        ]
+        attention = T5 + "encoder/block/0/layer/0/SelfAttention/relative_attention_bias/embedding"
+        return OctoArchitecture(
+            observation="pixels",
+            action_dim=options["action_dim"],
+            proprio_dim=0,
+            chunk=options["action_horizon"] if "action_horizon" in options else options["pred_horizon"],
+            width=query[0],
+            layers=_count(shapes, BLOCK + "LayerNorm_0/bias"),
+            heads=query[1],
+            mlp=shapes[TRUNK + "BlockTransformer_0/Transformer_0/encoderblock_0/MlpBlock_0/Dense_0/bias"][0],
+            window=shapes[TRUNK + "readout_action_pos_embedding"][1],
+            max_words=language[1],
+            word_width=shapes[TRUNK + "task_language_projection/kernel"][0],
+            text_layers=_count(shapes, T5 + r"encoder/block/(\d+)/layer/0/layer_norm/weight"),
+            text_heads=shapes[attention][1],
+            text_mlp=shapes[T5 + "encoder/block/0/layer/1/DenseReluDense/wi/kernel"][1],
+            text_vocabulary=shapes[T5 + "shared/embedding"][0],
+            mask_padding=False,
+            correct_attention=model.get("use_correct_attention", False),
+            cameras=OCTO_SMALL.cameras,
+            image_size=max(sides),
+            camera_sizes=tuple(sides),
+            goal=shapes[stem + "StdConv_0/kernel"][2] == 6,
+            stem_widths=tuple(widths),
+            stem_out=shapes[stem + "embedding/bias"][0],
+            head_width=shapes[HEAD + "reverse_network/Dense_0/bias"][0],
+            head_blocks=_count(shapes, RESIDUAL + "Dense_0/bias"),
+            time_dim=2 * shapes[HEAD + "time_preprocess/kernel"][0],
+            denoising_steps=options.get("diffusion_steps", 20),
+            posterior=False,
+            max_latent=options.get("max_action", 5.0),
+        )
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise BenchError(f"checkpoint: lacks {error}, which every Octo 1.5 checkpoint has") from None
+
+
+def read_checkpoint(folder: Path, step: int | None = None) -> dict[str, np.ndarray]:
+    """Parameters by path, of `step` or the newest. Raises BenchError if there is none, or orbax is not installed."""
+    try:
+        import orbax.checkpoint as orbax
+    except ImportError:
+        raise BenchError(
+            'orbax-checkpoint is not installed; reading JAX checkpoints needs "vlarl-bench[octo]"'
+        ) from None
+    steps = {int(path.name): path for path in folder.glob("*") if path.name.isdigit() and path.is_dir()}
+    if not steps or (step is not None and step not in steps):
+        raise BenchError(
+            f"checkpoint: {folder} has no step{'s' if step is None else f' {step}'}; it has {sorted(steps) or 'none'}"
+        )
+    at = steps[max(steps) if step is None else step]
+    at = at / "default" if (at / "default").is_dir() else at
+    try:
+        tree = orbax.PyTreeCheckpointer().restore(at.resolve())
+    except Exception as error:  # orbax raises whatever its storage layers raise
+        raise BenchError(f"checkpoint: orbax cannot read {at}: {str(error).splitlines()[0]:.200}") from None
+    return dict(_leaves(tree.get("params", tree)))
+
+
+def convert(
+    checkpoint: Path, out: Path, tokenizer: Path, statistics_key: str, statistics: Path, step: int | None = None
+) -> Octo:
+    """Writes the policy folder `out` and returns the policy. Raises BenchError naming what is wrong."""
+    config = _read_json(checkpoint / "config.json")
+    parameters = read_checkpoint(checkpoint, step)
+    architecture = architecture_of(config, {path: array.shape for path, array in parameters.items()})
+    policy = Octo(_name(architecture), architecture, _subwords(tokenizer, architecture.max_words))
+    tensors, own = convert_parameters(parameters), policy.model.state_dict()
+    wrong = {key for key in tensors.keys() & own.keys() if tensors[key].shape != own[key].shape}
+    for problem, keys in (
+        ("lacks", own.keys() - tensors.keys()),
+        ("has unknown", tensors.keys() - own.keys()),
+        ("has misshapen", wrong),
+    ):
+        if keys:
+            raise BenchError(f"checkpoint: {checkpoint} {problem} {_some(sorted(keys))}")
+    policy.model.load_state_dict(tensors)
+    for scale, values in zip((policy.action_mean, policy.action_std), _scales(statistics, statistics_key), strict=True):
+        if values.shape != scale.shape:
+            raise BenchError(f"statistics: {statistics_key!r} has {len(values)} actions, the checkpoint {len(scale)}")
+        scale.copy_(torch.from_numpy(values))
+    card = {"made_by": "python -m vlarl_bench.policies.octo_convert", "statistics": statistics_key}
+    save_policy(out, policy, card)
+    return policy
+
+
+def _scales(statistics: Path, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and deviation of actions; numbers whose `mask` is false are left as they are, as in the authors' code."""
+    known = _read_json(statistics)
+    if key not in known:
+        raise BenchError(f"statistics: {statistics} has no {key!r}; it has {', '.join(sorted(known))}")
+    try:
+        action = known[key]["action"]
+        mean, std = np.asarray(action["mean"], np.float32), np.asarray(action["std"], np.float32)
+        mask = np.asarray(action.get("mask", np.ones(mean.shape)), bool)
+        return np.where(mask, mean, 0).astype(np.float32), np.where(mask, std, 1).astype(np.float32)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BenchError(f"statistics: {key!r} in {statistics} lacks a valid action mean and std: {error}") from None
+
+
+def _name(a: OctoArchitecture) -> str:
+    for name, size in FULL_SIZE.items():
+        if all(getattr(a, field) == value for field, value in size.items()):
+            return name
+    sizes = "; ".join(f"{name}: {dict(size)}" for name, size in FULL_SIZE.items())
+    raise BenchError(
+        f"checkpoint: width {a.width}, {a.layers} layers of {a.heads} heads is no published size ({sizes})"
+    )
+
+
+def _subwords(file: Path, longest: int) -> Subwords:
+    try:
+        return Subwords(file.read_text(), longest)
+    except OSError as error:
+        raise BenchError(f"tokenizer: cannot read {file}: {error.strerror}; give T5-base's tokenizer.json") from None
+    except Exception as error:  # tokenizers raises a bare Exception
+        raise BenchError(f"tokenizer: {file} is not a tokenizer.json: {error!s:.100}") from None
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text())
+    except OSError as error:
+        raise BenchError(f"checkpoint: cannot read {file}: {error.strerror}") from None
+    except ValueError:
+        raise BenchError(f"checkpoint: {file} is not JSON") from None
+    if not isinstance(found, dict):
+        raise BenchError(f"checkpoint: {file} is not a JSON object")
+    return found
+
+
+def _leaves(tree: Mapping[str, Any], above: str = "") -> list[tuple[str, np.ndarray]]:
+    found = []
+    for key, value in tree.items():
+        path = f"{above}{key}"
+        found += _leaves(value, f"{path}/") if isinstance(value, Mapping) else [(path, np.asarray(value))]
+    return found
+
+
+def _count(shapes: Mapping[str, Any], pattern: str) -> int:
+    return sum(bool(re.fullmatch(pattern, path)) for path in shapes)
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Converts a published Octo checkpoint to a policy folder."""
+
+    checkpoint: Path
+    """Folder with config.json and the orbax steps."""
+    out: Path
+    """Policy folder to write."""
+    tokenizer: Path
+    """tokenizer.json of T5-base."""
+    statistics_key: str
+    """Dataset whose mean and deviation of actions the policy speaks in: upstream's key to un-normalise with."""
+    statistics: Path | None = None
+    """JSON of these datasets; the checkpoint's own dataset_statistics.json unless given."""
+    step: int | None = None
+    """Which step; the newest unless given."""
+
+
+def main() -> None:
+    """Runs the converter from the command line."""
+    a = tyro.cli(Arguments)
+    try:
+        statistics = a.statistics or a.checkpoint / "dataset_statistics.json"
+        convert(a.checkpoint, a.out, a.tokenizer, a.statistics_key, statistics, a.step)
+    except BenchError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()
