@@ -74,6 +74,10 @@ class Scene:
         """[N, 3] surface points of one object."""
         return self._world(self.objects[name])
 
+    def of_body(self, body: int) -> np.ndarray:
+        """[N, 3] surface points of a drawer, door or knob."""
+        return self._world(self._subtree(body))
+
     def others(self, name: str) -> np.ndarray:
         """[N, 3] surface points of everything that a gripper reaching for `name` might hit."""
         return self._world(self.bodies - self.objects[name])
