@@ -1,5 +1,6 @@
 """Where a LIBERO scene's surfaces are, and how the expert can grip an object among them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -94,6 +95,10 @@ class Scene:
             for v in (-0.012, 0.0, 0.012):
                 start = grasp.position + np.append(u * across + v * along, 0.25)
                 blocked += self._first_below(start, self.objects[name]) > grasp.position[2] - 0.015
+        for u in (-0.1, -0.08, 0.08, 0.1):
+            for v in (-0.025, 0.0, 0.025):
+                start = grasp.position + np.append(u * across + v * along, 0.25)
+                blocked += self._first_below(start, self.objects[name]) > grasp.position[2] + 0.04
         return int(palm.sum()) + blocked
 
     def _first_below(self, start: np.ndarray, ignored: set[int]) -> float:
@@ -110,6 +115,11 @@ class Scene:
                 return float(start[2])
             start[2] -= 1e-4
 
+    def floor(self, name: str) -> float:
+        """Height at which a finger that comes down on the middle of a thing touches it."""
+        cloud = self.cloud(name)
+        return self._first_below(np.append(middle(cloud), cloud[:, 2].max() + 0.05), self.bodies - self.objects[name])
+
     def support(self, target: str) -> np.ndarray:
         """[3]: the middle of an object or region, at the height on which a thing placed there will rest."""
         if target in self.objects:
@@ -119,11 +129,13 @@ class Scene:
         return self.data.site_xpos[site].copy()
 
 
-def plan_grasp(scene: Scene, name: str, rng: np.random.Generator | None) -> Grasp:
+def plan_grasp(
+    scene: Scene, name: str, rng: np.random.Generator | None, lean: Callable[[np.ndarray], float]
+) -> Grasp:
     """Chooses how to grip an object from above, where nothing else is in the way.
 
     Across the whole object where it fits between the fingers, else by its rim. With `rng` (after a miss) the choice
-    is perturbed, so that a second attempt differs from the first.
+    is perturbed, so that a second attempt differs from the first. `lean` says how hard a position is to reach (rad).
     """
     cloud = scene.cloud(name)
     jitter = 0.0 if rng is None else 1.0
@@ -139,6 +151,7 @@ def plan_grasp(scene: Scene, name: str, rng: np.random.Generator | None) -> Gras
         centre = across * midrange(cloud[:, :2] @ across) + along * midrange(cloud[:, :2] @ along)
         grasp = Grasp(np.append(centre, depth), float(yaw))
         cost = 2 * width + 0.004 * abs(yaw) + 0.02 * min(scene.clutter(name, grasp), 20) + jitter * 0.01 * draw()
+        cost += 2 * lean(grasp.position)
         grasps.append((cost, grasp))
     if not grasps:
         rim = cloud[cloud[:, 2] > top - 0.012]
@@ -155,6 +168,7 @@ def plan_grasp(scene: Scene, name: str, rng: np.random.Generator | None) -> Gras
                 grasp = Grasp(np.append(point, top - 0.018), float(yaw))
                 nearer = 0.1 if point[0] < centre[0] else 0.0  # The arm comes from -x and would shade the rim there.
                 cost = 0.3 * abs(yaw) + 0.15 * min(scene.clutter(name, grasp), 20) + nearer + jitter * 0.2 * draw()
+                cost += 2 * lean(grasp.position)
                 grasps.append((cost, grasp))
     if not grasps:  # Neither narrow nor ring-shaped: the middle is as good as any.
         return Grasp(np.append(middle(cloud), depth), 0.0)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+import mujoco
 import numpy as np
 
 if TYPE_CHECKING:
@@ -12,6 +13,13 @@ if TYPE_CHECKING:
 
 OPEN, CLOSED = -1.0, 1.0
 UP = np.array([0.0, 0.0, 1.0])
+
+SHOULDER = np.array([0.0, 0.0, 0.333])
+"""m above the Panda's base."""
+WRIST_BACK, WRIST_UP = 0.088, 0.2
+"""m: where the Panda's wrist is when the fingers point down, seen from the grip site: nearer to the base, and higher."""
+REACH = 0.66
+"""m from shoulder to wrist. At 0.70 the arm is straight, and there the controller can't pull it back any more."""
 
 Actions = Iterator[np.ndarray]
 """What every skill is: a generator of [7] actions, which looks at the scene anew after each of them."""
@@ -25,6 +33,8 @@ class Arm:
         self.gripper = OPEN
         self.resting = simulator.eef_rotation()
         """Fingers down, opening along world y."""
+        base = mujoco.mj_name2id(simulator.model, mujoco.mjtObj.mjOBJ_BODY, "robot0_base")
+        self.shoulder = simulator.data.xpos[base] + SHOULDER
 
     @property
     def position(self) -> np.ndarray:
@@ -51,6 +61,24 @@ class Arm:
         ]
         return min(both, key=lambda orientation: float((orientation * self.resting.inv()).magnitude()))
 
+    def within_reach(self, goal: np.ndarray, orientation: "Rotation") -> "Rotation":
+        """The orientation, leant back towards the base as far as it takes for the arm not to be straight at `goal`."""
+        from scipy.spatial.transform import Rotation as rotation
+
+        outwards = (goal - self.shoulder) * [1, 1, 0]
+        outwards /= max(float(np.linalg.norm(outwards)), 1e-9)
+        leant = orientation
+        for angle in np.arange(0, 0.65, 0.05):
+            leant = rotation.from_rotvec(np.cross(outwards, UP) * angle) * orientation
+            wrist = goal - WRIST_UP * leant.as_matrix()[:, 2] - WRIST_BACK * outwards
+            if np.linalg.norm(wrist - self.shoulder) < REACH:
+                break
+        return leant
+
+    def lean(self, goal: np.ndarray) -> float:
+        """How far (rad) the hand has to lean back for the fingers to get to `goal` from above; 0 where it is near."""
+        return float((self.within_reach(goal, self.resting) * self.resting.inv()).magnitude())
+
     def action(self, pose: np.ndarray) -> np.ndarray:
         """[7] action of a [6] pose change in controller units."""
         return np.append(np.clip(pose, -1, 1), self.gripper)
@@ -69,6 +97,7 @@ class Arm:
         steps: int,
         speed: float = 1.0,
         turn_tolerance: float = 0.08,
+        gain: float = 16.0,
         until: Callable[[], bool] = lambda: False,
     ) -> Actions:
         """Servoes the grip site to `goal` within `tolerance` (m; rad for the turn), for at most `steps` steps."""
@@ -82,7 +111,7 @@ class Arm:
                 # Robosuite's controller treats translation and rotation apart; where the arm is folded the two pull
                 # against each other and come to rest centimetres off, which only an integral term overcomes.
                 drift = np.clip(drift + np.append(error * 1.5, turn * 0.2), -0.6, 0.6)
-            pose = np.append(shorten(error * 16.0, speed), shorten(turn * 2.0, 0.6))
+            pose = np.append(shorten(error * gain, speed), shorten(turn * 2.0, 0.6))
             yield self.action(pose + drift)
 
     def rise_to(self, height: float, orientation: "Rotation") -> Actions:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .grasp import Scene, middle, plan_grasp
-from .motion import CLOSED, OPEN, Actions, Arm, shorten
+from .motion import CLOSED, OPEN, Actions, Arm
 
 if TYPE_CHECKING:
     from scipy.spatial.transform import Rotation
@@ -40,13 +40,15 @@ class Skills:
     def pick(self, name: str, first: bool) -> Actions:
         """Grips a thing from above and lifts it."""
         arm = self.arm
-        grasp = plan_grasp(self.scene, name, None if first else self.rng)
-        self.held = arm.turned(grasp.yaw)
+        grasp = plan_grasp(self.scene, name, None if first else self.rng, arm.lean)
         above = grasp.position + [0, 0, 0.10]
+        self.held = arm.within_reach(above, arm.within_reach(grasp.position, arm.turned(grasp.yaw)))
         arm.gripper = OPEN
         yield from arm.rise_to(above[2], self.held)
         yield from arm.move(above, self.held, 0.015, steps=60)
         yield from arm.move(grasp.position + [0, 0, 0.03], self.held, 0.01, steps=15)
+        if np.linalg.norm(grasp.position + [0, 0, 0.03] - arm.position) > 0.012:  # A stretched arm swings past.
+            yield from arm.move(grasp.position + [0, 0, 0.03], self.held, 0.006, steps=30, gain=6.0)
         yield from arm.move(grasp.position, self.held, 0.006, steps=20, speed=0.5)
         yield from arm.close()
         yield from arm.move(arm.position + [0, 0, 0.10], self.held, 0.02, steps=20, speed=0.6, turn_tolerance=3)
@@ -75,31 +77,29 @@ class Skills:
         yield from arm.hold(5)
 
     def push(self, name: str, target: str) -> Actions:
-        """Slides a thing over the table to a region, with closed fingers behind it."""
+        """Slides a thing over the table to a region, with closed fingers: against the rim of a dish from inside.
+
+        From inside the dish follows the fingers; pushed from behind it would turn aside.
+        """
         arm, scene = self.arm, self.scene
         goal = scene.support(target)[:2]
         cloud = scene.cloud(name)
-        radius = np.ptp(cloud[:, :2], 0).max() / 2
-        height = cloud[:, 2].min() + 0.015
+        bottom, radius = cloud[:, 2].min(), np.ptp(cloud[:, :2], 0).max() / 2
+        hollow = scene.floor(name) < cloud[:, 2].max() - 0.005
+        ahead = radius - 0.03 if hollow else -radius - 0.012
+        height = (scene.floor(name) if hollow else bottom) + 0.008
         arm.gripper = CLOSED
-        way = _direction(goal - middle(cloud))
-        start = np.append(middle(cloud) - way * (radius + 0.05), height)
+        start = middle(cloud) + _direction(goal - middle(cloud)) * (0 if hollow else ahead - 0.03)
         yield from arm.rise_to(height + 0.15, arm.resting)
-        yield from arm.move(start + [0, 0, 0.12], arm.resting, 0.02, steps=60)
-        yield from arm.move(start, arm.resting, 0.01, steps=30)
+        yield from arm.move([*start, height + 0.10], arm.resting, 0.02, steps=60)
+        yield from arm.move([*start, height], arm.resting, 0.008, steps=30, speed=0.5)
         for _ in range(150):
-            centre = middle(scene.cloud(name))
-            left = goal - centre
-            if np.linalg.norm(left) < 0.02:
+            left = goal - middle(scene.cloud(name))
+            if np.linalg.norm(left) < 0.015:
                 break
             way = _direction(left)
-            behind = centre - way * (radius + 0.01)  # where the fingers touch the edge and push it straight
-            astray = behind - arm.position[:2]
-            astray -= way * (astray @ way)
-            step = np.append(way * 0.25 + astray * 16.0, (height - arm.position[2]) * 16.0)
-            turn = (arm.resting * arm.simulator.eef_rotation().inv()).as_rotvec()
-            yield arm.action(np.append(shorten(step, 0.5), shorten(turn * 2.0, 0.6)))
-        yield from arm.move(arm.position - np.append(way * 0.05, 0), arm.resting, 0.02, steps=10, turn_tolerance=1)
+            contact = middle(scene.cloud(name)) + way * ahead
+            yield from arm.move([*(contact + way * 0.02), height], arm.resting, 0.0, steps=1, speed=0.4)
         yield from arm.move(arm.position + [0, 0, 0.12], arm.resting, 0.03, steps=20, turn_tolerance=1)
 
 
