@@ -26,6 +26,9 @@ ROTATION_NOISE = 0.3 * NOISE
 NOISE_RENEWAL = 0.1
 """Chance a step that a new noise is drawn; in between it stays, since white noise would average out."""
 
+SPACING = 0.09
+"""m between the middles of things that share a surface."""
+
 Goal = tuple[str, ...]
 """A predicate in lower case and what it is about: ("in", thing, region)."""
 
@@ -77,10 +80,11 @@ class Expert:
         self.simulator = simulator
         self.task = task
         self.skills = Skills(simulator, rng)
+        self.goals = plan(simulator)
 
     def actions(self) -> Actions:
         """Yields clean [7] actions until the goals hold or every attempt is used up."""
-        for goal in plan(self.simulator):
+        for goal in self.goals:
             for _ in range(ATTEMPTS):
                 if self.holds(goal):
                     break
@@ -100,10 +104,15 @@ class Expert:
         elif predicate == "on" and "push" in self.task.instruction.lower().split():
             yield from self.skills.push(*names)
         elif predicate in ("on", "in"):
-            yield from self.skills.pick_and_place(*names)
+            yield from self.skills.pick_and_place(*names, aside=self._aside(goal))
         else:
             known = ", ".join(["on", "in", *RANGES])
             raise BenchError(f"task: {self.task.key!r} needs the skill {predicate!r}; the expert knows {known}")
+
+    def _aside(self, goal: Goal) -> float:
+        """Where (m along x) a thing goes on a surface that several things must stand on: side by side, the far first."""
+        sharing = [other for other in self.goals if other[0] == goal[0] == "on" and other[2] == goal[2]]
+        return SPACING * ((len(sharing) - 1) / 2 - sharing.index(goal)) if goal in sharing else 0.0
 
 
 def plan(simulator: "LiberoSimulator") -> list[Goal]:

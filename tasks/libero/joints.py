@@ -96,7 +96,7 @@ def pull(arm: Arm, part: Part, done: Callable[[], bool]) -> Actions:
 
 def shove(arm: Arm, part: Part, done: Callable[[], bool]) -> Actions:
     """Pushes a drawer in, with closed fingers against its handle."""
-    orientation = arm.reaching(part.axis, np.deg2rad(35))
+    orientation = arm.reaching(part.axis, np.deg2rad(40))
     handle = _front(part.cloud, -part.axis)
     before = handle - 0.08 * part.axis + [0, 0, 0.005]
     arm.gripper = CLOSED

@@ -56,9 +56,7 @@ class Arm:
 
         approach = -np.cos(tilt) * UP + np.sin(tilt) * inwards
         opening = np.cross(approach, np.cross(UP, inwards))
-        both = [
-            rotation.from_matrix(np.stack([np.cross(y, approach), y, approach], 1)) for y in (opening, -opening)
-        ]
+        both = [rotation.from_matrix(np.stack([np.cross(y, approach), y, approach], 1)) for y in (opening, -opening)]
         return min(both, key=lambda orientation: float((orientation * self.resting.inv()).magnitude()))
 
     def within_reach(self, goal: np.ndarray, orientation: "Rotation") -> "Rotation":
@@ -105,7 +103,7 @@ class Arm:
         for _ in range(steps):
             error = np.asarray(goal) - self.position
             turn = (orientation * self.simulator.eef_rotation().inv()).as_rotvec()
-            if until() or np.linalg.norm(error) < tolerance and np.linalg.norm(turn) < turn_tolerance:
+            if until() or (np.linalg.norm(error) < tolerance and np.linalg.norm(turn) < turn_tolerance):
                 return
             if np.linalg.norm(error) < 0.04:
                 # Robosuite's controller treats translation and rotation apart; where the arm is folded the two pull

@@ -1,10 +1,12 @@
 """The expert's skills with loose things: pick, place, push. `joints.py` has those with drawers, doors and knobs."""
 
+import itertools
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .grasp import Scene, middle, plan_grasp
+from .joints import joint_of
 from .motion import CLOSED, OPEN, Actions, Arm
 
 if TYPE_CHECKING:
@@ -25,22 +27,22 @@ class Skills:
         self.held: Rotation = self.arm.resting
         """Orientation in which the object was gripped; it is carried like that."""
 
-    def pick_and_place(self, name: str, target: str) -> Actions:
-        """Moves a thing onto or into another one."""
+    def pick_and_place(self, name: str, target: str, aside: float = 0.0) -> Actions:
+        """Moves a thing onto or into another one; `aside` (m) of its middle, along x, where it shares the place."""
         arm = self.arm
         for attempt in range(ATTEMPTS):
             before = self.scene.cloud(name)[:, 2].min()
-            yield from self.pick(name, first=attempt == 0)
+            yield from self.pick(name, target, first=attempt == 0)
             if self.scene.cloud(name)[:, 2].min() > before + 0.02:
-                yield from self.place(name, target)
+                yield from self.place(name, target, aside)
                 return
             arm.gripper = OPEN
             yield from arm.move(arm.position + [0, 0, 0.08], self.held, 0.02, steps=15, turn_tolerance=3)
 
-    def pick(self, name: str, first: bool) -> Actions:
+    def pick(self, name: str, target: str, first: bool) -> Actions:
         """Grips a thing from above and lifts it."""
         arm = self.arm
-        grasp = plan_grasp(self.scene, name, None if first else self.rng, arm.lean)
+        grasp = plan_grasp(self.scene, name, None if first else self.rng, arm.lean, self._way(name, target))
         above = grasp.position + [0, 0, 0.10]
         self.held = arm.within_reach(above, arm.within_reach(grasp.position, arm.turned(grasp.yaw)))
         arm.gripper = OPEN
@@ -53,11 +55,24 @@ class Skills:
         yield from arm.close()
         yield from arm.move(arm.position + [0, 0, 0.10], self.held, 0.02, steps=20, speed=0.6, turn_tolerance=3)
 
-    def place(self, name: str, target: str) -> Actions:
+    def _way(self, name: str, target: str) -> np.ndarray | None:
+        """[3] m: how far a thing will travel, when it goes where there may be little room for the hand."""
+        if joint_of(self.arm.simulator, target) is None:
+            return None
+        cloud = self.scene.cloud(name)
+        return self.scene.support(target) - [*middle(cloud), cloud[:, 2].min() - 0.02]
+
+    def _dropped(self, name: str) -> bool:
+        """Whether a thing is no longer in the hand."""
+        cloud, here = self.scene.cloud(name), self.arm.position
+        return bool(np.linalg.norm(middle(cloud) - here[:2]) > 0.2 or cloud[:, 2].max() < here[2] - 0.05)
+
+    def place(self, name: str, target: str, aside: float = 0.0) -> Actions:
         """Sets the held thing down on or in another one."""
         arm = self.arm
         goal = self.scene.support(target)
-        clearance, drop = (0.12, 0.06) if "basket" in target else (0.06, 0.003)
+        goal[0] += aside
+        clearance, drop = self._heights(target)
         rise = max(0.0, goal[2] + clearance - self.scene.cloud(name)[:, 2].min())
         yield from arm.move(arm.position + [0, 0, rise], self.held, 0.02, steps=40, turn_tolerance=1)
         # Twice, since the object swings and slips in the fingers on the way.
@@ -66,6 +81,9 @@ class Skills:
             yield from arm.move(
                 arm.position + [*offset, 0], self.held, tolerance, steps=steps, speed=0.8, turn_tolerance=0.3
             )
+            if self._dropped(name):
+                arm.gripper = OPEN
+                return
         for height, tolerance, steps, speed in ((drop + 0.03, 0.02, 40, 1.0), (drop, 0.01, 20, 0.5)):
             descent = min(0.0, goal[2] + height - self.scene.cloud(name)[:, 2].min())
             yield from arm.move(
@@ -75,6 +93,14 @@ class Skills:
         yield from arm.hold(6)
         yield from arm.move(arm.position + [0, 0, 0.15], self.held, 0.03, steps=20, turn_tolerance=1)
         yield from arm.hold(5)
+
+    def _heights(self, target: str) -> tuple[float, float]:
+        """How high (m) above a target's middle a thing is carried, and let go."""
+        if "basket" in target:
+            return 0.12, 0.06
+        if joint_of(self.arm.simulator, target) is not None:
+            return 0.10, 0.02
+        return 0.06, 0.003
 
     def push(self, name: str, target: str) -> Actions:
         """Slides a thing over the table to a region, with closed fingers: against the rim of a dish from inside.
@@ -88,19 +114,44 @@ class Skills:
         hollow = scene.floor(name) < cloud[:, 2].max() - 0.005
         ahead = radius - 0.03 if hollow else -radius - 0.012
         height = (scene.floor(name) if hollow else bottom) + 0.008
+        path = self._clear_path(name, goal, radius)
         arm.gripper = CLOSED
-        start = middle(cloud) + _direction(goal - middle(cloud)) * (0 if hollow else ahead - 0.03)
+        start = middle(cloud) + _direction(path[0] - middle(cloud)) * (0 if hollow else ahead - 0.03)
         yield from arm.rise_to(height + 0.15, arm.resting)
         yield from arm.move([*start, height + 0.10], arm.resting, 0.02, steps=60)
         yield from arm.move([*start, height], arm.resting, 0.008, steps=30, speed=0.5)
-        for _ in range(150):
-            left = goal - middle(scene.cloud(name))
-            if np.linalg.norm(left) < 0.015:
-                break
-            way = _direction(left)
-            contact = middle(scene.cloud(name)) + way * ahead
-            yield from arm.move([*(contact + way * 0.02), height], arm.resting, 0.0, steps=1, speed=0.4)
+        for corner in path:
+            nearest, since = np.inf, 0
+            while since < 15:  # else it is stuck
+                left = corner - middle(scene.cloud(name))
+                if (distance := float(np.linalg.norm(left))) < 0.015:
+                    break
+                nearest, since = (distance, 0) if distance < nearest - 0.003 else (nearest, since + 1)
+                contact = middle(scene.cloud(name)) + _direction(left) * (ahead + 0.02)
+                yield from arm.move([*contact, height], arm.resting, 0.0, steps=1, speed=0.4)
         yield from arm.move(arm.position + [0, 0, 0.12], arm.resting, 0.03, steps=20, turn_tolerance=1)
+
+    def _clear_path(self, name: str, goal: np.ndarray, radius: float) -> list[np.ndarray]:
+        """Corners ([2] m) of a way over the table on which the fewest other things are pushed along; straight if free.
+
+        Of the ways with one corner on either side of the straight line.
+        """
+        start = middle(self.scene.cloud(name))
+        straight = goal - start
+        beside = np.array([-straight[1], straight[0]]) / 8
+        low = self.scene.others(name)
+        low = low[low[:, 2] < self.scene.cloud(name)[:, 2].max() + 0.05, :2]
+
+        def pushed(path: list[np.ndarray]) -> float:
+            corners = [start, *path]
+            points = np.concatenate([np.linspace(a, b, 20) for a, b in itertools.pairwise(corners)])
+            near = np.linalg.norm(low[:, None] - points, axis=-1).min(1) < radius + 0.01
+            return float(near.sum())
+
+        paths = [[goal]] + [
+            [start + straight * s + beside * k, goal] for s in (0.5, 0.75, 1.0) for k in (1, -1, 2, -2, 3, -3)
+        ]
+        return min(paths, key=pushed)
 
 
 def _direction(vector: np.ndarray) -> np.ndarray:
