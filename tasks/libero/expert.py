@@ -110,7 +110,7 @@ class Expert:
             raise BenchError(f"task: {self.task.key!r} needs the skill {predicate!r}; the expert knows {known}")
 
     def _aside(self, goal: Goal) -> float:
-        """Where (m along x) a thing goes on a surface that several things must stand on: side by side, the far first."""
+        """Where (m along x) a thing goes on a surface that several must share: side by side, the far one first."""
         sharing = [other for other in self.goals if other[0] == goal[0] == "on" and other[2] == goal[2]]
         return SPACING * ((len(sharing) - 1) / 2 - sharing.index(goal)) if goal in sharing else 0.0
 

@@ -67,7 +67,7 @@ def find_part(simulator: "LiberoSimulator", scene: Scene, predicate: str, name: 
 def actuate(arm: Arm, part: Part, predicate: str, done: Callable[[], bool]) -> Actions:
     """Moves a part until `done`."""
     if part.slides:
-        yield from (pull if predicate == "open" else shove)(arm, part, done)
+        yield from pull(arm, part, done) if predicate == "open" else shove(arm, part, done)
     elif predicate.startswith("turn"):
         yield from twist(arm, part, done)
     else:
@@ -95,8 +95,8 @@ def pull(arm: Arm, part: Part, done: Callable[[], bool]) -> Actions:
 
 
 def shove(arm: Arm, part: Part, done: Callable[[], bool]) -> Actions:
-    """Pushes a drawer in, with closed fingers against its handle."""
-    orientation = arm.reaching(part.axis, np.deg2rad(40))
+    """Pushes a drawer in, with closed fingers against its handle and the hand clear of the handles above."""
+    orientation = arm.reaching(part.axis, np.deg2rad(40), level=True)
     handle = _front(part.cloud, -part.axis)
     before = handle - 0.08 * part.axis + [0, 0, 0.005]
     arm.gripper = CLOSED

@@ -17,7 +17,7 @@ UP = np.array([0.0, 0.0, 1.0])
 SHOULDER = np.array([0.0, 0.0, 0.333])
 """m above the Panda's base."""
 WRIST_BACK, WRIST_UP = 0.088, 0.2
-"""m: where the Panda's wrist is when the fingers point down, seen from the grip site: nearer to the base, and higher."""
+"""m: where the Panda's wrist is, seen from the grip site when the fingers point down: nearer to the base, and above."""
 REACH = 0.66
 """m from shoulder to wrist. At 0.70 the arm is straight, and there the controller can't pull it back any more."""
 
@@ -47,15 +47,16 @@ class Arm:
 
         return rotation.from_euler("z", yaw) * self.resting
 
-    def reaching(self, inwards: np.ndarray, tilt: float) -> "Rotation":
-        """Fingers tilted by `tilt` (rad) from straight down towards a horizontal direction, opening in that plane.
+    def reaching(self, inwards: np.ndarray, tilt: float, level: bool = False) -> "Rotation":
+        """Fingers tilted by `tilt` (rad) from straight down towards a horizontal direction.
 
-        Of the two such orientations, half a turn of the wrist apart, the one nearer to the resting one.
+        They open in that plane, or with `level` at right angles to it: the hand is three times as wide as thick. Of the
+        two such orientations, half a turn of the wrist apart, the one nearer to the resting one.
         """
         from scipy.spatial.transform import Rotation as rotation
 
         approach = -np.cos(tilt) * UP + np.sin(tilt) * inwards
-        opening = np.cross(approach, np.cross(UP, inwards))
+        opening = np.cross(UP, inwards) if level else np.cross(approach, np.cross(UP, inwards))
         both = [rotation.from_matrix(np.stack([np.cross(y, approach), y, approach], 1)) for y in (opening, -opening)]
         return min(both, key=lambda orientation: float((orientation * self.resting.inv()).magnitude()))
 

@@ -113,7 +113,7 @@ class Skills:
         bottom, radius = cloud[:, 2].min(), np.ptp(cloud[:, :2], 0).max() / 2
         hollow = scene.floor(name) < cloud[:, 2].max() - 0.005
         ahead = radius - 0.03 if hollow else -radius - 0.012
-        height = (scene.floor(name) if hollow else bottom) + 0.008
+        height = scene.floor(name) - 0.002 if hollow else bottom + 0.008
         path = self._clear_path(name, goal, radius)
         arm.gripper = CLOSED
         start = middle(cloud) + _direction(path[0] - middle(cloud)) * (0 if hollow else ahead - 0.03)
@@ -121,6 +121,8 @@ class Skills:
         yield from arm.move([*start, height + 0.10], arm.resting, 0.02, steps=60)
         yield from arm.move([*start, height], arm.resting, 0.008, steps=30, speed=0.5)
         for corner in path:
+            if hollow:  # else the fingers would slip over the rim at a bend
+                yield from arm.move([*middle(scene.cloud(name)), height], arm.resting, 0.012, steps=15, speed=0.3)
             nearest, since = np.inf, 0
             while since < 15:  # else it is stuck
                 left = corner - middle(scene.cloud(name))
@@ -128,7 +130,7 @@ class Skills:
                     break
                 nearest, since = (distance, 0) if distance < nearest - 0.003 else (nearest, since + 1)
                 contact = middle(scene.cloud(name)) + _direction(left) * (ahead + 0.02)
-                yield from arm.move([*contact, height], arm.resting, 0.0, steps=1, speed=0.4)
+                yield from arm.move([*contact, height], arm.resting, 0.0, steps=1, speed=0.35)
         yield from arm.move(arm.position + [0, 0, 0.12], arm.resting, 0.03, steps=20, turn_tolerance=1)
 
     def _clear_path(self, name: str, goal: np.ndarray, radius: float) -> list[np.ndarray]:
@@ -148,9 +150,11 @@ class Skills:
             near = np.linalg.norm(low[:, None] - points, axis=-1).min(1) < radius + 0.01
             return float(near.sum())
 
-        paths = [[goal]] + [
-            [start + straight * s + beside * k, goal] for s in (0.5, 0.75, 1.0) for k in (1, -1, 2, -2, 3, -3)
+        corners = [
+            start + straight * s + beside * k for s in (0.5, 0.75, 1.0, 1.2) for k in (1, -1, 2, -2, 3, -3, 4, -4)
         ]
+        height = self.scene.cloud(name)[:, 2].max()
+        paths = [[goal]] + [[corner, goal] for corner in corners if not self.arm.lean(np.append(corner, height))]
         return min(paths, key=pushed)
 
 
