@@ -132,6 +132,23 @@ class Scene:
         cloud = self.cloud(name)
         return self._first_below(np.append(middle(cloud), cloud[:, 2].max() + 0.05), self.bodies - self.objects[name])
 
+    def room(self, target: str) -> np.ndarray:
+        """[3] half extents (m) of a region; zero for an object, which has no inside."""
+        region = self.env.object_sites_dict.get(target)
+        if region is None:
+            return np.zeros(3)
+        site = mujoco.mj_name2id(self.model, mujoco.mjtObj.mjOBJ_SITE, target)
+        return np.abs(self.data.site_xmat[site].reshape(3, 3) @ np.asarray(region.size))
+
+    def highest_between(self, name: str, start: np.ndarray, goal: np.ndarray) -> float:
+        """Top (m) of the loose things within 6 cm of the straight way from one horizontal position to another."""
+        others = set().union(*(self.objects[other] for other in self.env.objects_dict if other != name))
+        cloud = self._world(others)
+        along = goal - start
+        share = np.clip((cloud[:, :2] - start) @ along / max(float(along @ along), 1e-9), 0, 1)
+        near = np.linalg.norm(cloud[:, :2] - start - share[:, None] * along, axis=1) < 0.06
+        return float(cloud[near, 2].max(initial=-np.inf))
+
     def support(self, target: str) -> np.ndarray:
         """[3]: the middle of an object or region, at the height on which a thing placed there will rest."""
         if target in self.objects:
@@ -157,7 +174,7 @@ def plan_grasp(
 
     def trouble(grasp: Grasp) -> float:
         there = 0 if way is None else scene.cramped(name, Grasp(grasp.position + way, grasp.yaw))
-        return 2 * lean(grasp.position) + 0.15 * (scene.cramped(name, grasp) + there)
+        return 2 * lean(grasp.position) + 0.4 * (scene.cramped(name, grasp) + there)
 
     cloud = scene.cloud(name)
     jitter = 0.0 if rng is None else 1.0

@@ -41,11 +41,15 @@ class Arm:
         """[3] m."""
         return np.array(self.simulator.eef_position(), np.float64)
 
-    def turned(self, yaw: float) -> "Rotation":
-        """The resting orientation turned by `yaw` (rad) about the vertical."""
+    def about_vertical(self, yaw: float) -> "Rotation":
+        """A turn by `yaw` (rad)."""
         from scipy.spatial.transform import Rotation as rotation
 
-        return rotation.from_euler("z", yaw) * self.resting
+        return rotation.from_euler("z", yaw)
+
+    def turned(self, yaw: float) -> "Rotation":
+        """The resting orientation turned by `yaw` (rad) about the vertical."""
+        return self.about_vertical(yaw) * self.resting
 
     def reaching(self, inwards: np.ndarray, tilt: float, level: bool = False) -> "Rotation":
         """Fingers tilted by `tilt` (rad) from straight down towards a horizontal direction.

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .grasp import Scene, middle, plan_grasp
+from .grasp import Scene, finger_axes, middle, plan_grasp
 from .joints import joint_of
 from .motion import CLOSED, OPEN, Actions, Arm
 
@@ -73,8 +73,12 @@ class Skills:
         goal = self.scene.support(target)
         goal[0] += aside
         clearance, drop = self._heights(target)
-        rise = max(0.0, goal[2] + clearance - self.scene.cloud(name)[:, 2].min())
+        cloud = self.scene.cloud(name)
+        over = max(goal[2] + clearance, self.scene.highest_between(name, middle(cloud), goal[:2]) + 0.02)
+        rise = max(0.0, over - cloud[:, 2].min())
         yield from arm.move(arm.position + [0, 0, rise], self.held, 0.02, steps=40, turn_tolerance=1)
+        if drop < 0:
+            self.held = arm.about_vertical(self._fitting(name, target)) * self.held
         # Twice, since the object swings and slips in the fingers on the way.
         for tolerance, steps in ((0.012, 80), (0.006, 15)):
             offset = goal[:2] - middle(self.scene.cloud(name))
@@ -100,7 +104,20 @@ class Skills:
             return 0.12, 0.06
         if joint_of(self.arm.simulator, target) is not None:
             return 0.10, 0.02
+        if "contain" in target:
+            depth = self.scene.room(target)[2]
+            return depth + 0.05, -depth + 0.01
         return 0.06, 0.003
+
+    def _fitting(self, name: str, target: str) -> float:
+        """The least turn (rad, about the vertical) with which a thing's footprint fits into a region."""
+        footprint, room = self.scene.cloud(name)[:, :2], self.scene.room(target)[:2]
+
+        def misfit(turn: float) -> float:
+            extent = [np.ptp(footprint @ axis) / 2 for axis in finger_axes(-turn)[::-1]]
+            return float(np.maximum(extent - room, 0).sum()) + 0.003 * abs(turn)
+
+        return float(min(np.deg2rad(np.arange(-90, 91, 5)), key=misfit))
 
     def push(self, name: str, target: str) -> Actions:
         """Slides a thing over the table to a region, with closed fingers: against the rim of a dish from inside.
