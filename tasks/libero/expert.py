@@ -102,9 +102,9 @@ class Expert:
             part = find_part(self.simulator, self.skills.scene, predicate, names[0])
             yield from actuate(self.skills.arm, part, predicate, lambda: self.holds(goal))
         elif predicate == "on" and "push" in self.task.instruction.lower().split():
-            yield from self.skills.push(*names)
+            yield from self.skills.push(names[0], names[1])
         elif predicate in ("on", "in"):
-            yield from self.skills.pick_and_place(*names, aside=self._aside(goal))
+            yield from self.skills.pick_and_place(names[0], names[1], self._aside(goal))
         else:
             known = ", ".join(["on", "in", *RANGES])
             raise BenchError(f"task: {self.task.key!r} needs the skill {predicate!r}; the expert knows {known}")

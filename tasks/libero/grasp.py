@@ -174,7 +174,7 @@ def plan_grasp(
 
     def trouble(grasp: Grasp) -> float:
         there = 0 if way is None else scene.cramped(name, Grasp(grasp.position + way, grasp.yaw))
-        return 2 * lean(grasp.position) + 0.4 * (scene.cramped(name, grasp) + there)
+        return 2 * lean(grasp.position) + 0.15 * (scene.cramped(name, grasp) + there)
 
     cloud = scene.cloud(name)
     jitter = 0.0 if rng is None else 1.0

@@ -48,6 +48,10 @@ class Skills:
         arm.gripper = OPEN
         yield from arm.rise_to(above[2], self.held)
         yield from arm.move(above, self.held, 0.015, steps=60)
+        if np.linalg.norm(above - arm.position) > 0.025:  # Something is in the way: over it.
+            yield from arm.rise_to(above[2] + 0.12, self.held)
+            yield from arm.move(above + [0, 0, 0.12], self.held, 0.015, steps=30)
+            yield from arm.move(above, self.held, 0.015, steps=20)
         yield from arm.move(grasp.position + [0, 0, 0.03], self.held, 0.01, steps=15)
         if np.linalg.norm(grasp.position + [0, 0, 0.03] - arm.position) > 0.012:  # A stretched arm swings past.
             yield from arm.move(grasp.position + [0, 0, 0.03], self.held, 0.006, steps=30, gain=6.0)
