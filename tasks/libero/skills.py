@@ -53,7 +53,8 @@ class Skills:
             yield from arm.move(above + [0, 0, 0.12], self.held, 0.015, steps=30)
             yield from arm.move(above, self.held, 0.015, steps=20)
         yield from arm.move(grasp.position + [0, 0, 0.03], self.held, 0.01, steps=15)
-        if np.linalg.norm(grasp.position + [0, 0, 0.03] - arm.position) > 0.012:  # A stretched arm swings past.
+        if arm.lean(above) and np.linalg.norm(grasp.position + [0, 0, 0.03] - arm.position) > 0.012:
+            # A stretched arm swings past.
             yield from arm.move(grasp.position + [0, 0, 0.03], self.held, 0.006, steps=30, gain=6.0)
         yield from arm.move(grasp.position, self.held, 0.006, steps=20, speed=0.5)
         yield from arm.close()
