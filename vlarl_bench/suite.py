@@ -99,7 +99,7 @@ class Suite(ABC):
 
     name: str
     summary: str
-    expert_version: ClassVar[int] = 1
+    expert_version: int = 1
     """Goes up when the same arguments of `demonstrate` no longer give the same episode."""
     action_dim: ClassVar[int]
     proprio_dim: ClassVar[int]

@@ -1,11 +1,11 @@
-"""A scripted expert for LIBERO's pick-and-place tasks. It sees the simulator's true poses; only its actions are kept.
+"""A scripted expert for LIBERO's tasks. It sees the simulator's true poses; only its actions are kept.
 
 The expert is a generator of actions: a skill yields one clean action, the episode loop executes it (with a little
 noise, so that the demonstrations also cover recovery), and the skill looks at the new state to choose the next one.
 """
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,11 +13,11 @@ import numpy as np
 from vlarl_bench.errors import BenchError
 from vlarl_bench.suite import Demonstration, Observation, Task
 
-from .grasp import Scene, middle, plan_grasp
+from .joints import RANGES, actuate, find_part, joint_of
+from .motion import Actions
+from .skills import ATTEMPTS, Skills
 
 if TYPE_CHECKING:
-    from scipy.spatial.transform import Rotation
-
     from .simulator import LiberoSimulator
 
 NOISE = 0.05
@@ -26,8 +26,11 @@ ROTATION_NOISE = 0.3 * NOISE
 NOISE_RENEWAL = 0.1
 """Chance a step that a new noise is drawn; in between it stays, since white noise would average out."""
 
-OPEN, CLOSED = -1.0, 1.0
-ATTEMPTS = 3
+SPACING = 0.09
+"""m between the middles of things that share a surface."""
+
+Goal = tuple[str, ...]
+"""A predicate in lower case and what it is about: ("in", thing, region)."""
 
 
 def demonstrate(simulator: "LiberoSimulator", task: Task, init_state: int, seed: int) -> Demonstration:
@@ -40,6 +43,7 @@ def demonstrate(simulator: "LiberoSimulator", task: Task, init_state: int, seed:
     Raises BenchError when the task needs a skill that the expert lacks.
     """
     rng = np.random.default_rng([seed, init_state, zlib.crc32(task.key.encode())])
+    simulator.show_surfaces()  # grasps are planned on visual meshes
     simulator.reset(init_state)
     horizon = simulator.protocol.horizon[task.suite]
     labels: list[np.ndarray] = []
@@ -71,131 +75,86 @@ def demonstrate(simulator: "LiberoSimulator", task: Task, init_state: int, seed:
 
 
 class Expert:
-    """Skills over one episode. All positions are world coordinates in metres."""
+    """Works off the goal of one task, predicate by predicate."""
 
     def __init__(self, simulator: "LiberoSimulator", task: Task, rng: np.random.Generator) -> None:
-        from scipy.spatial.transform import Rotation as rotation
-
-        self.rotation = rotation
         self.simulator = simulator
         self.task = task
-        self.rng = rng
-        self.gripper = OPEN
-        self.scene = Scene(simulator)
-        self.resting = simulator.eef_rotation()
-        self.held: Rotation = self.resting
-        """Orientation in which the object was gripped; it is carried like that."""
+        self.skills = Skills(simulator, rng)
+        self.goals = plan(simulator)
 
-    def actions(self) -> Iterator[np.ndarray]:
+    def actions(self) -> Actions:
         """Yields clean [7] actions until the goals hold or every attempt is used up."""
-        skills = {"on": self.pick_and_place, "in": self.pick_and_place}
-        for predicate, *arguments in self.simulator.env.parsed_problem["goal_state"]:
-            skill = skills.get(predicate.lower())
-            if skill is None:
-                known = ", ".join(skills)
-                raise BenchError(f"task: {self.task.key!r} needs the skill {predicate!r}; the expert knows {known}")
+        for goal in self.goals:
             for _ in range(ATTEMPTS):
-                if self.simulator.env._eval_predicate([predicate.lower(), *arguments]):
+                if self.holds(goal):
                     break
-                yield from skill(*arguments)
-        yield from self.hold(20)  # Objects may still be falling into place.
+                yield from self.achieve(goal)
+        yield from self.skills.arm.hold(20)  # Objects may still be falling into place.
 
-    # Skills
+    def holds(self, goal: Goal) -> bool:
+        """Whether LIBERO's predicate is true now."""
+        return bool(self.simulator.env._eval_predicate(list(goal)))
 
-    def pick_and_place(self, name: str, target: str) -> Iterator[np.ndarray]:
-        for attempt in range(ATTEMPTS):
-            before = self.scene.cloud(name)[:, 2].min()
-            yield from self.pick(name, first=attempt == 0)
-            if self.scene.cloud(name)[:, 2].min() > before + 0.02:
-                yield from self.place(name, target)
-                return
-            self.gripper = OPEN
-            yield from self.move(self.position + [0, 0, 0.08], self.held, 0.02, steps=15, turn_tolerance=3)
+    def achieve(self, goal: Goal) -> Actions:
+        """One attempt at one predicate."""
+        predicate, *names = goal
+        if predicate in RANGES:
+            part = find_part(self.simulator, self.skills.scene, predicate, names[0])
+            yield from actuate(self.skills.arm, part, predicate, lambda: self.holds(goal))
+        elif predicate == "on" and "push" in self.task.instruction.lower().split():
+            yield from self.skills.push(names[0], names[1])
+        elif predicate in ("on", "in"):
+            yield from self.skills.pick_and_place(names[0], names[1], self._aside(goal))
+        else:
+            known = ", ".join(["on", "in", *RANGES])
+            raise BenchError(f"task: {self.task.key!r} needs the skill {predicate!r}; the expert knows {known}")
 
-    def pick(self, name: str, first: bool) -> Iterator[np.ndarray]:
-        grasp = plan_grasp(self.scene, name, None if first else self.rng)
-        self.held = self.rotation.from_euler("z", grasp.yaw) * self.resting
-        above = grasp.position + [0, 0, 0.10]
-        self.gripper = OPEN
-        if self.position[2] < above[2] - 0.01:
-            yield from self.move([*self.position[:2], above[2]], self.held, 0.02, steps=30, turn_tolerance=3)
-        yield from self.move(above, self.held, 0.015, steps=60)
-        yield from self.move(grasp.position + [0, 0, 0.03], self.held, 0.01, steps=15)
-        yield from self.move(grasp.position, self.held, 0.006, steps=20, speed=0.5)
-        yield from self.close()
-        yield from self.move(self.position + [0, 0, 0.10], self.held, 0.02, steps=20, speed=0.6, turn_tolerance=3)
-
-    def place(self, name: str, target: str) -> Iterator[np.ndarray]:
-        goal = self.scene.support(target)
-        clearance, drop = (0.12, 0.06) if "basket" in target else (0.06, 0.003)
-        rise = max(0.0, goal[2] + clearance - self.scene.cloud(name)[:, 2].min())
-        yield from self.move(self.position + [0, 0, rise], self.held, 0.02, steps=40, turn_tolerance=1)
-        # Twice, since the object swings and slips in the fingers on the way.
-        for tolerance, steps in ((0.012, 80), (0.006, 15)):
-            offset = goal[:2] - middle(self.scene.cloud(name))
-            yield from self.move(
-                self.position + [*offset, 0], self.held, tolerance, steps=steps, speed=0.8, turn_tolerance=0.3
-            )
-        for height, tolerance, steps, speed in ((drop + 0.03, 0.02, 40, 1.0), (drop, 0.01, 20, 0.5)):
-            descent = min(0.0, goal[2] + height - self.scene.cloud(name)[:, 2].min())
-            yield from self.move(
-                self.position + [0, 0, descent], self.held, tolerance, steps=steps, speed=speed, turn_tolerance=0.3
-            )
-        self.gripper = OPEN
-        yield from self.hold(6)
-        yield from self.move(self.position + [0, 0, 0.15], self.held, 0.03, steps=20, turn_tolerance=1)
-        yield from self.hold(5)
-
-    # Motion
-
-    @property
-    def position(self) -> np.ndarray:
-        return np.array(self.simulator.eef_position(), np.float64)
-
-    def action(self, pose: np.ndarray) -> np.ndarray:
-        return np.append(np.clip(pose, -1, 1), self.gripper)
-
-    def hold(self, steps: int) -> Iterator[np.ndarray]:
-        for _ in range(steps):
-            yield self.action(np.zeros(6))
-
-    def move(
-        self,
-        goal: Sequence[float] | np.ndarray,
-        orientation: "Rotation",
-        tolerance: float,
-        *,
-        steps: int,
-        speed: float = 1.0,
-        turn_tolerance: float = 0.08,
-    ) -> Iterator[np.ndarray]:
-        """Servoes the grip site to `goal` within `tolerance` (m; rad for the turn), for at most `steps` steps."""
-        drift = np.zeros(6)
-        for _ in range(steps):
-            error = np.asarray(goal) - self.position
-            turn = (orientation * self.simulator.eef_rotation().inv()).as_rotvec()
-            if np.linalg.norm(error) < tolerance and np.linalg.norm(turn) < turn_tolerance:
-                return
-            if np.linalg.norm(error) < 0.04:
-                # Robosuite's controller treats translation and rotation apart; where the arm is folded the two pull
-                # against each other and come to rest centimetres off, which only an integral term overcomes.
-                drift = np.clip(drift + np.append(error * 1.5, turn * 0.2), -0.6, 0.6)
-            pose = np.append(shorten(error * 16.0, speed), shorten(turn * 2.0, 0.6))
-            yield self.action(pose + drift)
-
-    def close(self) -> Iterator[np.ndarray]:
-        """Closes the gripper until the fingers stand still."""
-        self.gripper = CLOSED
-        still = 0
-        width = self.simulator.gripper_width()
-        for step in range(25):
-            yield self.action(np.zeros(6))
-            previous, width = width, self.simulator.gripper_width()
-            still = still + 1 if abs(previous - width) < 4e-4 else 0
-            if still >= 3 and step > 3:
-                return
+    def _aside(self, goal: Goal) -> float:
+        """Where (m along x) a thing goes on a surface that several must share: side by side, the far one first."""
+        sharing = [other for other in self.goals if other[0] == goal[0] == "on" and other[2] == goal[2]]
+        return SPACING * ((len(sharing) - 1) / 2 - sharing.index(goal)) if goal in sharing else 0.0
 
 
-def shorten(vector: np.ndarray, limit: float) -> np.ndarray:
-    """Scales a vector down, direction kept, until no component exceeds `limit`."""
-    return vector * min(1.0, limit / max(float(np.abs(vector).max()), 1e-9))
+def plan(simulator: "LiberoSimulator") -> list[Goal]:
+    """The task's goals in an order that works, with containers opened first that something must go in."""
+    goals = [(predicate.lower(), *names) for predicate, *names in simulator.env.parsed_problem["goal_state"]]
+    doors = {}
+    for predicate, *names in goals:
+        if predicate == "in" and joint_of(simulator, names[1]) is not None:
+            doors[names[1]] = _door(simulator, names[1])
+    return in_order(goals, doors)
+
+
+def _door(simulator: "LiberoSimulator", region: str) -> str:
+    """What has to be open so that something can go into a region: a drawer is the region itself."""
+    site = simulator.env.object_sites_dict[region]
+    return region if getattr(site, "joints", None) else str(site.parent_name)
+
+
+def in_order(goals: Sequence[Goal], doors: Mapping[str, str]) -> list[Goal]:
+    """Goals ordered so that none undoes or blocks another; else the task's own order is kept.
+
+    What a thing goes into is opened before and closed after; what carries something is put in its place first.
+    `doors` names, for each region behind a door or in a drawer, what must be open; opening it becomes a goal.
+    """
+    waiting = list(goals)
+    for _, *names in goals:
+        if names[-1] in doors and ("open", doors[names[-1]]) not in waiting:
+            waiting.insert(0, ("open", doors[names[-1]]))
+    ordered: list[Goal] = []
+    while waiting:
+        free = (goal for goal in waiting if not any(_before(other, goal, doors) for other in waiting))
+        goal = next(free, waiting[0])  # Goals that wait for each other in a circle: any order is as good.
+        waiting.remove(goal)
+        ordered.append(goal)
+    return ordered
+
+
+def _before(first: Goal, second: Goal, doors: Mapping[str, str]) -> bool:
+    """Whether `first` has to be done before `second`."""
+    if first[0] == "open" and second[0] == "in":
+        return doors.get(second[2]) == first[1]
+    if first[0] == "in" and second[0] == "close":
+        return doors.get(first[2]) == second[1]
+    return len(first) == len(second) == 3 and second[2] == first[1]

@@ -1,5 +1,7 @@
 """Where a LIBERO scene's surfaces are, and how the expert can grip an object among them."""
 
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,6 +13,11 @@ if TYPE_CHECKING:
 
 FINGER_SPAN = 0.072
 """Widest object (m) that the open gripper can take between its fingers; the fingers open to 80 mm."""
+
+Footprint = tuple[tuple[float, ...], tuple[float, ...]]
+FINGERS: Footprint = ((-0.065, -0.05, -0.035, 0.035, 0.05, 0.065), (-0.012, 0.0, 0.012))
+PALM: Footprint = ((-0.1, -0.05, 0.05, 0.1), (-0.045, 0.0, 0.045))
+"""Points of the open gripper seen from above (m): along the line on which the fingers open, and at right angles."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,10 @@ class Scene:
         """[N, 3] surface points of one object."""
         return self._world(self.objects[name])
 
+    def of_body(self, body: int) -> np.ndarray:
+        """[N, 3] surface points of a drawer, door or knob."""
+        return self._world(self._subtree(body))
+
     def others(self, name: str) -> np.ndarray:
         """[N, 3] surface points of everything that a gripper reaching for `name` might hit."""
         return self._world(self.bodies - self.objects[name])
@@ -84,13 +95,23 @@ class Scene:
         relative = self.others(name) - grasp.position
         u, v, height = np.abs(relative[:, :2] @ across), np.abs(relative[:, :2] @ along), relative[:, 2]
         palm = (u < 0.115) & (v < 0.05) & (height > 0.04) & (height < 0.2)
-        # Big flat parts (a drawer's walls) have no vertices where the fingers go, so those look down with rays.
+        return int(palm.sum()) + self._under(name, grasp, FINGERS, -0.015)
+
+    def cramped(self, name: str, grasp: Grasp) -> int:
+        """How many parts of the hand, above the fingers, would hit a big thing (a drawer, a wall): 0 when none."""
+        return self._under(name, grasp, PALM, 0.04)
+
+    def _under(self, name: str, grasp: Grasp, footprint: Footprint, height: float) -> int:
+        """Under how much of a part of the hand, `height` above the grip site, something else is in the way.
+
+        Big flat parts (a drawer's walls) have no vertices where the hand goes, so this looks down with rays.
+        """
+        across, along = finger_axes(grasp.yaw)
         blocked = 0
-        for u in (-0.065, -0.05, -0.035, 0.035, 0.05, 0.065):
-            for v in (-0.012, 0.0, 0.012):
-                start = grasp.position + np.append(u * across + v * along, 0.25)
-                blocked += self._first_below(start, self.objects[name]) > grasp.position[2] - 0.015
-        return int(palm.sum()) + blocked
+        for u, v in itertools.product(*footprint):
+            start = grasp.position + np.append(u * across + v * along, 0.25)
+            blocked += self._first_below(start, self.objects[name]) > grasp.position[2] + height
+        return blocked
 
     def _first_below(self, start: np.ndarray, ignored: set[int]) -> float:
         """Height of the first collision geom of the scene (no robot, not `ignored`) under a point; -inf when none."""
@@ -106,6 +127,28 @@ class Scene:
                 return float(start[2])
             start[2] -= 1e-4
 
+    def floor(self, name: str) -> float:
+        """Height at which a finger that comes down on the middle of a thing touches it."""
+        cloud = self.cloud(name)
+        return self._first_below(np.append(middle(cloud), cloud[:, 2].max() + 0.05), self.bodies - self.objects[name])
+
+    def room(self, target: str) -> np.ndarray:
+        """[3] half extents (m) of a region; zero for an object, which has no inside."""
+        region = self.env.object_sites_dict.get(target)
+        if region is None:
+            return np.zeros(3)
+        site = mujoco.mj_name2id(self.model, mujoco.mjtObj.mjOBJ_SITE, target)
+        return np.abs(self.data.site_xmat[site].reshape(3, 3) @ np.asarray(region.size))
+
+    def highest_between(self, name: str, start: np.ndarray, goal: np.ndarray) -> float:
+        """Top (m) of the loose things within 6 cm of the straight way from one horizontal position to another."""
+        others = set().union(*(self.objects[other] for other in self.env.objects_dict if other != name))
+        cloud = self._world(others)
+        along = goal - start
+        share = np.clip((cloud[:, :2] - start) @ along / max(float(along @ along), 1e-9), 0, 1)
+        near = np.linalg.norm(cloud[:, :2] - start - share[:, None] * along, axis=1) < 0.06
+        return float(cloud[near, 2].max(initial=-np.inf))
+
     def support(self, target: str) -> np.ndarray:
         """[3]: the middle of an object or region, at the height on which a thing placed there will rest."""
         if target in self.objects:
@@ -115,12 +158,24 @@ class Scene:
         return self.data.site_xpos[site].copy()
 
 
-def plan_grasp(scene: Scene, name: str, rng: np.random.Generator | None) -> Grasp:
+def plan_grasp(
+    scene: Scene,
+    name: str,
+    rng: np.random.Generator | None,
+    lean: Callable[[np.ndarray], float],
+    way: np.ndarray | None = None,
+) -> Grasp:
     """Chooses how to grip an object from above, where nothing else is in the way.
 
     Across the whole object where it fits between the fingers, else by its rim. With `rng` (after a miss) the choice
-    is perturbed, so that a second attempt differs from the first.
+    is perturbed, so that a second attempt differs from the first. `lean` says how hard a position is to reach (rad).
+    `way` [3] is where the thing will be carried, for places where the hand may not fit everywhere.
     """
+
+    def trouble(grasp: Grasp) -> float:
+        there = 0 if way is None else scene.cramped(name, Grasp(grasp.position + way, grasp.yaw))
+        return 2 * lean(grasp.position) + 0.15 * (scene.cramped(name, grasp) + there)
+
     cloud = scene.cloud(name)
     jitter = 0.0 if rng is None else 1.0
     draw = np.random.default_rng(0).random if rng is None else rng.random
@@ -135,6 +190,7 @@ def plan_grasp(scene: Scene, name: str, rng: np.random.Generator | None) -> Gras
         centre = across * midrange(cloud[:, :2] @ across) + along * midrange(cloud[:, :2] @ along)
         grasp = Grasp(np.append(centre, depth), float(yaw))
         cost = 2 * width + 0.004 * abs(yaw) + 0.02 * min(scene.clutter(name, grasp), 20) + jitter * 0.01 * draw()
+        cost += trouble(grasp)
         grasps.append((cost, grasp))
     if not grasps:
         rim = cloud[cloud[:, 2] > top - 0.012]
@@ -151,6 +207,7 @@ def plan_grasp(scene: Scene, name: str, rng: np.random.Generator | None) -> Gras
                 grasp = Grasp(np.append(point, top - 0.018), float(yaw))
                 nearer = 0.1 if point[0] < centre[0] else 0.0  # The arm comes from -x and would shade the rim there.
                 cost = 0.3 * abs(yaw) + 0.15 * min(scene.clutter(name, grasp), 20) + nearer + jitter * 0.2 * draw()
+                cost += trouble(grasp)
                 grasps.append((cost, grasp))
     if not grasps:  # Neither narrow nor ring-shaped: the middle is as good as any.
         return Grasp(np.append(middle(cloud), depth), 0.0)

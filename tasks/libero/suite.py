@@ -59,6 +59,8 @@ class LiberoSuite(Suite):
         """A suite, or with `members` a group of suites."""
         self.name, self.summary = name, summary
         self.members = members or (name,)
+        # LIBERO-Object's episodes are still those of the first expert.
+        self.expert_version = 1 if name == "libero_object" else 2
 
     @cached_property
     def tasks(self) -> tuple[Task, ...]:
@@ -106,7 +108,6 @@ class LiberoSuite(Suite):
         from .simulator import LiberoSimulator
 
         assert isinstance(simulator, LiberoSimulator)
-        simulator.show_surfaces()  # grasps are planned on visual meshes
         return demonstrate(simulator, task, init_state, seed)
 
     def object_names(self, suite: str) -> tuple[str, ...]:
