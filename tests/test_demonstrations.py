@@ -168,7 +168,7 @@ def test_another_protocol_seed_or_expert_is_refused_and_never_replaced(tmp_path:
         make_demonstrations(SUITE, [TASK], PIXELS, 1, tmp_path)
     with pytest.raises(BenchError, match="made with seed 0, not 1"):
         make_demonstrations(SUITE, [TASK], STATE, 1, tmp_path, seed=1)
-    monkeypatch.setattr(LiberoSuite, "expert_version", SUITE.expert_version + 1)
+    monkeypatch.setattr(SUITE, "expert_version", SUITE.expert_version + 1)
     with pytest.raises(BenchError, match="made with expert version"):
         make_demonstrations(SUITE, [TASK], STATE, 1, tmp_path)
     assert files(root) == before

@@ -53,7 +53,7 @@ def test_a_run_leaves_everything(whole):
     phases = [row.phase for row in read_rows(folder / "episodes.jsonl")]
     assert [phases.count(phase) for phase in ("base", "train", "final")] == [1, 9, 1]
     table = (folder / "table.md").read_text()
-    assert "1 of 20 tasks" in table
+    assert "1 of 40 tasks" in table
     assert "privileged state" in table
     assert "fpo" in done.stdout
     for word in ("base evaluation", "fine-tuning", "env steps/s"):
