@@ -86,6 +86,7 @@ class Expert:
     def actions(self) -> Actions:
         """Yields clean [7] actions until the goals hold or every attempt is used up."""
         for goal in self.goals:
+            yield from self._make_room(goal)
             for _ in range(ATTEMPTS):
                 if self.holds(goal):
                     break
@@ -109,6 +110,16 @@ class Expert:
         else:
             known = ", ".join(["on", "in", *RANGES])
             raise BenchError(f"task: {self.task.key!r} needs the skill {predicate!r}; the expert knows {known}")
+
+    def _make_room(self, goal: Goal) -> Actions:
+        """Before a drawer is opened: moves what must go into it so far away that the hand can still get at it."""
+        if goal[0] != "open" or self.holds(goal):
+            return
+        part = find_part(self.simulator, self.skills.scene, *goal)
+        if part.slides:
+            for other in self.goals:
+                if other[0] == "in" and joint_of(self.simulator, other[2]) == joint_of(self.simulator, goal[1]):
+                    yield from self.skills.keep_away(other[1], part.swept)
 
     def _aside(self, goal: Goal) -> float:
         """Where (m along x) a thing goes on a surface that several must share: side by side, the far one first."""

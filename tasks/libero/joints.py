@@ -36,6 +36,13 @@ class Part:
     left: float
     """How far it has to go, m or rad."""
 
+    @property
+    def swept(self) -> np.ndarray:
+        """[M, 2] m: the ground that a drawer covers on its way."""
+        ways = np.linspace(0, self.left + 0.02, 6)[:, None, None] * self.axis
+        swept: np.ndarray = (self.cloud + ways)[..., :2].reshape(-1, 2)
+        return swept
+
 
 def joint_of(simulator: "LiberoSimulator", name: str) -> int | None:
     """The joint of a drawer (named by the region in it), door or knob, or of what the region is part of."""

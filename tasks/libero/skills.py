@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from .simulator import LiberoSimulator
 
 ATTEMPTS = 3
+HAND_ROOM = 0.1
+"""m beside a thing that the open hand needs when it comes down on it."""
 
 
 class Skills:
@@ -74,16 +76,23 @@ class Skills:
 
     def place(self, name: str, target: str, aside: float = 0.0) -> Actions:
         """Sets the held thing down on or in another one."""
-        arm = self.arm
         goal = self.scene.support(target)
         goal[0] += aside
         clearance, drop = self._heights(target)
+        yield from self.carry(name, goal, clearance, drop, target if drop < 0 else None)
+
+    def carry(self, name: str, goal: np.ndarray, clearance: float, drop: float, inside: str | None = None) -> Actions:
+        """Brings the held thing to `goal` [3] and lets it go: carried `clearance` above it, let go `drop` above it.
+
+        `inside` is a narrow region that it is turned to fit into.
+        """
+        arm = self.arm
         cloud = self.scene.cloud(name)
         over = max(goal[2] + clearance, self.scene.highest_between(name, middle(cloud), goal[:2]) + 0.02)
         rise = max(0.0, over - cloud[:, 2].min())
         yield from arm.move(arm.position + [0, 0, rise], self.held, 0.02, steps=40, turn_tolerance=1)
-        if drop < 0:
-            self.held = arm.about_vertical(self._fitting(name, target)) * self.held
+        if inside is not None:
+            self.held = arm.about_vertical(self._fitting(name, inside)) * self.held
         # Twice, since the object swings and slips in the fingers on the way.
         for tolerance, steps in ((0.012, 80), (0.006, 15)):
             offset = goal[:2] - middle(self.scene.cloud(name))
@@ -102,6 +111,32 @@ class Skills:
         yield from arm.hold(6)
         yield from arm.move(arm.position + [0, 0, 0.15], self.held, 0.03, steps=20, turn_tolerance=1)
         yield from arm.hold(5)
+
+    def keep_away(self, name: str, ground: np.ndarray) -> Actions:
+        """Moves a thing, if it stands within a hand's width of some ground [M, 2] (m), to the nearest place that does
+        not and where no other thing stands."""
+        cloud = self.scene.cloud(name)
+        radius = np.ptp(cloud[:, :2], 0).max() / 2
+        here, bottom = middle(cloud), cloud[:, 2].min()
+
+        def free(spot: np.ndarray, things: np.ndarray) -> float:
+            return float(np.linalg.norm(things - spot, axis=1).min()) - radius
+
+        if free(here, ground) > HAND_ROOM:
+            return
+        low = self.scene.others(name)
+        low = low[low[:, 2] < cloud[:, 2].max() + 0.05, :2]
+        ring = [
+            here + distance * np.array([np.cos(angle), np.sin(angle)])
+            for distance in np.arange(0.04, 0.36, 0.02)
+            for angle in np.deg2rad(np.arange(0, 360, 15))
+        ]
+        fit = [spot for spot in ring if free(spot, ground) > HAND_ROOM and free(spot, low) > 0.02]
+        near = [spot for spot in fit if not self.arm.lean(np.append(spot, bottom))]
+        if not near:
+            return
+        yield from self.pick(name, name, first=True)
+        yield from self.carry(name, np.append(near[0], bottom), 0.06, 0.003)
 
     def _heights(self, target: str) -> tuple[float, float]:
         """How high (m) above a target's middle a thing is carried, and let go."""
