@@ -15,7 +15,7 @@ from vlarl_bench.suite import Demonstration, Observation, Task
 
 from .joints import RANGES, actuate, find_part, joint_of
 from .motion import Actions
-from .skills import ATTEMPTS, Skills
+from .skills import ATTEMPTS, HAND_ROOM, Skills
 
 if TYPE_CHECKING:
     from .simulator import LiberoSimulator
@@ -119,7 +119,7 @@ class Expert:
         if part.slides:
             for other in self.goals:
                 if other[0] == "in" and joint_of(self.simulator, other[2]) == joint_of(self.simulator, goal[1]):
-                    yield from self.skills.keep_away(other[1], part.swept)
+                    yield from self.skills.keep_away(other[1], part.swept, HAND_ROOM)
 
     def _aside(self, goal: Goal) -> float:
         """Where (m along x) a thing goes on a surface that several must share: side by side, the far one first."""

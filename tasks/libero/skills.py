@@ -112,9 +112,9 @@ class Skills:
         yield from arm.move(arm.position + [0, 0, 0.15], self.held, 0.03, steps=20, turn_tolerance=1)
         yield from arm.hold(5)
 
-    def keep_away(self, name: str, ground: np.ndarray) -> Actions:
-        """Moves a thing, if it stands within a hand's width of some ground [M, 2] (m), to the nearest place that does
-        not and where no other thing stands."""
+    def keep_away(self, name: str, ground: np.ndarray, room: float) -> Actions:
+        """Moves a thing that stands nearer than `room` (m) to some ground [M, 2] (m) to the nearest place that does not
+        and where no other thing stands."""
         cloud = self.scene.cloud(name)
         radius = np.ptp(cloud[:, :2], 0).max() / 2
         here, bottom = middle(cloud), cloud[:, 2].min()
@@ -122,7 +122,7 @@ class Skills:
         def free(spot: np.ndarray, things: np.ndarray) -> float:
             return float(np.linalg.norm(things - spot, axis=1).min()) - radius
 
-        if free(here, ground) > HAND_ROOM:
+        if free(here, ground) > room:
             return
         low = self.scene.others(name)
         low = low[low[:, 2] < cloud[:, 2].max() + 0.05, :2]
@@ -131,7 +131,7 @@ class Skills:
             for distance in np.arange(0.04, 0.36, 0.02)
             for angle in np.deg2rad(np.arange(0, 360, 15))
         ]
-        fit = [spot for spot in ring if free(spot, ground) > HAND_ROOM and free(spot, low) > 0.02]
+        fit = [spot for spot in ring if free(spot, ground) > room and free(spot, low) > 0.02]
         near = [spot for spot in fit if not self.arm.lean(np.append(spot, bottom))]
         if not near:
             return
@@ -172,6 +172,10 @@ class Skills:
         ahead = radius - 0.03 if hollow else -radius - 0.012
         height = scene.floor(name) - 0.002 if hollow else bottom + 0.008
         path = self._clear_path(name, goal, radius)
+        way = np.concatenate([np.linspace(a, b, 20) for a, b in itertools.pairwise([middle(cloud), *path])])
+        for other in scene.env.objects_dict:
+            if other != name:
+                yield from self.keep_away(other, way, radius + 0.01)
         arm.gripper = CLOSED
         start = middle(cloud) + _direction(path[0] - middle(cloud)) * (0 if hollow else ahead - 0.03)
         yield from arm.rise_to(height + 0.15, arm.resting)
