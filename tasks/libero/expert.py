@@ -87,24 +87,24 @@ class Expert:
         """Yields clean [7] actions until the goals hold or every attempt is used up."""
         for goal in self.goals:
             yield from self._make_room(goal)
-            for _ in range(ATTEMPTS):
+            for attempt in range(ATTEMPTS):
                 if self.holds(goal):
                     break
-                yield from self.achieve(goal)
+                yield from self.achieve(goal, attempt)
         yield from self.skills.arm.hold(20)  # Objects may still be falling into place.
 
     def holds(self, goal: Goal) -> bool:
         """Whether LIBERO's predicate is true now."""
         return bool(self.simulator.env._eval_predicate(list(goal)))
 
-    def achieve(self, goal: Goal) -> Actions:
-        """One attempt at one predicate."""
+    def achieve(self, goal: Goal, attempt: int) -> Actions:
+        """One attempt at one predicate, the first being 0."""
         predicate, *names = goal
         if predicate in RANGES:
             part = find_part(self.simulator, self.skills.scene, predicate, names[0])
             yield from actuate(self.skills.arm, part, predicate, lambda: self.holds(goal))
         elif predicate == "on" and "push" in self.task.instruction.lower().split():
-            yield from self.skills.push(names[0], names[1])
+            yield from self.skills.push(names[0], names[1], clear=attempt > 0)
         elif predicate in ("on", "in"):
             yield from self.skills.pick_and_place(names[0], names[1], self._aside(goal))
         else:

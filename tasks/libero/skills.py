@@ -159,10 +159,11 @@ class Skills:
 
         return float(min(np.deg2rad(np.arange(-90, 91, 5)), key=misfit))
 
-    def push(self, name: str, target: str) -> Actions:
+    def push(self, name: str, target: str, clear: bool) -> Actions:
         """Slides a thing over the table to a region, with closed fingers: against the rim of a dish from inside.
 
-        From inside the dish follows the fingers; pushed from behind it would turn aside.
+        From inside the dish follows the fingers; pushed from behind it would turn aside. What it meets is pushed along,
+        or moved aside first if `clear`, which takes longer.
         """
         arm, scene = self.arm, self.scene
         goal = scene.support(target)[:2]
@@ -174,7 +175,7 @@ class Skills:
         path = self._clear_path(name, goal, radius)
         way = np.concatenate([np.linspace(a, b, 20) for a, b in itertools.pairwise([middle(cloud), *path])])
         for other in scene.env.objects_dict:
-            if other != name:
+            if clear and other != name:
                 yield from self.keep_away(other, way, radius + 0.01)
         arm.gripper = CLOSED
         start = middle(cloud) + _direction(path[0] - middle(cloud)) * (0 if hollow else ahead - 0.03)
