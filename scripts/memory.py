@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from vlarl_bench import registry
-from vlarl_bench.rollout import Pool
+from vlarl_bench.pool import Pool
 
 LIMITS = {"state": 4.0, "pixels": 8.0}
 """GiB for ten tasks on two workers."""

@@ -19,8 +19,8 @@ import matplotlib as mpl
 import numpy as np
 
 from vlarl_bench import registry
+from vlarl_bench.pool import Pool
 from vlarl_bench.protocol import Protocol
-from vlarl_bench.rollout import Pool
 
 SUITE = registry.get("suite", "libero_object")
 TASK = SUITE.tasks[0]

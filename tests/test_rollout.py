@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from vlarl_bench import registry, workers
 from vlarl_bench.errors import BenchError
-from vlarl_bench.rollout import Job, Patience, Pool, episode_seed, run_episodes
+from vlarl_bench.pool import Patience, Pool
+from vlarl_bench.rollout import Job, episode_seed, run_episodes
 
 SUITE = registry.get("suite", "libero_object")
 PROTOCOL = SUITE.protocol("state")
@@ -275,7 +276,7 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
     script.write_text(
         "import pathlib\n"
         "from faulty_suite import Fault, FaultySuite\n"
-        "from vlarl_bench.rollout import Pool\n"
+        "from vlarl_bench.pool import Pool\n"
         "if __name__ == '__main__':\n"
         f"    folder = pathlib.Path({str(tmp_path)!r})\n"
         "    suite = FaultySuite(Fault('loop', 'one', folder, 'open'), Fault('SIGSTOP', 'two', folder, 'open'))\n"

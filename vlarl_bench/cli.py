@@ -187,7 +187,8 @@ def _video(args: list[str]) -> int:
         return 0
     from .film import film_policy
     from .plan import plan_evaluation
-    from .rollout import Job, Pool, episode_seed
+    from .pool import Pool
+    from .rollout import Job, episode_seed
 
     config = EvalConfig(
         options.suite,

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .errors import BenchError
+from .pool import Pool
 from .report.video import captioned, write_video
-from .rollout import Job, Pool, run_episodes
+from .rollout import Job, run_episodes
 
 if TYPE_CHECKING:
     from .policies.base import Policy

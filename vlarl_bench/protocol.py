@@ -3,8 +3,12 @@
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
+
+from .errors import BenchError
+from .registry import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,17 @@ class Protocol:
         if set(self.train_states) & set(self.eval_states):
             remarks.append("evaluates on training states")
         return f"{self.name}@{self.version} ({', '.join(remarks)})"
+
+
+def check_choice(observation: str, name: str, published: Iterable[str], whose: str) -> None:
+    """Raises BenchError unless there is such a protocol: `tiny` for both ways of observing, others for pixels."""
+    if observation not in ("state", "pixels"):
+        raise BenchError(f"observation: {observation!r}; {whose} has 'state' and 'pixels'")
+    known = ["tiny", *published]
+    if name not in known:
+        raise BenchError(f"protocol: {name!r} is not one of {whose}'s; {did_you_mean(name, known)}")
+    if name != "tiny" and observation == "state":
+        raise BenchError(f"protocol: {name!r} shows camera images; a policy that sees object poses takes 'tiny'")
 
 
 _LATER = ("render_size", "mirrored", "resize", "msaa", "shadows")

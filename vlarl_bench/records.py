@@ -352,6 +352,14 @@ def write_json_atomic(path: str | os.PathLike[str], value: Any) -> None:
     write_text_atomic(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def read_json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """As `read_json`, for a document that must be an object."""
+    data = read_json(path)
+    if not isinstance(data, dict):
+        raise BenchError(f"{path}: not a JSON object")
+    return data
+
+
 def read_json(path: str | os.PathLike[str]) -> Any:
     """Reads a JSON document; one that is missing or damaged raises BenchError with its name."""
     with explained(path):

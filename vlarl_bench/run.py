@@ -22,6 +22,7 @@ from .checkpoint import load_latest, save_checkpoint
 from .config import EvalConfig, RunConfig
 from .errors import BenchError
 from .plan import Plan, plan_evaluation, plan_run
+from .pool import Loss, Pool
 from .progress import Progress
 from .provenance import code_version, fingerprint_hash, make_manifest
 from .records import (
@@ -35,7 +36,7 @@ from .records import (
     write_json_atomic,
     write_text_atomic,
 )
-from .rollout import Episode, Job, Loss, Pool, Rollout, episode_seed, run_episodes
+from .rollout import Episode, Job, Rollout, episode_seed, run_episodes
 
 if TYPE_CHECKING:
     from .algorithm import Algorithm

@@ -4,9 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
 
-from vlarl_bench.errors import BenchError
-from vlarl_bench.protocol import Protocol
-from vlarl_bench.registry import did_you_mean
+from vlarl_bench.protocol import Protocol, check_choice
 from vlarl_bench.suite import Demonstration, Simulator, Suite, Task
 
 # The instructions of LeRobot's `aloha_sim_*` datasets; gym-aloha itself has none.
@@ -60,14 +58,9 @@ class AlohaSuite(Suite):
 
     def protocol(self, observation: str, name: str = "tiny") -> Protocol:
         """`tiny` learns from states 0-24 and is judged on 25-49; the published ones are judged on LeRobot's 50."""
-        if observation not in ("state", "pixels"):
-            raise BenchError(f"observation: {observation!r}; ALOHA has 'state' and 'pixels'")
-        if name != "tiny" and name not in PUBLISHED:
-            raise BenchError(f"protocol: {name!r} is not one of ALOHA's; {did_you_mean(name, ['tiny', *PUBLISHED])}")
+        check_choice(observation, name, PUBLISHED, whose="ALOHA")
         if name == "tiny":
             return _tiny(observation)
-        if observation == "state":
-            raise BenchError(f"protocol: {name!r} shows camera images; a policy that sees object poses takes 'tiny'")
         published = PUBLISHED[name]
         return Protocol(
             name=name,

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from vlarl_bench.errors import BenchError
-from vlarl_bench.protocol import Protocol
-from vlarl_bench.registry import did_you_mean
+from vlarl_bench.protocol import Protocol, check_choice
 from vlarl_bench.suite import Demonstration, Simulator, Suite, Task
 
 # Names and instructions as in LIBERO's own task map (for LIBERO-PRO's changed tasks and wordings as in its BDDL files),
@@ -69,14 +68,9 @@ class LiberoSuite(Suite):
 
     def protocol(self, observation: str, name: str = "tiny") -> Protocol:
         """`tiny` learns from states 0-24 and is judged on 25-49; the published ones use all 50 as their authors do."""
-        if observation not in ("state", "pixels"):
-            raise BenchError(f"observation: {observation!r}; LIBERO has 'state' and 'pixels'")
-        if name != "tiny" and name not in PUBLISHED:
-            raise BenchError(f"protocol: {name!r} is not one of LIBERO's; {did_you_mean(name, ['tiny', *PUBLISHED])}")
+        check_choice(observation, name, PUBLISHED, whose="LIBERO")
         if name == "tiny":
             return _tiny(observation)
-        if observation == "state":
-            raise BenchError(f"protocol: {name!r} shows camera images; a policy that sees object poses takes 'tiny'")
         published = PUBLISHED[name]
         return Protocol(
             name=name,

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from vlarl_bench import registry
-from vlarl_bench.rollout import Pool
+from vlarl_bench.pool import Pool
 
 SUITE = registry.get("suite", "libero_object")
 STATE = SUITE.protocol("state")

@@ -53,7 +53,8 @@ def stage(spec):
 
 @functools.cache
 def _bench(policy_name):
-    from vlarl_bench.rollout import Job, Pool, Rollout, episode_seed, run_episodes
+    from vlarl_bench.pool import Pool
+    from vlarl_bench.rollout import Job, Rollout, episode_seed, run_episodes
     from vlarl_bench.suite import Demonstration
 
     spec = registry.get("policy", policy_name)

@@ -167,9 +167,7 @@ def command(*arguments):
 def test_the_command_fails_in_one_line(tmp_path):
     done = command("--checkpoint", tmp_path, "--out", "x", "--tokenizer", "x", "--statistics-key", "x")
     assert done.returncode != 0
-    assert done.stderr.strip().split("\n") == [
-        f"error: checkpoint: cannot read {tmp_path}/config.json: No such file or directory"
-    ]
+    assert done.stderr.strip().split("\n") == [f"error: {tmp_path}/config.json: no such file or folder"]
 
 
 def test_without_orbax_it_says_what_to_install(tmp_path, monkeypatch):

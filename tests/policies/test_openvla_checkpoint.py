@@ -123,7 +123,7 @@ def test_wrong_heads(folder):
 
 
 def test_missing_and_broken_files(folder):
-    refused(folder / "nowhere", "config.json", "No such file")
+    refused(folder / "nowhere", "config.json", "no such file or folder")
     refused(folder, "norm_stats: action_low has shape [7]; this robot needs [14]", action_dim=14)
     (folder / "config.json").write_text(json.dumps({"model_type": "llava"}))
     refused(folder, "model_type 'llava'", "must be 'openvla'")

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from vlarl_bench import registry
-from vlarl_bench.rollout import Job, Pool, episode_seed, run_episodes
+from vlarl_bench.pool import Pool
+from vlarl_bench.rollout import Job, episode_seed, run_episodes
 
 SUITE = registry.get("suite", "aloha")
 

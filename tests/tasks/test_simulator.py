@@ -144,16 +144,15 @@ def test_an_experts_actions_succeed_at_the_same_step_as_in_stock(pair):
     simulator.step = lambda actions: executed.extend(actions) or step(actions)
     try:
         demonstration = suite.demonstrate(simulator, simulator.task, 0, seed=0)
-    except BenchError as error:
-        pytest.skip(str(error))
     finally:
         del simulator.step
+    assert demonstration.success
     stock.reset(0)
     succeeded = []
     for action in executed:
         stock.step(action)
         succeeded.append(stock.env.check_success())
-    assert succeeded == [False] * (len(executed) - 1) + [demonstration.success]
+    assert succeeded == [False] * (len(executed) - 1) + [True]
 
 
 @pytest.mark.parametrize(("suite_name", "index"), CASES[2:4])

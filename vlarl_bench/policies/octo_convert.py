@@ -10,7 +10,6 @@ needed only here. T5's tokenizer is not in the checkpoint: take `tokenizer.json`
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ import tyro
 from torch import Tensor
 
 from ..errors import BenchError
+from ..records import read_json_object
 from .octo import FULL_SIZE, Octo, Subwords
 from .octo_model import VIEWS, OctoArchitecture
 from .presets import OCTO_SMALL
@@ -192,7 +192,7 @@ def convert(
     checkpoint: Path, out: Path, tokenizer: Path, statistics_key: str, statistics: Path, step: int | None = None
 ) -> Octo:
     """Writes the policy folder `out` and returns the policy. Raises BenchError naming what is wrong."""
-    config = _read_json(checkpoint / "config.json")
+    config = read_json_object(checkpoint / "config.json")
     parameters = read_checkpoint(checkpoint, step)
     architecture = architecture_of(config, {path: array.shape for path, array in parameters.items()})
     policy = Octo(_name(architecture), architecture, _subwords(tokenizer, architecture.max_words))
@@ -217,7 +217,7 @@ def convert(
 
 def _scales(statistics: Path, key: str) -> tuple[np.ndarray, np.ndarray]:
     """Mean and deviation of actions; numbers whose `mask` is false are left as they are, as in the authors' code."""
-    known = _read_json(statistics)
+    known = read_json_object(statistics)
     if key not in known:
         raise BenchError(f"statistics: {statistics} has no {key!r}; it has {', '.join(sorted(known))}")
     try:
@@ -246,18 +246,6 @@ def _subwords(file: Path, longest: int) -> Subwords:
         raise BenchError(f"tokenizer: cannot read {file}: {error.strerror}; give T5-base's tokenizer.json") from None
     except Exception as error:  # tokenizers raises a bare Exception
         raise BenchError(f"tokenizer: {file} is not a tokenizer.json: {error!s:.100}") from None
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text())
-    except OSError as error:
-        raise BenchError(f"checkpoint: cannot read {file}: {error.strerror}") from None
-    except ValueError:
-        raise BenchError(f"checkpoint: {file} is not JSON") from None
-    if not isinstance(found, dict):
-        raise BenchError(f"checkpoint: {file} is not a JSON object")
-    return found
 
 
 def _leaves(tree: Mapping[str, Any], above: str = "") -> list[tuple[str, np.ndarray]]:

@@ -6,7 +6,6 @@ training data; the folder's Python files never run, and pickles are refused.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import BenchError
+from ..records import read_json_object
 from .openvla import OpenVLA, OpenVLARegression, assemble
 from .openvla_inputs import EMPTY_TOKEN, Prompts
 from .openvla_model import OpenVLAArchitecture, Tower
@@ -72,11 +72,13 @@ def load_published(
     Raises BenchError naming every tensor that is missing, surplus or of another shape, or the file that is unreadable.
     """
     folder = Path(folder)
-    config = _json(folder / "config.json")
+    config = read_json_object(folder / "config.json")
     if config.get("model_type") != "openvla":
         raise BenchError(f"config.json: model_type {config.get('model_type')!r} in {folder}; it must be 'openvla'")
     statistics = folder / "dataset_statistics.json"
-    stats = pick_statistics(_json(statistics) if statistics.exists() else config.get("norm_stats"), unnorm_key)
+    stats = pick_statistics(
+        read_json_object(statistics) if statistics.exists() else config.get("norm_stats"), unnorm_key
+    )
     heads = {part: _beside(folder, part) for part in ("action_head", "proprio_projector")}
     shape = {**PUBLISHED, **(OFT if heads["action_head"] else ONE_IMAGE), **sizes}
     shape["proprio_token"] = heads["proprio_projector"] is not None
@@ -132,24 +134,12 @@ def _scales(stats: Mapping[str, Any], policy: OpenVLA | OpenVLARegression) -> di
     return scales
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise BenchError(f"policy: cannot read {path}: {error.strerror}") from None
-    except ValueError:
-        raise BenchError(f"policy: {path} is not JSON") from None
-    if not isinstance(content, dict):
-        raise BenchError(f"policy: {path} is not a JSON object")
-    return content
-
-
 def _shards(folder: Path) -> list[Path]:
     """The network's files: one, or those that the index names."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.exists() or not index.exists():
         return [single]
-    names = _json(index).get("weight_map")
+    names = read_json_object(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
         raise BenchError(f"policy: {index} has no weight_map from tensors to files beside it")
     return [folder / name for name in sorted(set(names.values()))]
