@@ -9,7 +9,7 @@ FOLDERS = {"vlarl_bench/": "vlarl_bench/", "algorithms/": "vlarl_bench/algorithm
 MUST_HAVE = [
     "vlarl_bench/algorithms/*.py",
     "vlarl_bench/tasks/*/tasks.json",
-    "vlarl_bench/policies/priors/*/model.safetensors",
+    "vlarl_bench/policies/priors/*/*/model.safetensors",
 ]
 
 

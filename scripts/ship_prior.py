@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from vlarl_bench import registry
+from vlarl_bench.policies.presets import PRIORS
 from vlarl_bench.policies.store import CARD, read_policy, save_policy
 from vlarl_bench.report.render import to_markdown
 from vlarl_bench.report.runs import read_run
@@ -21,13 +22,13 @@ def main() -> None:
     """Reads the run, writes the prior."""
     run, name = Path(sys.argv[1]), sys.argv[2]
     spec = registry.get("policy", name)
-    folder = spec.prior_folder
-    assert folder is not None, f"{name} is registered without a prior"
     policy = spec.load(run / "policy")
     config, _ = read_policy(run / "policy")
     card = {key: config[key] for key in sorted(config.keys() - policy.config.keys())}
     manifest, asked = (json.loads((run / name).read_text()) for name in ("manifest.json", "config.json"))
     card["made_by"] = shlex.join(["vlarl-bench", *manifest["argv"]])
+    folder = PRIORS / name / registry.get("suite", manifest["suite"]).benchmark
+    folder.parent.mkdir(parents=True, exist_ok=True)
     demos = ["vlarl-bench", "demos", "--suite", manifest["suite"], "--mode", spec.observation]
     demos += ["--episodes", str(asked["budget"]["demos"]), "--out", asked["demos"]]
     tasks = manifest["evaluation"]["tasks"]

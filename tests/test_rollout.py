@@ -28,7 +28,7 @@ PROTOCOL = SUITE.protocol("state")
 @pytest.fixture(scope="module")
 def policy():
     spec = registry.get("policy", "pi0-tiny")
-    return spec.create(SUITE.action_dim, SUITE.proprio_dim, [task.instruction for task in SUITE.tasks], seed=0)
+    return spec.create(SUITE.embodiment(PROTOCOL), [task.instruction for task in SUITE.tasks], seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ PATIENCE = Patience(open=15, step=6, each=0)
 def pilot():
     spec = registry.get("policy", "pi0-tiny")
     words = [task.instruction for task in FAULTY_TASKS] + list(NAMES)
-    return spec.create(FaultySuite.action_dim, FaultySuite.proprio_dim, words, seed=0)
+    return spec.create(FaultySuite().embodiment(FAULTY_PROTOCOL), words, seed=0)
 
 
 def faulty_jobs():

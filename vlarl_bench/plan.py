@@ -58,6 +58,13 @@ class Plan:
                 f"base: the policy in {self.base} plans {policy.chunk} actions, but protocol {self.protocol.label} "
                 f"executes {self.protocol.execute} before it looks again"
             )
+        unseen = [camera for camera in policy.cameras if camera not in self.protocol.cameras]
+        if unseen:
+            shown = ", ".join(self.protocol.cameras) or "no camera"
+            raise BenchError(
+                f"base: the policy in {self.base} looks at {', '.join(policy.cameras)}, "
+                f"but protocol {self.protocol.label} shows {shown}"
+            )
         return policy
 
     def eval_jobs(self) -> list[Job]:
@@ -95,7 +102,7 @@ def plan_run(config: RunConfig) -> Plan:
     _check_images(config, spec, protocol)
     if not protocol.train_states:
         raise BenchError(f"protocol: {protocol.label} has no states to train on; it only serves `vlarl-bench eval`")
-    base = _base_folder(config, spec)
+    base = _base_folder(config, spec, suite)
     if base is None and registry.get("algorithm", config.algorithm).learns_from == "rollouts":
         raise BenchError(f"base: 'scratch'; {config.algorithm!r} learns from its own episodes and needs a prior")
     count = min(config.budget.tasks, len(suite.tasks))  # ALOHA has two, and is tried with any budget all the same
@@ -126,7 +133,7 @@ def plan_evaluation(config: EvalConfig) -> Plan:
     protocol = dataclasses.replace(protocol, decoding=config.decoding)
     config.check_protocol(protocol)
     _check_images(config, spec, protocol)
-    base = _base_folder(config, spec)
+    base = _base_folder(config, spec, suite)
     if base is None:
         raise BenchError("base: 'scratch'; a policy with random weights has no vocabulary and nothing to evaluate")
     algorithm = str(read_json(base / "config.json").get("algorithm", "base"))
@@ -137,17 +144,21 @@ def plan_evaluation(config: EvalConfig) -> Plan:
 def _check_images(config: RunConfig | EvalConfig, spec: Any, protocol: Protocol) -> None:
     missing = [camera for camera in spec.cameras if camera not in protocol.cameras]
     if missing or spec.image_size != protocol.image_size:
-        wanted = f"{', '.join(spec.cameras)} at {spec.image_size} x {spec.image_size}"
-        shown = f"{', '.join(protocol.cameras)} at {protocol.image_size} x {protocol.image_size}"
+        wanted = f"{', '.join(spec.cameras) or 'images'} at {spec.image_size} x {spec.image_size}"
+        shown = f"{', '.join(protocol.cameras) or 'images'} at {protocol.image_size} x {protocol.image_size}"
         raise BenchError(f"policy: {config.policy!r} looks at {wanted}, but protocol {protocol.label} shows {shown}")
 
 
-def _base_folder(config: RunConfig | EvalConfig, spec: Any) -> Path | None:
+def _base_folder(config: RunConfig | EvalConfig, spec: Any, suite: Suite) -> Path | None:
     if config.base == "scratch":
         return None
-    folder: Path | None = spec.prior_folder if config.base == "prior" else Path(config.base)
+    folder: Path | None = spec.prior_folder(suite.benchmark) if config.base == "prior" else Path(config.base)
     if folder is None or not (folder / "config.json").is_file():
-        missing = f"{config.policy!r} ships no prior" if config.base == "prior" else "there is no policy"
+        missing = (
+            f"{config.policy!r} ships no prior for {suite.benchmark}"
+            if config.base == "prior"
+            else "there is no policy"
+        )
         raise BenchError(
             f"base: {config.base!r}; {missing}; train one with `vlarl-bench run --algo sft --base scratch "
             f"--policy {config.policy} --suite {config.suite}` and pass its `policy` folder"

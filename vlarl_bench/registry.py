@@ -124,7 +124,7 @@ def _wrong(kind: Kind, name: str, found: Any) -> str:
 
         if not isinstance(found, Suite):
             return "is not a subclass of vlarl_bench.suite.Suite"
-        needed = ("name", "summary", "action_dim", "proprio_dim", "fps", "film_camera")
+        needed = ("name", "summary", "benchmark", "action_dim", "proprio_dim", "fps", "film_camera")
     else:
         # By its fields, not by isinstance: the class lives beside the presets, which the core does not import.
         needed = (

@@ -182,9 +182,7 @@ def _first_policy(plan: Plan, demonstrations: Sequence[Demonstration] | None) ->
     assert demonstrations is not None
     words = {task.instruction for task in plan.tasks}
     words |= {name for demonstration in demonstrations for name in demonstration.observations[0].objects}
-    suite = plan.suite
-    chunk = plan.protocol.execute
-    policy = plan.spec.create(suite.action_dim, suite.proprio_dim, sorted(words), plan.config.seed, chunk)
+    policy = plan.spec.create(plan.suite.embodiment(plan.protocol), sorted(words), plan.config.seed)
     policy.fit_normalisation(
         np.concatenate([demonstration.actions for demonstration in demonstrations]),
         np.stack([seen.proprio for demonstration in demonstrations for seen in demonstration.observations]),

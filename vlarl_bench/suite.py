@@ -36,6 +36,21 @@ class Task:
 
 
 @dataclass(frozen=True)
+class Embodiment:
+    """The robot, and what is seen of it: everything that a policy must fit."""
+
+    action_dim: int
+    proprio_dim: int
+    cameras: tuple[str, ...] = ()
+    """In `pixels` mode."""
+    hands: tuple[str, ...] = ()
+    """Names, among the objects of `state` mode, of the robot's hands. Empty: it has one, and proprio begins with its
+    position (m)."""
+    chunk: int = 8
+    """Actions that the protocol executes before the policy looks again."""
+
+
+@dataclass(frozen=True)
 class Observation:
     """What the policy is shown at one decision."""
 
@@ -99,6 +114,8 @@ class Suite(ABC):
 
     name: str
     summary: str
+    benchmark: ClassVar[str]
+    """What it belongs to, such as `libero`: a shipped prior serves all suites of one benchmark."""
     expert_version: int = 1
     """Goes up when the same arguments of `demonstrate` no longer give the same episode."""
     action_dim: ClassVar[int]
@@ -109,6 +126,8 @@ class Suite(ABC):
     """What the action's dimensions are called in datasets; empty leaves them unnamed."""
     proprio_names: ClassVar[tuple[str, ...]] = ()
     """The same for `Observation.proprio`."""
+    hands: ClassVar[tuple[str, ...]] = ()
+    """See `Embodiment`."""
     film_camera: ClassVar[str]
     """Camera that films are taken with: one that shows the whole scene to a person."""
 
@@ -123,6 +142,10 @@ class Suite(ABC):
 
         Raises BenchError for a name or a way of observing that the suite does not have.
         """
+
+    def embodiment(self, protocol: Protocol) -> Embodiment:
+        """What a policy must fit to act here under `protocol`."""
+        return Embodiment(self.action_dim, self.proprio_dim, protocol.cameras, self.hands, protocol.execute)
 
     @abstractmethod
     def open(self, task: Task, protocol: Protocol, video: bool = False) -> Simulator:

@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 
 OBJECTS = {"transfer_cube": {"cube": "box"}, "insertion": {"peg": "peg", "socket": "socket"}}
 """Name that a policy is shown -> body in the scene, in the order of their joints."""
+HANDS = {"left_hand": "vx300s_left/gripper_link", "right_hand": "vx300s_right/gripper_link"}
+"""The same for the robot's own hands; they are shown at the point between the fingertips."""
+FINGERTIPS = (0.1347, 0.0, 0.0)
+"""That point in a hand's frame (m), where the welds of gym-aloha's end-effector scenes hold it."""
 GRIPPERS = (6, 13)
 """Where the two grippers are among the 14 action and proprioception entries."""
 LAST_STATE = 2**32 - 1
@@ -148,6 +152,7 @@ class AlohaSimulator:
             objects, images = {}, {}
             if self.protocol.observation == "state":
                 objects = {name: self._pose(body) for name, body in OBJECTS[self.task.name].items()}
+                objects |= {name: self._pose(body, FINGERTIPS) for name, body in HANDS.items()}
             else:
                 size = self.protocol.render_size or (self.protocol.image_size, self.protocol.image_size)
                 images = {
@@ -162,9 +167,10 @@ class AlohaSimulator:
         left, right = normalize_puppet_gripper_position(qpos[[6, 14]])
         return np.concatenate([qpos[:6], [left], qpos[8:14], [right]]).astype(np.float32)
 
-    def _pose(self, body: str) -> np.ndarray:
+    def _pose(self, body: str, point: tuple[float, float, float] = (0.0, 0.0, 0.0)) -> np.ndarray:
         found = self.data.body(body)
-        return np.concatenate([found.xpos, np.roll(found.xquat, -1)]).astype(np.float32)
+        position = found.xpos + found.xmat.reshape(3, 3) @ point
+        return np.concatenate([position, np.roll(found.xquat, -1)]).astype(np.float32)
 
     def save(self) -> Snapshot:
         """Exact snapshot (2 kB)."""

@@ -41,9 +41,11 @@ PUBLISHED = {
 class AlohaSuite(Suite):
     """gym-aloha (Zhao et al., 2023): two ViperX arms, 14 absolute joint targets at 50 Hz; a state is a seed."""
 
+    benchmark: ClassVar[str] = "aloha"
     action_dim: ClassVar[int] = 14
     proprio_dim: ClassVar[int] = 14
     fps: ClassVar[int] = 50
+    hands: ClassVar[tuple[str, ...]] = ("left_hand", "right_hand")
     film_camera: ClassVar[str] = "angle"
 
     def __init__(self, name: str, summary: str, members: tuple[str, ...] = ()) -> None:
@@ -97,7 +99,7 @@ def _tiny(observation: str) -> Protocol:
     pixels = observation == "pixels"
     return Protocol(
         name=f"tiny-{observation}",
-        version=1,
+        version=1 if pixels else 2,  # 2 shows the hands among the objects
         observation="pixels" if pixels else "state",
         horizon=dict.fromkeys(_TASKS, 400),
         settle_steps=0,

@@ -47,6 +47,7 @@ PUBLISHED = {
 class LiberoSuite(Suite):
     """What all LIBERO suites share (Liu et al., 2023): a Panda arm, 7 actions, 50 stored initial states a task."""
 
+    benchmark: ClassVar[str] = "libero"
     action_dim: ClassVar[int] = 7
     proprio_dim: ClassVar[int] = 8
     fps: ClassVar[int] = 20

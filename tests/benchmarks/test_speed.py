@@ -23,7 +23,7 @@ def simulator():
 @pytest.fixture(scope="module")
 def policy():
     spec = registry.get("policy", "pi0-tiny")
-    return spec.create(SUITE.action_dim, SUITE.proprio_dim, [task.instruction for task in SUITE.tasks], seed=0)
+    return spec.create(SUITE.embodiment(PROTOCOL), [task.instruction for task in SUITE.tasks], seed=0)
 
 
 @pytest.mark.benchmark(group="pi0-tiny")

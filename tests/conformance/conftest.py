@@ -66,7 +66,7 @@ def _bench(policy_name):
     with Pool(suite, protocol, workers=1) as pool:
         seen = pool.call("reset", {0: (task, protocol.train_states[0])})[0]
         vocabulary = [task.instruction for task in suite.tasks] + list(seen.objects)
-        policy = spec.create(suite.action_dim, suite.proprio_dim, vocabulary, seed=0, chunk=protocol.execute)
+        policy = spec.create(suite.embodiment(protocol), vocabulary, seed=0)
         episodes = run_episodes(pool, policy, jobs, short, slots=4)
         steps = run_episodes(pool, policy, jobs[:2], single, slots=2)
     for i, episode in enumerate(episodes):

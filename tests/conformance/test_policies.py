@@ -69,7 +69,7 @@ def test_description(stage, policy):
 
 
 def test_same_seed_same_weights(stage):
-    made = [stage.spec.create(stage.suite.action_dim, stage.suite.proprio_dim, ["pick up"], seed=s) for s in (1, 1, 2)]
+    made = [stage.spec.create(stage.suite.embodiment(stage.protocol), ["pick up"], seed=s) for s in (1, 1, 2)]
     hashes = [content_hash(policy) for policy in made]
     assert hashes[0] == hashes[1] != hashes[2]
 

@@ -64,6 +64,7 @@ class Fault:
 class FaultySuite(Suite):
     name = "faulty"
     summary = "misbehaves"
+    benchmark = "faulty"
     action_dim = 7
     proprio_dim = 8
     film_camera = "none"

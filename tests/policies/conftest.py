@@ -2,10 +2,18 @@ import numpy as np
 import pytest
 
 from vlarl_bench.policies.presets import PI0_TINY, PI0_TINY_PIXELS
-from vlarl_bench.suite import Observation
+from vlarl_bench.suite import Embodiment, Observation
 
 OBJECTS = ("alphabet_soup_1", "cream_cheese_1", "ketchup_1", "basket_1")
 INSTRUCTIONS = tuple(f"pick up the {name} and place it in the basket" for name in ("alphabet soup", "cream cheese"))
+
+
+CAMERAS = ("agentview", "robot0_eye_in_hand")
+
+
+def embodiment(spec):
+    """A robot like LIBERO's."""
+    return Embodiment(7, 8, CAMERAS if spec.observation == "pixels" else ())
 
 
 def observe(seed, spec=PI0_TINY, instruction=INSTRUCTIONS[0], objects=OBJECTS):
@@ -14,7 +22,7 @@ def observe(seed, spec=PI0_TINY, instruction=INSTRUCTIONS[0], objects=OBJECTS):
     proprio = draw.normal(scale=0.2, size=8).astype(np.float32)
     size = spec.image_size
     if spec.observation == "pixels":
-        images = {camera: draw.integers(0, 256, (size, size, 3), dtype=np.uint8) for camera in spec.cameras}
+        images = {camera: draw.integers(0, 256, (size, size, 3), dtype=np.uint8) for camera in CAMERAS}
         return Observation(instruction, proprio, images=images)
     poses = {}
     for name in objects:
@@ -25,7 +33,7 @@ def observe(seed, spec=PI0_TINY, instruction=INSTRUCTIONS[0], objects=OBJECTS):
 
 def make(spec=PI0_TINY, seed=0):
     """Random weights, but fitted scales that are not the identity."""
-    policy = spec.create(7, 8, [*INSTRUCTIONS, *OBJECTS], seed=seed)
+    policy = spec.create(embodiment(spec), [*INSTRUCTIONS, *OBJECTS], seed=seed)
     draw = np.random.default_rng(0)
     policy.fit_normalisation(draw.normal(0.2, 0.5, (500, 7)), draw.normal(0.1, 0.3, (500, 8)))
     return policy

@@ -12,6 +12,7 @@ from vlarl_bench.policies.octo import Octo, Subwords
 from vlarl_bench.policies.octo_model import OctoArchitecture
 from vlarl_bench.policies.presets import OCTO_BASE, OCTO_SMALL, OCTO_TINY, OCTO_TINY_PIXELS
 from vlarl_bench.policies.vocabulary import Vocabulary
+from vlarl_bench.suite import Embodiment
 
 from .conftest import INSTRUCTIONS, OBJECTS, make, observe
 from .octo_golden import tokenizer_json
@@ -354,7 +355,7 @@ def test_sizes_are_what_the_summaries_say():
 @pytest.mark.parametrize("spec", [OCTO_SMALL, OCTO_BASE], ids=lambda spec: spec.name)
 def test_published_sizes_do_not_start_from_random_weights(spec):
     with pytest.raises(BenchError, match=f"^base: .*{spec.name}.*octo_convert"):
-        spec.create(7, 8, ["pick up"])
+        spec.create(Embodiment(7, 8), ["pick up"])
 
 
 def test_subwords_are_cut_and_end_with_their_mark():

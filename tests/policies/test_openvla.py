@@ -12,6 +12,7 @@ from vlarl_bench.policies.openvla import assemble, restore
 from vlarl_bench.policies.openvla_inputs import from_bins, to_bins
 from vlarl_bench.policies.presets import OPENVLA_7B, OPENVLA_TINY, OPENVLA_TINY_PIXELS
 from vlarl_bench.policies.vocabulary import Vocabulary
+from vlarl_bench.suite import Embodiment
 
 from .conftest import INSTRUCTIONS, OBJECTS, make, observe
 
@@ -69,7 +70,7 @@ def test_the_registered_sizes():
         assert spec.capabilities == policy.capabilities
         assert 0.5e6 < sum(p.numel() for p in policy.parameters()) < 2.5e6
     with pytest.raises(BenchError, match="openvla-7b starts from a published folder"):
-        OPENVLA_7B.create(7, 8, ["x"])
+        OPENVLA_7B.create(Embodiment(7, 8), ["x"])
 
 
 @pytest.mark.parametrize("noise", [0.5, 1.0, 1.6])

@@ -272,9 +272,12 @@ def test_the_order_and_the_sign_of_what_is_seen_do_not_matter():
 def test_object_features_by_hand():
     half = np.sqrt(0.5)
     pose = np.array([[[0.3, 0.0, 0.6, 0.0, 0.0, half, half]]], np.float32)  # a quarter turn about z
-    features = object_features(pose, np.array([[0.15, 0.04, 0.6]], np.float32))[0, 0]
+    features = object_features(pose, np.array([[[0.15, 0.04, 0.6]]], np.float32))[0, 0]
     expected = [1, 0, 2, 1, -0.04 / 0.15, 0, np.tanh(3.75), np.tanh(-1), 0, 0, 1, 0, -1, 0, 0]
     np.testing.assert_allclose(features, expected, atol=1e-6)
+    both = object_features(pose, np.array([[[0.15, 0.04, 0.6], [0.3, 0.04, 0.6]]], np.float32))[0, 0]
+    second = [0, -0.04 / 0.15, 0, 0, np.tanh(-1), 0]
+    np.testing.assert_allclose(both, [*expected[:9], *second, *expected[9:]], atol=1e-6)
 
 
 def test_normalisation_round_trip():

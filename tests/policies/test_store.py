@@ -12,6 +12,7 @@ from safetensors.torch import load, save
 from vlarl_bench.errors import BenchError
 from vlarl_bench.policies.presets import PI0_TINY, PI0_TINY_PIXELS
 from vlarl_bench.policies.store import content_hash, read_policy, save_policy
+from vlarl_bench.suite import Embodiment
 
 from .conftest import make, observe
 
@@ -92,7 +93,7 @@ def test_content_hash_sees_every_change():
     policy = make()
     with torch.no_grad():
         policy.model.action_out_proj.bias[3] += 1e-6
-    hashes |= {content_hash(policy), content_hash(PI0_TINY.create(7, 8, ["another word"]))}
+    hashes |= {content_hash(policy), content_hash(PI0_TINY.create(Embodiment(7, 8), ["another word"]))}
     assert len(hashes) == 6
     assert all(len(h) == 12 and int(h, 16) >= 0 for h in hashes)
     assert content_hash(make()) == content_hash(make())

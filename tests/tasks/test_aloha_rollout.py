@@ -21,7 +21,7 @@ def play(mode, workers, order):
     if mode == "pixels":  # the shipped pixel policy looks through LIBERO's cameras
         spec = dataclasses.replace(registry.get("policy", "pi0-tiny-pixels"), cameras=protocol.cameras)
     words = [task.instruction for task in SUITE.tasks] + ["cube", "peg", "socket"]
-    policy = spec.create(SUITE.action_dim, SUITE.proprio_dim, words, seed=0, chunk=protocol.execute)
+    policy = spec.create(SUITE.embodiment(protocol), words, seed=0)
     with Pool(SUITE, protocol, workers) as pool:
         episodes = run_episodes(pool, policy, jobs, protocol, slots=3)
     return {episode.job.init_state: episode for episode in episodes}

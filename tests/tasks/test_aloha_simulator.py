@@ -139,16 +139,20 @@ def test_branches_of_a_snapshot_replay_bitwise_while_hands_hold_something(suite_
     assert not np.array_equal(first[0], first[1])
 
 
-def test_state_mode_shows_the_objects():
+def test_state_mode_shows_the_objects_and_the_hands():
     for suite_name, names in (("aloha_transfer_cube", ["cube"]), ("aloha_insertion", ["peg", "socket"])):
-        simulator = ours(suite_name)
+        suite, simulator = registry.get("suite", suite_name), ours(suite_name)
         simulator.reset(12)
         seen = simulator.observe().objects
         poses = object_poses(simulator.task, 12).reshape(-1, 7)
-        assert list(seen) == names
-        for pose, (x, y, z, *quaternion) in zip(seen.values(), poses, strict=True):
+        assert list(seen) == [*names, *suite.hands]
+        for pose, (x, y, z, *quaternion) in zip(seen.values(), poses, strict=False):
             np.testing.assert_allclose(pose[:3], [x, y, z], atol=1e-6)
             np.testing.assert_allclose(pose[3:], np.roll(quaternion, -1), atol=1e-6)
+        # At the start the arms point at each other, level but for 0.1 rad; the fingertips are 0.1347 m ahead.
+        left, right = (seen[hand] for hand in suite.hands)
+        np.testing.assert_allclose(left[:3], [-0.183, 0.5, 0.310], atol=2e-3)
+        np.testing.assert_allclose(right[:3], [0.183, 0.5, 0.310], atol=2e-3)
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,8 @@ class Policy(nn.Module):
     """A."""
     feature_dim: int
     """Width of `features`."""
+    cameras: tuple[str, ...] = ()
+    """Those it looks at."""
     frozen: tuple[str, ...] = ()
     """Parts, by dotted name, that nothing trains (`adapt.freeze`)."""
 

@@ -26,7 +26,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from ..errors import BenchError
-from ..suite import Observation
+from ..suite import Embodiment, Observation
 from .base import DiffusionPolicy, LogProb, Sample
 from .octo_model import OctoArchitecture, OctoNetwork, cosine_betas
 from .pi0_inputs import Batch, Rows, to_batch
@@ -89,7 +89,8 @@ class Octo(Standardised, DiffusionPolicy):
 
     def _build(self, name: str, a: OctoArchitecture, vocabulary: Vocabulary | Subwords) -> None:
         self.name, self.architecture, self.vocabulary = name, a, vocabulary
-        self.chunk, self.action_dim, self.denoising_steps = a.chunk, a.action_dim, a.denoising_steps
+        self.chunk, self.action_dim, self.cameras = a.chunk, a.action_dim, a.cameras
+        self.denoising_steps = a.denoising_steps
         self.feature_dim = 2 * a.width + a.proprio_dim
         self.model = OctoNetwork(a, a.text_vocabulary if isinstance(vocabulary, Subwords) else len(vocabulary))
         self.build_scales(a.action_dim, a.proprio_dim)
@@ -288,9 +289,7 @@ def _check_noise(noise: float) -> None:
         raise BenchError(f"noise: {noise}; the least deviation of a denoising step must be above 0, for example 0.1")
 
 
-def create(
-    spec: PolicySpec, action_dim: int, proprio_dim: int, vocabulary: Sequence[str], seed: int, chunk: int
-) -> Octo:
+def create(spec: PolicySpec, embodiment: Embodiment, vocabulary: Sequence[str], seed: int) -> Octo:
     """A tiny preset with random weights; `vocabulary` are texts. Raises BenchError for a published size."""
     if spec.name in FULL_SIZE:
         raise BenchError(
@@ -299,12 +298,13 @@ def create(
         )
     architecture = OctoArchitecture(
         observation=spec.observation,
-        action_dim=action_dim,
-        proprio_dim=proprio_dim,
-        chunk=chunk,
-        cameras=spec.cameras,
+        action_dim=embodiment.action_dim,
+        proprio_dim=embodiment.proprio_dim,
+        chunk=embodiment.chunk,
+        hands=embodiment.hands,
+        cameras=embodiment.cameras,
         image_size=spec.image_size,
-        camera_sizes=(spec.image_size,) * len(spec.cameras),
+        camera_sizes=(spec.image_size,) * len(embodiment.cameras),
     )
     return Octo(spec.name, architecture, Vocabulary.of(vocabulary), seed)
 

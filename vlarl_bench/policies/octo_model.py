@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import T5Config
 from transformers.models.t5.modeling_t5 import T5Stack
 
-from .pi0_inputs import OBJECT_FEATURES
+from .pi0_inputs import object_width
 
 VIEWS = ("primary", "wrist")
 """Octo's names of the cameras, in the order of `OctoArchitecture.cameras`."""
@@ -56,6 +56,8 @@ class OctoArchitecture:
     """False: padding words are seen like others, as in the published checkpoints."""
     correct_attention: bool = True
     """False: the attention mask of the first release, where every token counts as one of its neighbour's group."""
+    hands: tuple[str, ...] = ()
+    """See `suite.Embodiment`."""
     cameras: tuple[str, ...] = ()
     image_size: int = 0
     """Side of the images that the suite shows (pixels); 0 in `state` mode."""
@@ -180,7 +182,7 @@ class OctoNetwork(nn.Module):
         for name, tokens in {**self.groups, "action": 1}.items():
             self.positions[name] = nn.Parameter(torch.empty(a.window, tokens, a.width))
         if a.observation == "state":
-            self.object_in, self.object_out = nn.Linear(OBJECT_FEATURES, a.width), nn.Linear(a.width, a.width)
+            self.object_in, self.object_out = nn.Linear(object_width(a), a.width), nn.Linear(a.width, a.width)
         self.blocks = nn.ModuleList(Block(a.width, a.heads, a.mlp) for _ in range(a.layers))
         self.norm = nn.LayerNorm(a.width, EPS)
         self.head = DiffusionHead(a)

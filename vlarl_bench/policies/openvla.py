@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from ..errors import BenchError
-from ..suite import Observation
+from ..suite import Embodiment, Observation
 from .adapt import learning
 from .base import LikelihoodPolicy, LogProb, Sample
 from .openvla_inputs import Prompts, draw_bins, from_bins, pixels, to_bins
 from .openvla_model import L1Head, OpenVLAArchitecture, OpenVLANetwork, ProprioProjector, Tower
-from .pi0_inputs import OBJECT_FEATURES, Batch, Rows, to_batch
+from .pi0_inputs import Batch, Rows, object_width, to_batch
 from .quantiles import Quantiles
 from .steady import steady_rows
 from .vocabulary import Vocabulary
@@ -63,7 +63,7 @@ class _OpenVLA(Quantiles):
         if a.decoding == "autoregressive" and (a.frozen_layers or a.head != "tokens"):
             raise BenchError("decoding: 'autoregressive' needs frozen_layers 0 and head 'tokens'")
         self.name, self.architecture, self.vocabulary = name, a, vocabulary
-        self.chunk, self.action_dim = a.chunk, a.action_dim
+        self.chunk, self.action_dim, self.cameras = a.chunk, a.action_dim, a.cameras
         self.feature_dim = 2 * a.width + a.proprio_dim
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -76,7 +76,7 @@ class _OpenVLA(Quantiles):
     def _build(self, a: OpenVLAArchitecture) -> None:
         self.network = OpenVLANetwork(a)
         if a.observation == "state":
-            self.object_in = nn.Linear(OBJECT_FEATURES, a.width)
+            self.object_in = nn.Linear(object_width(a), a.width)
             self.object_out = nn.Linear(a.width, a.width)
         if a.proprio_token:
             self.proprio_projector = ProprioProjector(a.proprio_dim, a.width)
@@ -93,14 +93,14 @@ class _OpenVLA(Quantiles):
     @property
     def config(self) -> dict[str, Any]:
         """What config.json holds besides the card: enough to rebuild the policy around its weights."""
-        words: dict[str, Any]
+        a, words = self.architecture, dict[str, Any]()
         if isinstance(self.vocabulary, Prompts):
             words = {"tokenizer": self.vocabulary.json}
         else:
             words = {"vocabulary": list(self.vocabulary.entries)}
         return {
             "policy": self.name,
-            "architecture": {**asdict(self.architecture), "cameras": list(self.architecture.cameras)},
+            "architecture": {**asdict(a), "cameras": list(a.cameras), "hands": list(a.hands)},
             "normalisation": self.scales,
             **words,
         }
@@ -331,7 +331,7 @@ def assemble(
 
 
 def create(
-    spec: PolicySpec, action_dim: int, proprio_dim: int, vocabulary: Sequence[str], seed: int, chunk: int
+    spec: PolicySpec, embodiment: Embodiment, vocabulary: Sequence[str], seed: int
 ) -> OpenVLA | OpenVLARegression:
     """Random weights, at the sizes of `spec`; `vocabulary` are texts.
 
@@ -341,15 +341,16 @@ def create(
     n = len(words)
     architecture = OpenVLAArchitecture(
         observation=spec.observation,
-        action_dim=action_dim,
-        proprio_dim=proprio_dim,
-        chunk=chunk,
+        action_dim=embodiment.action_dim,
+        proprio_dim=embodiment.proprio_dim,
+        chunk=embodiment.chunk,
         vocabulary_size=n + 3 + OpenVLAArchitecture.bins,
         action_end=n + 3 + OpenVLAArchitecture.bins,
         begin=n,
         separator=n + 1,
         stop=n + 2,
-        cameras=spec.cameras,
+        hands=embodiment.hands,
+        cameras=embodiment.cameras,
         image_size=spec.image_size,
     )
     return assemble(spec.name, architecture, words, seed)
@@ -362,7 +363,7 @@ def restore(config: Mapping[str, Any]) -> OpenVLA | OpenVLARegression:
     """
     try:
         stored = dict(config["architecture"])
-        stored["cameras"] = tuple(stored["cameras"])
+        stored |= {name: tuple(stored.get(name, ())) for name in ("cameras", "hands")}
         for tower in ("dino", "siglip"):
             stored[tower] = Tower(**stored[tower])
         words = Prompts(config["tokenizer"]) if "tokenizer" in config else Vocabulary(config["vocabulary"])

@@ -41,7 +41,6 @@ class OpenVLAArchitecture:
     """`state` or `pixels`."""
     action_dim: int
     proprio_dim: int
-    """The first three proprio entries are the end-effector position (m)."""
     vocabulary_size: int
     action_end: int
     """One more than the last action token; the bins' tokens lie below it, the lowest bin's highest."""
@@ -72,6 +71,8 @@ class OpenVLAArchitecture:
     max_name_words: int = 6
     max_words: int = 20
     """Tokens of a prompt."""
+    hands: tuple[str, ...] = ()
+    """See `suite.Embodiment`."""
     cameras: tuple[str, ...] = ()
     image_size: int = 0
     patch: int = 16

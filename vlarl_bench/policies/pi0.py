@@ -21,9 +21,9 @@ from transformers import PI0Config, PI0ForConditionalGeneration
 from transformers.cache_utils import DynamicCache
 
 from ..errors import BenchError
-from ..suite import Observation
+from ..suite import Embodiment, Observation
 from .base import FlowPolicy, Sample
-from .pi0_inputs import OBJECT_FEATURES, Batch, Rows, to_batch
+from .pi0_inputs import Batch, Rows, object_width, to_batch
 from .standardised import Standardised
 from .steady import steady_rows
 from .vocabulary import Vocabulary
@@ -40,7 +40,6 @@ class Pi0Architecture:
     """`state` or `pixels`."""
     action_dim: int
     proprio_dim: int
-    """The first three proprio entries are the end-effector position (m)."""
     chunk: int = 8
     layers: int = 3
     heads: int = 4
@@ -53,6 +52,8 @@ class Pi0Architecture:
     max_objects: int = 10
     max_name_words: int = 6
     max_words: int = 20
+    hands: tuple[str, ...] = ()
+    """See `suite.Embodiment`."""
     cameras: tuple[str, ...] = ()
     image_size: int = 0
     patch: int = 16
@@ -96,14 +97,14 @@ class Pi0(Standardised, FlowPolicy):
     def _build(self, name: str, architecture: Pi0Architecture, vocabulary: Vocabulary) -> None:
         self.name, self.architecture, self.vocabulary = name, architecture, vocabulary
         a = architecture
-        self.chunk, self.action_dim = a.chunk, a.action_dim
+        self.chunk, self.action_dim, self.cameras = a.chunk, a.action_dim, a.cameras
         self.feature_dim = 2 * a.prefix_width + a.proprio_dim
         self.model = PI0ForConditionalGeneration(_transformers_config(a, len(vocabulary)))
         if a.observation == "state":
             # No image ever reaches a state policy: without its tower no dead weight is stored, hashed or optimised.
             self.model.model.vlm.vision_tower = nn.Identity()
             self.model.model.vlm.multi_modal_projector = nn.Identity()
-            self.object_in = nn.Linear(OBJECT_FEATURES, a.prefix_width)
+            self.object_in = nn.Linear(object_width(a), a.prefix_width)
             self.object_out = nn.Linear(a.prefix_width, a.prefix_width)
         for embedding in (self.model.model.vlm.get_input_embeddings(), self.model.model.dit.get_input_embeddings()):
             # Gemma scales embeddings by sqrt(width): this makes them unit variance, on a par with the object tokens.
@@ -118,7 +119,7 @@ class Pi0(Standardised, FlowPolicy):
         """
         try:
             stored = dict(config["architecture"])
-            stored["cameras"] = tuple(stored["cameras"])
+            stored |= {name: tuple(stored.get(name, ())) for name in ("cameras", "hands")}
             return cls(config["policy"], Pi0Architecture(**stored), Vocabulary(config["vocabulary"]))
         except (KeyError, TypeError, ValueError) as error:
             raise BenchError(f"config.json: {error!r} does not describe a pi0 policy") from None
@@ -126,9 +127,10 @@ class Pi0(Standardised, FlowPolicy):
     @property
     def config(self) -> dict[str, Any]:
         """What config.json holds besides the card: enough to rebuild the policy around its weights."""
+        a = self.architecture
         return {
             "policy": self.name,
-            "architecture": {**asdict(self.architecture), "cameras": list(self.architecture.cameras)},
+            "architecture": {**asdict(a), "cameras": list(a.cameras), "hands": list(a.hands)},
             "normalisation": self.scales,
             "vocabulary": list(self.vocabulary.entries),
         }
@@ -256,16 +258,15 @@ class Pi0(Standardised, FlowPolicy):
         return [p for module in (*modules, self.model.action_out_proj) for p in module.parameters()]
 
 
-def create(
-    spec: PolicySpec, action_dim: int, proprio_dim: int, vocabulary: Sequence[str], seed: int, chunk: int
-) -> Pi0:
+def create(spec: PolicySpec, embodiment: Embodiment, vocabulary: Sequence[str], seed: int) -> Pi0:
     """Random weights, at the sizes of `spec`; `vocabulary` are texts."""
     architecture = Pi0Architecture(
         observation=spec.observation,
-        action_dim=action_dim,
-        proprio_dim=proprio_dim,
-        chunk=chunk,
-        cameras=spec.cameras,
+        action_dim=embodiment.action_dim,
+        proprio_dim=embodiment.proprio_dim,
+        chunk=embodiment.chunk,
+        hands=embodiment.hands,
+        cameras=embodiment.cameras,
         image_size=spec.image_size,
     )
     return Pi0(spec.name, architecture, Vocabulary.of(vocabulary), seed)

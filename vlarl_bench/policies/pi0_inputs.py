@@ -16,8 +16,6 @@ from torch import Tensor
 from ..errors import BenchError
 from ..suite import Observation
 
-OBJECT_FEATURES = 15
-
 
 class Sizes(Protocol):
     """What an architecture says of its inputs."""
@@ -26,6 +24,8 @@ class Sizes(Protocol):
     def observation(self) -> str: ...
     @property
     def proprio_dim(self) -> int: ...  # 0: proprio is not seen
+    @property
+    def hands(self) -> tuple[str, ...]: ...
     @property
     def max_objects(self) -> int: ...
     @property
@@ -69,7 +69,7 @@ class Batch(Rows):
     words: Tensor
     """[B, T] instruction ids, 0 is padding."""
     objects: Tensor
-    """[B, M, 15] features; M = 0 in `pixels` mode."""
+    """[B, M, `object_width`] features; M = 0 in `pixels` mode."""
     names: Tensor
     """[B, M, W] ids of each object's name; a row of zeros is padding."""
     images: Tensor
@@ -83,6 +83,7 @@ def to_batch(observations: Sequence[Observation], a: Sizes, vocabulary: Words, d
     words = np.zeros((n, a.max_words), np.int64)
     poses = np.zeros((n, a.max_objects if state else 0, 7), np.float32)
     names = np.zeros((n, poses.shape[1], a.max_name_words), np.int64)
+    hands = np.zeros((n, max(len(a.hands), 1), 3), np.float32)
     images = np.zeros((n, len(a.cameras), 3, a.image_size, a.image_size), np.uint8)
     for row, observation in enumerate(observations):
         if a.proprio_dim:
@@ -97,22 +98,28 @@ def to_batch(observations: Sequence[Observation], a: Sizes, vocabulary: Words, d
             for slot, name in enumerate(sorted(observation.objects)):
                 poses[row, slot] = observation.objects[name]
                 _put(names[row, slot], vocabulary.encode(name), "object name", name)
+            hands[row] = _hands(observation, a.hands)
         for slot, camera in enumerate(a.cameras):
             images[row, slot] = _image(observation, camera, a.image_size)
-    objects = object_features(poses, proprio[:, :3]) if state else np.zeros((n, 0, OBJECT_FEATURES), np.float32)
+    objects = object_features(poses, hands) if state else np.zeros((n, 0, object_width(a)), np.float32)
     arrays = (proprio, words, objects, names, images)
     return Batch(*(torch.from_numpy(array).to(device) for array in arrays))
 
 
-def object_features(poses: np.ndarray, eef: np.ndarray) -> np.ndarray:
-    """[B, M, 15] features of poses [B, M, 7] (m, xyzw) seen from end-effector positions eef [B, 3] (m).
+def object_width(a: Sizes) -> int:
+    """Features of an object: 9, and 6 for each hand."""
+    return 9 + 6 * max(len(a.hands), 1)
 
-    Position in the world and from the gripper, coarse (reach) and fine (grasp), and the rotation matrix's first two
+
+def object_features(poses: np.ndarray, hands: np.ndarray) -> np.ndarray:
+    """[B, M, 9 + 6 E] features of poses [B, M, 7] (m, xyzw) seen from E hands [B, E, 3] (m).
+
+    Position in the world and from each hand, coarse (reach) and fine (grasp), and the rotation matrix's first two
     columns (Zhou et al., 2019), which unlike a quaternion has no sign to choose. Scales are fixed, in metres: the
     workspace, an arm's reach, a finger's opening.
     """
     position, quaternion = poses[..., :3], poses[..., 3:]
-    offset = position - eef[:, None]
+    offsets = [position - hand[:, None] for hand in np.moveaxis(hands, 1, 0)]
     x, y, z, w = np.moveaxis(quaternion / np.maximum(np.linalg.norm(quaternion, axis=-1, keepdims=True), 1e-6), -1, 0)
     columns = (
         1 - 2 * (y * y + z * z),
@@ -122,8 +129,17 @@ def object_features(poses: np.ndarray, eef: np.ndarray) -> np.ndarray:
         1 - 2 * (x * x + z * z),
         2 * (y * z + w * x),
     )
-    parts = (position / 0.3, offset / 0.15, np.tanh(offset / 0.04), np.stack(columns, -1))
-    return np.concatenate(parts, -1).astype(np.float32)
+    seen = [part for offset in offsets for part in (offset / 0.15, np.tanh(offset / 0.04))]
+    return np.concatenate((position / 0.3, *seen, np.stack(columns, -1)), -1).astype(np.float32)
+
+
+def _hands(observation: Observation, names: tuple[str, ...]) -> np.ndarray:
+    """[E, 3] positions of the hands."""
+    missing = [name for name in names if name not in observation.objects]
+    if missing:
+        known = ", ".join(sorted(observation.objects))
+        raise BenchError(f"objects: no {', '.join(missing)}, which this policy needs for its hands; there are {known}")
+    return np.stack([observation.objects[name][:3] for name in names]) if names else observation.proprio[None, :3]
 
 
 def _image(observation: Observation, camera: str, size: int) -> np.ndarray:

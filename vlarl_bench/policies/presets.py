@@ -11,7 +11,11 @@ from typing import TYPE_CHECKING
 from ..errors import BenchError
 
 if TYPE_CHECKING:
+    from ..suite import Embodiment
     from .base import Policy
+
+PRIORS = Path(__file__).parent / "priors"
+"""The shipped weights, `<policy>/<benchmark>/`."""
 
 
 @dataclass(frozen=True)
@@ -23,26 +27,21 @@ class PolicySpec:
     capabilities: frozenset[str]
     observation: str
     """`state` or `pixels`: what a protocol must show it."""
-    prior: str | None
-    """Folder under `vlarl_bench/policies/priors/` with the weights that fine-tuning starts from."""
     cameras: tuple[str, ...] = ()
+    """Those it cannot do without; a tiny policy is made for whatever cameras its protocol has."""
     image_size: int = 0
     """Side of the square images (pixels); 0 in `state` mode."""
     family: str = "vlarl_bench.policies.pi0"
-    """Module with `create(spec, action_dim, proprio_dim, vocabulary, seed, chunk)` and `restore(config)`."""
+    """Module with `create(spec, embodiment, vocabulary, seed)` and `restore(config)`."""
 
-    @property
-    def prior_folder(self) -> Path | None:
-        """Where the shipped prior lies, whether or not it is there."""
-        return Path(__file__).parent / "priors" / self.prior if self.prior else None
+    def prior_folder(self, benchmark: str) -> Path | None:
+        """Where the weights lie from which fine-tuning on suites of `benchmark` starts; None if none are shipped."""
+        folder = PRIORS / self.name / benchmark
+        return folder if folder.is_dir() else None
 
-    def create(
-        self, action_dim: int, proprio_dim: int, vocabulary: Sequence[str], seed: int = 0, chunk: int = 8
-    ) -> Policy:
+    def create(self, embodiment: Embodiment, vocabulary: Sequence[str], seed: int = 0) -> Policy:
         """Random weights. `vocabulary`: the instructions and object names (any texts) whose words it will know."""
-        policy: Policy = importlib.import_module(self.family).create(
-            self, action_dim, proprio_dim, vocabulary, seed, chunk
-        )
+        policy: Policy = importlib.import_module(self.family).create(self, embodiment, vocabulary, seed)
         return policy
 
     def load(self, folder: Path | str) -> Policy:
@@ -61,9 +60,7 @@ class PolicySpec:
 class PublishedOpenVLA(PolicySpec):
     """OpenVLA at its published size: loaded from a folder as its authors publish it, or as this project stores it."""
 
-    def create(
-        self, action_dim: int, proprio_dim: int, vocabulary: Sequence[str], seed: int = 0, chunk: int = 8
-    ) -> Policy:
+    def create(self, embodiment: Embodiment, vocabulary: Sequence[str], seed: int = 0) -> Policy:
         """Raises BenchError: seven billion random numbers are no policy."""
         raise BenchError(f"base: 'scratch'; {self.name} starts from a published folder, pass its path")
 
@@ -82,16 +79,13 @@ OPENVLA_TINY = PolicySpec(
     summary="OpenVLA-OFT scaled down to 0.8 M parameters: instruction, object poses (privileged state), proprioception",
     capabilities=frozenset({"sft", "likelihood"}),
     observation="state",
-    prior=None,
     family=OPENVLA,
 )
 OPENVLA_TINY_PIXELS = PolicySpec(
     name="openvla-tiny-pixels",
-    summary="OpenVLA-OFT scaled down to 1.6 M parameters: instruction, two cameras (64 x 64) and proprioception",
+    summary="OpenVLA-OFT scaled down to 1.6 M parameters: instruction, cameras (64 x 64) and proprioception",
     capabilities=frozenset({"sft", "likelihood"}),
     observation="pixels",
-    prior=None,
-    cameras=("agentview", "robot0_eye_in_hand"),
     image_size=64,
     family=OPENVLA,
 )
@@ -100,7 +94,6 @@ OPENVLA_7B = PublishedOpenVLA(
     summary="OpenVLA (7.5 B parameters) from a published folder: instruction and one camera (224 x 224)",
     capabilities=frozenset({"sft", "likelihood"}),
     observation="pixels",
-    prior=None,
     cameras=("agentview",),
     image_size=224,
     family=OPENVLA,
@@ -110,15 +103,12 @@ PI0_TINY = PolicySpec(
     summary="pi0 scaled down to 0.9 M parameters: instruction, object poses (privileged state) and proprioception",
     capabilities=frozenset({"sft", "flow"}),
     observation="state",
-    prior="pi0-tiny",
 )
 PI0_TINY_PIXELS = PolicySpec(
     name="pi0-tiny-pixels",
-    summary="pi0 scaled down to 1.4 M parameters: instruction, two cameras (64 x 64) and proprioception",
+    summary="pi0 scaled down to 1.4 M parameters: instruction, cameras (64 x 64) and proprioception",
     capabilities=frozenset({"sft", "flow"}),
     observation="pixels",
-    prior="pi0-tiny-pixels",
-    cameras=("agentview", "robot0_eye_in_hand"),
     image_size=64,
 )
 OCTO = "vlarl_bench.policies.octo"
@@ -127,16 +117,13 @@ OCTO_TINY = PolicySpec(
     summary="Octo scaled down to 2.5 M parameters: instruction, object poses (privileged state) and proprioception",
     capabilities=frozenset({"sft", "likelihood", "diffusion"}),
     observation="state",
-    prior=None,
     family=OCTO,
 )
 OCTO_TINY_PIXELS = PolicySpec(
     name="octo-tiny-pixels",
-    summary="Octo scaled down to 2.9 M parameters: instruction, two cameras (64 x 64) and proprioception",
+    summary="Octo scaled down to 2.9 M parameters: instruction, cameras (64 x 64) and proprioception",
     capabilities=frozenset({"sft", "likelihood", "diffusion"}),
     observation="pixels",
-    prior=None,
-    cameras=("agentview", "robot0_eye_in_hand"),
     image_size=64,
     family=OCTO,
 )
@@ -145,7 +132,6 @@ OCTO_SMALL = PolicySpec(
     summary="Octo-Small 1.5 (27 M parameters and T5-base), from the published checkpoint: two cameras at 256 x 256",
     capabilities=frozenset({"sft", "likelihood", "diffusion"}),
     observation="pixels",
-    prior=None,
     cameras=("agentview", "robot0_eye_in_hand"),
     image_size=256,
     family=OCTO,
@@ -155,7 +141,6 @@ OCTO_BASE = PolicySpec(
     summary="Octo-Base 1.5 (93 M parameters and T5-base), from the published checkpoint: two cameras at 256 x 256",
     capabilities=frozenset({"sft", "likelihood", "diffusion"}),
     observation="pixels",
-    prior=None,
     cameras=("agentview", "robot0_eye_in_hand"),
     image_size=256,
     family=OCTO,

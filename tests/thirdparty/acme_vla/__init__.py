@@ -41,7 +41,7 @@ POLICY = SimpleNamespace(
     summary="a policy of Acme's",
     capabilities=frozenset({"acme"}),
     observation="state",
-    prior_folder=None,
+    prior_folder=lambda benchmark: None,
     cameras=(),
     image_size=0,
     create=None,
@@ -52,6 +52,7 @@ POLICY = SimpleNamespace(
 class AcmeSuite(Suite):
     name = "acme-suite"
     summary = "one task"
+    benchmark = "acme"
     action_dim = 7
     proprio_dim = 8
     fps = 20
