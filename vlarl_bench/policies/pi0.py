@@ -22,10 +22,11 @@ from transformers.cache_utils import DynamicCache
 
 from ..errors import BenchError
 from ..suite import Observation
-from .base import FlowPolicy, Sample
+from .base import Sample
 from .pi0_inputs import OBJECT_FEATURES, Batch, Rows, to_batch
 from .standardised import Standardised
 from .steady import steady_rows
+from .stochastic_flow import StochasticFlow
 from .vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -78,10 +79,10 @@ class Context(Rows):
     """[B, 2 D] mean and maximum of the prefix's hidden states."""
 
 
-class Pi0(Standardised, FlowPolicy):
-    """Scaled-down pi0 behind the flow seam. Its weights are random until some are loaded."""
+class Pi0(Standardised, StochasticFlow):
+    """Scaled-down pi0 behind the flow and likelihood seams. Its weights are random until some are loaded."""
 
-    capabilities: ClassVar[frozenset[str]] = frozenset({"sft", "flow"})
+    capabilities: ClassVar[frozenset[str]] = frozenset({"sft", "flow", "likelihood"})
     sft_draws: ClassVar[int] = 4
     """Draws of (t, noise) an observation in `sft_loss`: the prefix is encoded once, so more draws are cheap."""
 
@@ -96,7 +97,7 @@ class Pi0(Standardised, FlowPolicy):
     def _build(self, name: str, architecture: Pi0Architecture, vocabulary: Vocabulary) -> None:
         self.name, self.architecture, self.vocabulary = name, architecture, vocabulary
         a = architecture
-        self.chunk, self.action_dim = a.chunk, a.action_dim
+        self.chunk, self.action_dim, self.euler_steps = a.chunk, a.action_dim, a.euler_steps
         self.feature_dim = 2 * a.prefix_width + a.proprio_dim
         self.model = PI0ForConditionalGeneration(_transformers_config(a, len(vocabulary)))
         if a.observation == "state":

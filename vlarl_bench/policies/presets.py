@@ -108,14 +108,14 @@ OPENVLA_7B = PublishedOpenVLA(
 PI0_TINY = PolicySpec(
     name="pi0-tiny",
     summary="pi0 scaled down to 0.9 M parameters: instruction, object poses (privileged state) and proprioception",
-    capabilities=frozenset({"sft", "flow"}),
+    capabilities=frozenset({"sft", "flow", "likelihood"}),
     observation="state",
     prior="pi0-tiny",
 )
 PI0_TINY_PIXELS = PolicySpec(
     name="pi0-tiny-pixels",
     summary="pi0 scaled down to 1.4 M parameters: instruction, two cameras (64 x 64) and proprioception",
-    capabilities=frozenset({"sft", "flow"}),
+    capabilities=frozenset({"sft", "flow", "likelihood"}),
     observation="pixels",
     prior="pi0-tiny-pixels",
     cameras=("agentview", "robot0_eye_in_hand"),
