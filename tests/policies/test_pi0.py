@@ -60,6 +60,27 @@ def test_velocity_of_k_draws_is_transformers_forward_of_each(policy, context):
             torch.testing.assert_close(ours[:, k], alone, atol=2e-6, rtol=0)
 
 
+def test_the_prefix_is_that_of_transformers(policy, spec):
+    """The cache, with padding words and objects, and what enters the last layer."""
+    batch = policy.preprocess([observe(i, spec, INSTRUCTIONS[i % 2], OBJECTS[: 2 + i]) for i in range(3)])
+    with torch.no_grad():
+        context = policy.encode(batch)
+        mask, embeddings, positions = policy._tokens(batch)
+        theirs = policy.model.model.vlm(
+            inputs_embeds=embeddings,
+            attention_mask=mask,
+            position_ids=positions,
+            token_type_ids=torch.zeros_like(positions),
+            use_cache=True,
+            output_hidden_states=True,
+        )
+    cache = torch.stack([torch.stack((x.keys, x.values), 1) for x in theirs.past_key_values.layers], 1)
+    torch.testing.assert_close(context.cache, cache, atol=1e-6, rtol=0)
+    hidden = torch.nn.functional.rms_norm(theirs.hidden_states[policy.architecture.layers - 1], (128,))
+    mean = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+    torch.testing.assert_close(context.pooled[:, :128], mean, atol=1e-6, rtol=0)
+
+
 def test_pixel_cache_changes_nothing():
     policy = make(PI0_TINY_PIXELS)
     batch = policy.preprocess([observe(i, PI0_TINY_PIXELS, INSTRUCTIONS[i % 2]) for i in range(3)])
