@@ -46,7 +46,7 @@ class Policy(nn.Module):
 
     capabilities: ClassVar[frozenset[str]]
     """`sft`: has `sft_loss`. `flow`: has `velocity` and `flow_loss`. `likelihood`: has `explore` and `log_prob`.
-    `diffusion`: has `denoising_steps` and `denoising_loss`."""
+    `diffusion`: has `denoising_steps` and `denoising_loss`. `flow` with `likelihood`: a `StochasticFlow`."""
     chunk: int
     """H, actions a chunk."""
     action_dim: int
@@ -119,12 +119,13 @@ class FlowPolicy(Policy):
 
 class LikelihoodPolicy(Policy):
     """A policy whose decoder draws from distributions that it can name: action tokens one after another, or the steps
-    of a denoising chain."""
+    of a denoising chain or of a flow made stochastic."""
 
     @abstractmethod
     def explore(self, context: Any, generators: Sequence[torch.Generator], noise: float) -> Sample:
         """`sample` with a `trace`. `noise` says how random it is: a softmax temperature for tokens, the least standard
-        deviation of a step for diffusion, the noise level of the SDE for flows. Row i uses only `generators[i]`."""
+        deviation of a step for diffusion, the level of the SDE for flows (which take more: `stochastic_flow.Noise`).
+        Row i uses only `generators[i]`."""
 
     @abstractmethod
     def log_prob(self, context: Any, trace: Tensor, mask: Tensor, noise: float) -> LogProb:

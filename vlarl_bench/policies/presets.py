@@ -101,13 +101,13 @@ OPENVLA_7B = PublishedOpenVLA(
 PI0_TINY = PolicySpec(
     name="pi0-tiny",
     summary="pi0 scaled down to 0.9 M parameters: instruction, object poses (privileged state) and proprioception",
-    capabilities=frozenset({"sft", "flow"}),
+    capabilities=frozenset({"sft", "flow", "likelihood"}),
     observation="state",
 )
 PI0_TINY_PIXELS = PolicySpec(
     name="pi0-tiny-pixels",
     summary="pi0 scaled down to 1.4 M parameters: instruction, cameras (64 x 64) and proprioception",
-    capabilities=frozenset({"sft", "flow"}),
+    capabilities=frozenset({"sft", "flow", "likelihood"}),
     observation="pixels",
     image_size=64,
 )
