@@ -186,7 +186,7 @@ def _first_policy(plan: Plan, demonstrations: Sequence[Demonstration] | None) ->
     chunk = plan.protocol.execute
     policy = plan.spec.create(suite.action_dim, suite.proprio_dim, sorted(words), plan.config.seed, chunk)
     policy.fit_normalisation(
-        np.concatenate([demonstration.actions for demonstration in demonstrations]),
+        [demonstration.actions for demonstration in demonstrations],
         np.stack([seen.proprio for demonstration in demonstrations for seen in demonstration.observations]),
     )
     return policy

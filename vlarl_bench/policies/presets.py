@@ -121,6 +121,25 @@ PI0_TINY_PIXELS = PolicySpec(
     cameras=("agentview", "robot0_eye_in_hand"),
     image_size=64,
 )
+PI0_FAST = "vlarl_bench.policies.pi0_fast"
+PI0_FAST_TINY = PolicySpec(
+    name="pi0-fast-tiny",
+    summary="pi0-FAST scaled down to 0.7 M parameters: instruction, object poses (privileged state), proprioception",
+    capabilities=frozenset({"sft", "likelihood"}),
+    observation="state",
+    prior=None,
+    family=PI0_FAST,
+)
+PI0_FAST_TINY_PIXELS = PolicySpec(
+    name="pi0-fast-tiny-pixels",
+    summary="pi0-FAST scaled down to 1.2 M parameters: instruction, two cameras (64 x 64) and proprioception",
+    capabilities=frozenset({"sft", "likelihood"}),
+    observation="pixels",
+    prior=None,
+    cameras=("agentview", "robot0_eye_in_hand"),
+    image_size=64,
+    family=PI0_FAST,
+)
 OCTO = "vlarl_bench.policies.octo"
 OCTO_TINY = PolicySpec(
     name="octo-tiny",
