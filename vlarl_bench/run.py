@@ -184,7 +184,7 @@ def _first_policy(plan: Plan, demonstrations: Sequence[Demonstration] | None) ->
     words |= {name for demonstration in demonstrations for name in demonstration.observations[0].objects}
     policy = plan.spec.create(plan.suite.embodiment(plan.protocol), sorted(words), plan.config.seed)
     policy.fit_normalisation(
-        np.concatenate([demonstration.actions for demonstration in demonstrations]),
+        [demonstration.actions for demonstration in demonstrations],
         np.stack([seen.proprio for demonstration in demonstrations for seen in demonstration.observations]),
     )
     return policy

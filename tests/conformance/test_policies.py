@@ -220,15 +220,22 @@ def test_log_prob_scores_what_was_executed_row_by_row(policy, context):
     trace = policy.explore(context, seeds(0, 1, 2, 3), 1.0).trace
     mask = torch.ones(4, policy.chunk)
     mask[1, 1:] = 0
+    mask[3] = 0
     with torch.no_grad():
+        whole = policy.log_prob(context, trace, torch.ones_like(mask), 1.0)
         scored = policy.log_prob(context, trace, mask, 1.0)
         alone = policy.log_prob(context.index(torch.tensor([2])), trace[2:3], mask[2:3], 1.0)
     assert scored.logp.shape == scored.entropy.shape == scored.mask.shape
     assert scored.logp.isfinite().all()
     assert scored.mask.dtype == torch.bool
     assert (scored.logp[~scored.mask] == 0).all()
-    counted = scored.mask.sum((1, 2))
-    assert counted[1] < counted[0] == counted[2]
+    # What only decided actions that were not executed does not count; the rest is as if all had been.
+    counted, of = scored.mask.sum((1, 2)), whole.mask.sum((1, 2))
+    assert counted[0] == of[0] > 0 and counted[2] == of[2] > 0
+    assert 0 < counted[1] <= of[1]
+    assert counted[3] == 0
+    assert (scored.mask <= whole.mask).all()
+    torch.testing.assert_close(scored.logp, whole.logp * scored.mask)
     torch.testing.assert_close(scored.logp[2:3], alone.logp, rtol=1e-4, atol=1e-4)
 
 

@@ -347,7 +347,7 @@ def test_configurations_of_something_else(damage):
 def test_quantiles_become_one(policy):
     draw = np.random.default_rng(1)
     demonstrated = draw.uniform([-1, 0, 2, -3, 0, 0, 5], [1, 1, 6, -1, 1e-3, 4, 5], (20_000, 7))
-    policy.fit_normalisation(demonstrated, draw.uniform(-0.2, 0.4, (20_000, 8)))
+    policy.fit_normalisation([demonstrated], draw.uniform(-0.2, 0.4, (20_000, 8)))
     ends = policy.unnormalise(torch.tensor([[-1.0] * 7, [1.0] * 7]))
     expected = np.quantile(demonstrated, (0.01, 0.99), axis=0)
     np.testing.assert_allclose(ends[:, [0, 1, 2, 3, 5]], expected[:, [0, 1, 2, 3, 5]], atol=1e-5)

@@ -400,7 +400,7 @@ def test_normalisation_round_trip():
     actions = torch.randn(4, 8, 7)
     torch.testing.assert_close(policy.unnormalise(policy.normalise(actions)), actions, atol=1e-5, rtol=1e-5)
     demonstrated = np.random.default_rng(1).normal([0, 1, 2, 3, 4, 5, 6], [1, 2, 3, 1, 1, 1, 0], (4000, 7))
-    policy.fit_normalisation(demonstrated, np.zeros((10, 8)))
+    policy.fit_normalisation([demonstrated], np.zeros((10, 8)))
     latent = policy.normalise(torch.from_numpy(demonstrated).float())
     torch.testing.assert_close(latent.mean(0), torch.zeros(7), atol=1e-4, rtol=0)
     torch.testing.assert_close(latent.std(0)[:6], torch.ones(6), atol=1e-2, rtol=0)

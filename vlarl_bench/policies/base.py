@@ -27,6 +27,9 @@ class Sample:
     """[B, H, A] normalised: what `flow_loss` scores."""
     trace: Tensor | None = None
     """[B, ...] everything that was drawn on the way, which is what `log_prob` scores; None where nothing scores it."""
+    invalid: Tensor | None = None
+    """[B] bool: what was drawn spells no chunk, and `latent` is what the policy makes of it all the same; None where
+    whatever is drawn is a chunk."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +88,9 @@ class Policy(nn.Module):
         """Scalar supervised loss of [B, H, A] actions in environment units; mask [B, H] marks real steps."""
 
     @abstractmethod
-    def fit_normalisation(self, actions: np.ndarray, proprio: np.ndarray) -> None:
-        """Sets the latent's scale from demonstrated actions [N, A] and proprio [N, P], in the suite's units."""
+    def fit_normalisation(self, actions: Sequence[np.ndarray], proprio: np.ndarray) -> None:
+        """Sets the latent's scale, and tokens if it has any, from demonstrated episodes' actions, [T, A] each, and
+        proprio [N, P], in the suite's units."""
 
     @abstractmethod
     def normalise(self, actions: Tensor) -> Tensor:
