@@ -138,7 +138,7 @@ class Pi0Fast(Quantiles, LikelihoodPolicy):
             self.object_out = nn.Linear(a.width, a.width)
         self.proprio_in = nn.Linear(a.proprio_dim, a.width)
         # Gemma scales embeddings by sqrt(width): this makes them unit variance, on a par with the object tokens.
-        nn.init.normal_(self.network.get_input_embeddings().weight, std=a.width**-0.5)
+        nn.init.normal_(self.network.model.language_model.embed_tokens.weight, std=a.width**-0.5)
 
     @classmethod
     def restore(cls, config: Mapping[str, Any]) -> Pi0Fast:
@@ -190,9 +190,10 @@ class Pi0Fast(Quantiles, LikelihoodPolicy):
         proprio = self.normalise_proprio(batch.proprio)
         x, real, positions = self._prefix(batch, proprio)
         x = self._run(x, _prefix_mask(real), positions, slice(a.frozen_layers), cache)
+        layers: list[Any] = cache.layers
         lower = x.new_zeros(len(batch), 0, 2, a.heads, x.shape[1], a.head_dim)
-        if a.frozen_layers:
-            lower = torch.stack([torch.stack((layer.keys, layer.values), 1) for layer in cache.layers], 1)
+        if layers:
+            lower = torch.stack([torch.stack((layer.keys, layer.values), 1) for layer in layers], 1)
         hidden = F.rms_norm(x, (a.width,))
         keep = real[..., None]
         mean = (hidden * keep).sum(1) / keep.sum(1)
@@ -426,6 +427,6 @@ def _transformers_config(a: Pi0FastArchitecture) -> PaliGemmaConfig:
             "vision_use_head": False,
         },
         projection_dim=a.width,
-        image_token_id=size,
+        image_token_index=size,
         tie_word_embeddings=False,
     )
