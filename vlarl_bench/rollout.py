@@ -58,6 +58,8 @@ class Episode:
     actions: list[np.ndarray] = field(default_factory=list)
     """n x [executed, A] float32: what the environment executed, environment units."""
     success: bool = False
+    invalid: int = 0
+    """Decisions at which what was drawn spelled no chunk (`Sample.invalid`)."""
 
     @property
     def executed(self) -> list[int]:
@@ -109,7 +111,7 @@ def run_episodes(
         for slot, seen in pool.call("reset", starting).items():
             flying[slot][1].observations.append(seen)
 
-        latents, actions = _decide(policy, flying, slots, protocol, act)
+        latents, actions, invalid = _decide(policy, flying, slots, protocol, act)
         requests = {}
         for slot, (_, episode, _) in flying.items():
             left = protocol.horizon[episode.job.task.suite] - episode.steps
@@ -118,6 +120,7 @@ def run_episodes(
             index, episode, _ = flying[slot]
             episode.observations.append(seen)
             episode.latents.append(latents[slot])
+            episode.invalid += int(invalid[slot])
             episode.actions.append(requests[slot][: outcome.executed])
             episode.success = outcome.success
             if outcome.success or episode.steps >= protocol.horizon[episode.job.task.suite]:
@@ -135,8 +138,8 @@ def _decide(
     slots: int,
     protocol: Protocol,
     act: Act | None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Latents and actions, [slots, H, A] each; rows of empty slots mean nothing."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Latents and actions, [slots, H, A] each, and which are invalid [slots]; rows of empty slots mean nothing."""
     import torch
 
     spare = next(iter(flying.values()))[1].observations[-1]
@@ -162,4 +165,4 @@ def _decide(
                 f"policy: it decided on NaN or infinite actions in {job.task.key}, init state {job.init_state}, "
                 f"decision {len(episode.actions)}; if it was being trained it has diverged: lower the learning rate"
             )
-    return latents, actions
+    return latents, actions, np.zeros(slots, bool) if sample.invalid is None else sample.invalid.numpy()

@@ -219,7 +219,10 @@ def _evaluate(
             log.append(_row(plan, episode, phase, iteration, checkpoint, decoding))
             bar.advance(episodes=1, successes=int(episode.success), steps=episode.steps)
 
-        run_episodes(pool, policy, jobs, plan.protocol, plan.config.slots, on_episode=keep)
+        episodes = run_episodes(pool, policy, jobs, plan.protocol, plan.config.slots, on_episode=keep)
+    invalid = sum(episode.invalid for episode in episodes)
+    if invalid:
+        progress.say(f"{name}: {invalid} of {sum(len(e.actions) for e in episodes)} decisions spelled no action chunk")
 
 
 def _train(
@@ -259,6 +262,9 @@ def _train(
                 log.append_all(_row(plan, e, "train", iteration, checkpoint, "explore") for e in episodes)
                 env_steps += sum(episode.steps for episode in episodes)
                 line |= {"env_steps": env_steps, "train_success": float(np.mean([e.success for e in episodes]))}
+                invalid = sum(episode.invalid for episode in episodes)
+                if invalid:
+                    line["invalid_chunks"] = invalid
                 line |= algorithm.update(policy, Rollout(_rewarded(plan, config, episodes, iteration), max_decisions))
                 bar.advance(note=f"round {iteration}/{budget.iterations}: {line['train_success']:.0%}")
             else:

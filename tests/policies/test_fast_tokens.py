@@ -64,6 +64,8 @@ def test_what_comes_back_is_what_rounding_leaves(chunk, action_dim, scale):
     assert (np.sqrt(((decoded - chunks) ** 2).sum((1, 2))) <= 0.5 / scale * np.sqrt(chunk * action_dim)).all()
     assert np.mean([len(ids) for ids in tokens]) < 0.6 * chunk * action_dim
     assert max(max(ids) for ids in tokens) < len(fitted) <= 1024
+    lengths = fitted.lengths
+    assert all(sum(lengths[i] for i in ids) == chunk * action_dim for ids in tokens)
     # All that fitting did not see can be said as well, within the range.
     others = np.random.default_rng(0).uniform(-1, 1, (20, chunk, action_dim))
     decoded, valid = fitted.decode(fitted.encode(others), chunk, action_dim)

@@ -134,6 +134,8 @@ def test_the_network_is_transformers_paligemma(policy, cut):
         found = policy.logits(policy.encode(batch), index)
         x, real, positions = policy._prefix(batch, policy.normalise_proprio(batch.proprio))
         tokens = policy.network.get_input_embeddings()(a.words + index[:, :-1])
+        spelled = np.array([0, *policy.fast.lengths])[index[:, :-1].numpy()]
+        tokens = tokens + policy.places.weight[torch.from_numpy(spelled.cumsum(1)).clamp_max(56)]
         suffix = torch.ones_like(index[:, :-1])
         whole = policy.network(
             inputs_embeds=torch.cat((x, tokens), 1),
@@ -164,6 +166,7 @@ def test_logits_are_those_of_the_authors_code(cut):
     with torch.no_grad():
         for key, parameter in policy.network.named_parameters():
             parameter.copy_(weight(key, tuple(parameter.shape)))
+        policy.places.weight.zero_()  # the published model counts by itself
         prompt = torch.tensor([[3, 9, 4, 1, 7, 5, 2, 8, 0, 0, 0, 6], [5, 1, 8, 8, 2, 3, 9, 7, 4, 6, 1, 2]])
         index = torch.tensor([[4, 9, 1, 17, 25, 0], [2, 2, 20, 11, 8, 3]])
         real = prompt != 0
@@ -202,7 +205,8 @@ def test_likelihood_by_enumeration():
             expected = 0.0
             for i, token in enumerate(text):
                 said = torch.tensor([text[:i]], dtype=torch.long)
-                whole = torch.cat((x, policy.network.get_input_embeddings()(first + said)), 1)
+                spoken = policy.network.get_input_embeddings()(first + said) + policy.places.weight[1 : i + 1]
+                whole = torch.cat((x, spoken), 1)
                 out = policy.network(
                     inputs_embeds=whole,
                     attention_mask=torch.ones(whole.shape[:2]),  # without one, equal positions are taken for packing

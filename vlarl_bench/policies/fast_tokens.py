@@ -97,6 +97,11 @@ class FastTokenizer:
     def __len__(self) -> int:
         return self._tokenizer.get_vocab_size()
 
+    @property
+    def lengths(self) -> list[int]:
+        """Coefficients that each token spells, by itself."""
+        return [len(self._tokenizer.decode([i], skip_special_tokens=False)) for i in range(len(self))]
+
     def encode(self, chunks: np.ndarray) -> list[list[int]]:
         """Token ids of each normalised chunk [N, H, A]; coefficients outside the range are clipped."""
         clipped = _transform(chunks, self.scale).clip(self.minimum, self.maximum) - self.minimum

@@ -2,7 +2,9 @@
 
 The prefix (images or objects, instruction, proprioception) sees itself in both directions; action tokens see it and
 those before them, until one that ends the chunk. In `state` mode one token an object takes the place of the images.
-The published model reads proprioception as text in its prompt; here it is one projected token, the prefix's last.
+The published model reads proprioception as text in its prompt; here it is one projected token, the prefix's last. And
+tiny is told with each action token how many coefficients have been said up to it, by an embedding of its own: the
+published model has to count, which so small a network does not learn (half of its chunks were invalid).
 
 Where a context is cut: `encode` runs the vision tower and the `frozen_layers` lowest layers over the prefix; RL trains
 the layers above and the head. Action tokens pass through the lower layers too, on the keys and values that the context
@@ -106,6 +108,8 @@ class Pi0Fast(Quantiles, LikelihoodPolicy):
     """Scaled-down pi0-FAST. Its weights are random until some are loaded, its tokenizer plain until it is fitted."""
 
     capabilities: ClassVar[frozenset[str]] = frozenset({"sft", "likelihood"})
+    spelled: Tensor
+    """[V + 1] coefficients that each action token spells."""
 
     def __init__(
         self,
@@ -119,9 +123,7 @@ class Pi0Fast(Quantiles, LikelihoodPolicy):
         super().__init__()
         a = architecture
         self.name, self.architecture, self.vocabulary = name, a, vocabulary
-        self.fast = fast or FastTokenizer.plain(a.chunk, a.scale)
-        if len(self.fast) > a.action_tokens:
-            raise BenchError(f"action_tokens: {a.action_tokens}, but the FAST tokenizer has {len(self.fast)}")
+        self._use(fast or FastTokenizer.plain(a.chunk, a.scale))
         self.chunk, self.action_dim, self.cameras = a.chunk, a.action_dim, a.cameras
         self.feature_dim = 2 * a.width + a.proprio_dim
         with torch.random.fork_rng(devices=[]):
@@ -129,6 +131,13 @@ class Pi0Fast(Quantiles, LikelihoodPolicy):
             self._build(a)
         self.build_scales(a.action_dim, a.proprio_dim)
         self.eval()
+
+    def _use(self, fast: FastTokenizer) -> None:
+        room = self.architecture.action_tokens
+        if len(fast) > room:
+            raise BenchError(f"action_tokens: {room}, but the FAST tokenizer has {len(fast)}")
+        self.fast = fast
+        self.register_buffer("spelled", torch.tensor([0, *fast.lengths]), persistent=False)  # the end spells nothing
 
     def _build(self, a: Pi0FastArchitecture) -> None:
         self.network = PaliGemmaForConditionalGeneration(_transformers_config(a))
@@ -139,8 +148,9 @@ class Pi0Fast(Quantiles, LikelihoodPolicy):
             self.object_in = nn.Linear(object_width(a), a.width)
             self.object_out = nn.Linear(a.width, a.width)
         self.proprio_in = nn.Linear(a.proprio_dim, a.width)
+        self.places = nn.Embedding(a.chunk * a.action_dim + 1, a.width)
         # Gemma scales embeddings by sqrt(width): this makes them unit variance, on a par with the object tokens.
-        nn.init.normal_(self.network.get_input_embeddings().weight, std=a.width**-0.5)
+        nn.init.normal_(self.network.model.language_model.embed_tokens.weight, std=a.width**-0.5)
 
     @classmethod
     def restore(cls, config: Mapping[str, Any]) -> Pi0Fast:
@@ -178,7 +188,8 @@ class Pi0Fast(Quantiles, LikelihoodPolicy):
         super().fit_normalisation(actions, proprio)
         scaled = (self.normalise(torch.as_tensor(episode)).float().numpy() for episode in actions)
         chunks = np.concatenate([windows(episode, self.chunk) for episode in scaled])
-        self.fast = FastTokenizer.fit(chunks, self.architecture.scale, self.architecture.action_tokens)
+        self._use(FastTokenizer.fit(chunks, self.architecture.scale, self.architecture.action_tokens))
+        self.spelled = self.spelled.to(self.device)
 
     # Prefix
 
@@ -193,9 +204,10 @@ class Pi0Fast(Quantiles, LikelihoodPolicy):
         proprio = self.normalise_proprio(batch.proprio)
         x, real, positions = self._prefix(batch, proprio)
         x = self._run(x, _prefix_mask(real), positions, slice(a.frozen_layers), cache)
+        layers: list[Any] = cache.layers
         lower = x.new_zeros(len(batch), 0, 2, a.heads, x.shape[1], a.head_dim)
-        if a.frozen_layers:
-            lower = torch.stack([torch.stack((layer.keys, layer.values), 1) for layer in cache.layers], 1)
+        if layers:
+            lower = torch.stack([torch.stack((layer.keys, layer.values), 1) for layer in layers], 1)
         hidden = F.rms_norm(x, (a.width,))
         keep = real[..., None]
         mean = (hidden * keep).sum(1) / keep.sum(1)
@@ -259,10 +271,15 @@ class Pi0Fast(Quantiles, LikelihoodPolicy):
         order = torch.ones(t, s + t, dtype=torch.bool, device=index.device).tril(s)
         mask = real[:, None, None] & torch.cat((F.pad(order.new_ones(s, s), (0, t)), order))
         with torch.set_grad_enabled(torch.is_grad_enabled() and context.hidden.requires_grad):
-            x = self._embed(a.words + index[:, :-1])
+            x = self._speak(index[:, :-1], self.spelled[index[:, :-1]].cumsum(1))
             x = self._run(x, mask[:, :, s:], positions[:, s:], slice(a.frozen_layers), self._cache(context))
         x = self._run(torch.cat((context.hidden, x), 1), mask, positions, slice(a.frozen_layers, None))
         return self._read(x[:, s - 1 :])
+
+    def _speak(self, index: Tensor, said: Tensor) -> Tensor:
+        """Embeddings [B, n, D] of action tokens [B, n] that bring the number of coefficients to `said` [B, n]."""
+        places = self.places(said.clamp_max(self.places.num_embeddings - 1))
+        return self._embed(self.architecture.words + index) + places
 
     def _read(self, x: Tensor) -> Tensor:
         """[..., V + 1] logits of what leaves the last layer [..., D], among action tokens alone."""
@@ -283,6 +300,7 @@ class Pi0Fast(Quantiles, LikelihoodPolicy):
         a, cache, real = self.architecture, self._cache(context), context.mask
         x = self._run(context.hidden, _prefix_mask(real), context.positions, slice(a.frozen_layers, None), cache)
         index = torch.full((len(context), a.max_tokens), END, device=real.device)
+        said = torch.zeros(len(context), 1, dtype=torch.long, device=real.device)
         ended = torch.zeros(len(context), dtype=torch.bool, device=real.device)
         for i in range(a.max_tokens):
             logits = self._read(x[:, -1])
@@ -292,7 +310,8 @@ class Pi0Fast(Quantiles, LikelihoodPolicy):
             if ended.all():
                 break
             real = F.pad(real, (0, 1), value=1)
-            token = self._embed(a.words + index[:, i : i + 1])
+            said = said + self.spelled[index[:, i : i + 1]]
+            token = self._speak(index[:, i : i + 1], said)
             x = self._run(token, real[:, None, None], context.positions[:, -1:] + i + 1, slice(None), cache)
         return index
 
@@ -428,6 +447,6 @@ def _transformers_config(a: Pi0FastArchitecture) -> PaliGemmaConfig:
             "vision_use_head": False,
         },
         projection_dim=a.width,
-        image_token_id=size,
+        image_token_index=size,
         tie_word_embeddings=False,
     )
