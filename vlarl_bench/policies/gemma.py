@@ -17,7 +17,8 @@ from torch import Tensor
 def rotation(model: Any, positions: Tensor) -> tuple[Tensor, Tensor]:
     """[B, 1, Q, E] cosines and signed sines of rotary embeddings at positions [B, Q]."""
     angles = positions[..., None].float() * model.rotary_emb.inv_freq
-    cos, sin = angles.cos(), angles.sin()
+    dtype = model.norm.weight.dtype
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     return torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]
 
 
