@@ -18,7 +18,7 @@ SHOULDER = np.array([0.0, 0.0, 0.333])
 """m above the Panda's base."""
 WRIST_BACK, WRIST_UP = 0.088, 0.2
 """m: where the Panda's wrist is, seen from the grip site when the fingers point down: nearer to the base, and above."""
-REACH = 0.65
+REACH = 0.66
 """m from shoulder to wrist. At 0.70 the arm is straight, and there the controller can't pull it back any more; at
 0.68 it still swings about its goal for a second or two."""
 
