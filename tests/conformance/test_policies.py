@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import re
 import subprocess
 import sys
 
@@ -9,7 +10,11 @@ import pytest
 import torch
 
 from vlarl_bench import registry
+from vlarl_bench.errors import BenchError
 from vlarl_bench.policies.store import content_hash, save_policy
+
+from .conftest import create
+from .narrow import SAME
 
 POLICIES = registry.names("policy")
 METHODS = {
@@ -20,7 +25,7 @@ METHODS = {
 }
 
 
-@pytest.fixture(scope="module", params=POLICIES)
+@pytest.fixture(scope="module", params=[name for name in POLICIES if name not in SAME])
 def stage(request, bench):
     return bench(request.param)
 
@@ -68,8 +73,20 @@ def test_description(stage, policy):
             assert callable(getattr(policy, method))
 
 
+@pytest.mark.parametrize("name", [name for name in POLICIES if registry.get("policy", name).published])
+def test_a_published_policy_says_what_it_starts_from(name, tmp_path):
+    spec = registry.get("policy", name)
+    assert spec.prior_folder is None
+    with pytest.raises(
+        BenchError, match=rf"^base: 'scratch'; {re.escape(name)} starts from .*{re.escape(spec.source)}"
+    ):
+        spec.create(7, 8, ["pick up"])
+    with pytest.raises(BenchError, match=re.escape(str(tmp_path))):
+        spec.load(tmp_path)
+
+
 def test_same_seed_same_weights(stage):
-    made = [stage.spec.create(stage.suite.action_dim, stage.suite.proprio_dim, ["pick up"], seed=s) for s in (1, 1, 2)]
+    made = [create(stage.spec, stage.suite, ["pick up"], seed, 8) for seed in (1, 1, 2)]
     hashes = [content_hash(policy) for policy in made]
     assert hashes[0] == hashes[1] != hashes[2]
 
@@ -81,7 +98,8 @@ def test_shapes(stage, policy, context):
     assert policy.features(context).shape == (4, policy.feature_dim)
     assert policy.features(context).isfinite().all()
     sample = policy.sample(context, seeds(0, 1, 2, 3))
-    assert sample.latent.shape == sample.actions.shape == (4, policy.chunk, policy.action_dim)
+    assert sample.latent.shape == (4, policy.chunk, policy.latent_dim)
+    assert sample.actions.shape == (4, policy.chunk, policy.action_dim)
     assert policy.action_dim == stage.suite.action_dim
     assert sample.actions.isfinite().all()
 
