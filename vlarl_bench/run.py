@@ -63,8 +63,8 @@ def run(config: RunConfig, resume: bool = False) -> Path:
         if method.learns_from == "demonstrations":
             demonstrations, learned_from = _demonstrations(plan, config, progress)
         policy = _first_policy(plan, demonstrations)
-        _write_manifest(plan, policy, out, learned_from)
         _adapt(policy, config)
+        _write_manifest(plan, policy, out, learned_from)
         algorithm = method(config.settings, policy, config.budget, config.seed)
         log = stack.enter_context(EpisodeLog(out / "episodes.jsonl"))
         metrics = stack.enter_context(MetricsLog(out / "metrics.jsonl"))
