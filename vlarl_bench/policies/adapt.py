@@ -56,7 +56,8 @@ def add_lora(
     """Puts adapters beside the actor's linear layers called `targets`; from then on only they are the actor.
 
     Without `targets` that is every linear layer of a transformer's blocks, and where the actor has none, such as Octo's
-    head, every linear layer. An adapter adds alpha / rank B A x, with B zero at first; alpha is the rank unless given.
+    head, every linear layer. An adapter adds alpha / rank B A x, with B zero at first, in float32; alpha is the rank
+    unless given.
     Raises BenchError if peft is not installed, or if the actor has no such layer.
     """
     try:
@@ -77,6 +78,9 @@ def add_lora(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(config, policy)
+    for name, parameter in policy.named_parameters():
+        if ".lora_" in name:  # small steps would be lost in half precision; peft's own models do the same
+            parameter.data = parameter.data.float()
     policy.eval()
 
 
@@ -113,4 +117,4 @@ def _merged(layer: Any) -> Tensor:
     """A layer's weight with its adapter. Where that adds nothing, the weight stays the same to the bit."""
     weight: Tensor = layer.get_base_layer().weight
     added = layer.get_delta_weight("default")
-    return torch.where(added == 0, weight, weight + added.to(weight.dtype))
+    return torch.where(added == 0, weight, (weight.float() + added.float()).to(weight.dtype))
