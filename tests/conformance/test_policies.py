@@ -192,7 +192,7 @@ def test_velocity_is_differentiable_and_takes_k_draws(policy, context):
     needs(policy, "flow")
     policy = copy.deepcopy(policy).requires_grad_(True)
     draw = torch.Generator().manual_seed(0)
-    x = torch.randn(4, 3, policy.chunk, policy.action_dim, generator=draw)
+    x = torch.randn(4, 3, policy.chunk, policy.latent_dim, generator=draw)
     t = torch.rand(4, 3, generator=draw)
     velocity = policy.velocity(context, x, t)
     assert velocity.shape == x.shape
@@ -208,8 +208,8 @@ def test_velocity_is_differentiable_and_takes_k_draws(policy, context):
 def test_flow_loss_is_the_squared_error_of_the_velocity(policy, context):
     needs(policy, "flow")
     draw = torch.Generator().manual_seed(0)
-    latent = torch.randn(4, policy.chunk, policy.action_dim, generator=draw)
-    noise = torch.randn(4, 2, policy.chunk, policy.action_dim, generator=draw)
+    latent = torch.randn(4, policy.chunk, policy.latent_dim, generator=draw)
+    noise = torch.randn(4, 2, policy.chunk, policy.latent_dim, generator=draw)
     with torch.no_grad():
         # At t = 1 the point is pure noise, at t = 0 the chunk itself.
         for t, x in ((1.0, noise), (0.0, latent[:, None].expand_as(noise))):
@@ -227,7 +227,7 @@ def test_explore_is_a_function_of_its_arguments(policy, context):
     assert not torch.equal(first.trace, policy.explore(context, seeds(4, 5, 6, 7), 1.0).trace)
     assert torch.equal(torch.get_rng_state(), before), "uses torch's global generator"
     assert len(first.trace) == 4
-    assert first.latent.shape == (4, policy.chunk, policy.action_dim)
+    assert first.latent.shape == (4, policy.chunk, policy.latent_dim)
     torch.testing.assert_close(policy.unnormalise(first.latent), first.actions)
     others = policy.explore(context.index(torch.tensor([0, 3, 1, 3])), seeds(0, 7, 8, 9), 1.0)
     assert torch.equal(first.trace[0], others.trace[0])
