@@ -148,19 +148,9 @@ class Pi0(Standardised, FlowPolicy):
     @steady_rows
     def encode(self, batch: Batch) -> Context:
         """Runs the vision-language prefix once; gradients flow unless the caller forbids them."""
-        a = self.architecture
+        a, vlm = self.architecture, self.model.model.vlm
         mask, embeddings, positions = self._tokens(batch)
-        cache, last = self._run_prefix(mask, embeddings, positions)
-        # The last layer's own output feeds nothing that training reaches, so features come from what enters it.
-        hidden = F.rms_norm(last.float(), (a.prefix_width,))
-        real = mask[..., None]
-        mean = (hidden * real).sum(1) / real.sum(1)
-        top = hidden.masked_fill(~real, -torch.inf).amax(1)
-        return Context(cache, mask, self.normalise_proprio(batch.proprio), torch.cat((mean, top), -1))
-
-    def _run_prefix(self, mask: Tensor, embeddings: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, L, 2, heads, S, head_dim], and what enters the last layer [B, S, D]."""
-        out = self.model.model.vlm(
+        out = vlm(
             inputs_embeds=embeddings,
             attention_mask=mask,
             position_ids=positions,
@@ -169,7 +159,12 @@ class Pi0(Standardised, FlowPolicy):
             output_hidden_states=True,
         )
         cache = torch.stack([torch.stack((x.keys, x.values), 1) for x in out.past_key_values.layers], 1)
-        return cache, out.hidden_states[self.architecture.layers - 1]
+        # The last layer's own output feeds nothing that training reaches, so features come from what enters it.
+        hidden = F.rms_norm(out.hidden_states[a.layers - 1], (a.prefix_width,))
+        real = mask[..., None]
+        mean = (hidden * real).sum(1) / real.sum(1)
+        top = hidden.masked_fill(~real, -torch.inf).amax(1)
+        return Context(cache, mask, self.normalise_proprio(batch.proprio), torch.cat((mean, top), -1))
 
     def _tokens(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Mask [B, S], embeddings [B, S, D] and positions [B, S] of the prefix."""
@@ -206,7 +201,7 @@ class Pi0(Standardised, FlowPolicy):
         """
         b, k, h, _ = x.shape
         embed, s = self.model.embed_action_time, context.mask.shape[1]
-        time = embed.sinusoid_embeds(t.flatten()).to(x).view(b, k, 1, -1).expand(-1, -1, h, -1)
+        time = embed.sinusoid_embeds(t.flatten()).view(b, k, 1, -1).expand(-1, -1, h, -1)
         chunks = torch.cat((embed.action_in_proj(x), time), -1)
         chunks = embed.action_time_mlp_out(F.silu(embed.action_time_mlp_in(chunks)))
         tokens = torch.cat((embed.state_proj(context.proprio)[:, None], chunks.flatten(1, 2)), 1)
@@ -217,18 +212,13 @@ class Pi0(Standardised, FlowPolicy):
         mask[..., s] = True
         mask[..., 1:, s + 1 :] = draw[:, None] == draw
         step = torch.cat((draw.new_zeros(1), torch.arange(h, device=x.device).repeat(k) + 1))
-        hidden = self._run_expert(context, tokens, mask, context.mask.sum(1, keepdim=True) + step)
-        return self.model.action_out_proj(hidden[:, 1:]).view(x.shape)
-
-    def _run_expert(self, context: Context, tokens: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        """[B, Q, E] of the action expert's tokens; mask [B, 1, Q, S + Q] says what each sees."""
         out = self.model.model.dit(
             inputs_embeds=tokens,
             attention_mask=mask,
-            position_ids=positions,
+            position_ids=context.mask.sum(1, keepdim=True) + step,
             past_key_values=self.transformers_cache(context),
         )
-        return out.last_hidden_state
+        return self.model.action_out_proj(out.last_hidden_state[:, 1:]).view(x.shape)
 
     def transformers_cache(self, context: Context) -> DynamicCache:
         """A fresh cache over the context's tensors; transformers appends to the cache, never to the tensors."""
@@ -242,9 +232,9 @@ class Pi0(Standardised, FlowPolicy):
         """
         a, n = self.architecture, len(context)
         if generators is None:
-            x = torch.zeros(n, a.chunk, self.latent_dim, device=self.device)
+            x = torch.zeros(n, a.chunk, a.action_dim, device=self.device)
         else:
-            noise = [torch.randn(a.chunk, self.latent_dim, generator=g, device=g.device) for g in generators]
+            noise = [torch.randn(a.chunk, a.action_dim, generator=g, device=g.device) for g in generators]
             x = torch.stack(noise).to(self.device)
         for step in range(a.euler_steps):
             t = torch.full((n, 1), 1 - step / a.euler_steps, device=self.device)

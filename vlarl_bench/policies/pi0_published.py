@@ -25,8 +25,10 @@ from transformers import PI0Config, PI0ForConditionalGeneration
 
 from ..errors import BenchError
 from ..suite import Observation
+from .base import Sample
 from .pi0 import Context, Pi0, Pi0Architecture
 from .pi0_inputs import Batch
+from .steady import steady_rows
 
 PRECISE = ("vision_tower.", "multi_modal_projector.", "layernorm.", ".norm.", "embed_action_time.", "action_out_proj.")
 """What stays float32 where the rest is bfloat16, as in lerobot: images, norms and the projections of actions."""
@@ -179,8 +181,11 @@ class PublishedPi0(Pi0):
 
     # Layers one by one: transformers' own checkpointing would give up the cache that pi0 lives on.
 
-    def _run_prefix(self, mask: Tensor, embeddings: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    @steady_rows
+    def encode(self, batch: Batch) -> Context:
+        """Runs the vision-language prefix once; gradients flow unless the caller forbids them."""
         model = self.model.model.vlm.language_model
+        mask, embeddings, positions = self._tokens(batch)
         attend = mask[:, None, None].expand(-1, -1, mask.shape[1], -1)
         rotary = model.rotary_emb(embeddings, positions)
         x = last = embeddings
@@ -189,9 +194,32 @@ class PublishedPi0(Pi0):
             last = x
             x, keys, values = self._maybe_again(_layer, layer, x, attend, rotary)
             cache.append(torch.stack((keys, values), 1))
-        return torch.stack(cache, 1), last
+        # The last layer's own output feeds nothing that training reaches, so features come from what enters it.
+        hidden, real = F.rms_norm(last.float(), last.shape[-1:]), mask[..., None]
+        mean = (hidden * real).sum(1) / real.sum(1)
+        top = hidden.masked_fill(~real, -torch.inf).amax(1)
+        return Context(torch.stack(cache, 1), mask, self.normalise_proprio(batch.proprio), torch.cat((mean, top), -1))
+
+    @steady_rows
+    def velocity(self, context: Context, x: Tensor, t: Tensor) -> Tensor:
+        """[B, K, H, 32] velocities at x [B, K, H, 32], t [B, K]; a chunk sees the prefix, the state and itself."""
+        (b, k, h, _), s, embed = x.shape, context.mask.shape[1], self.model.embed_action_time
+        time = embed.sinusoid_embeds(t.flatten()).to(x).view(b, k, 1, -1).expand(-1, -1, h, -1)
+        chunks = torch.cat((embed.action_in_proj(x), time), -1)
+        chunks = embed.action_time_mlp_out(F.silu(embed.action_time_mlp_in(chunks)))
+        tokens = torch.cat((embed.state_proj(context.proprio)[:, None], chunks.flatten(1, 2)), 1)
+        q = tokens.shape[1]
+        draw = torch.arange(q - 1, device=x.device) // h
+        mask = torch.zeros(b, 1, q, s + q, dtype=torch.bool, device=x.device)
+        mask[..., :s] = context.mask[:, None, None]
+        mask[..., s] = True
+        mask[..., 1:, s + 1 :] = draw[:, None] == draw
+        step = torch.cat((draw.new_zeros(1), torch.arange(h, device=x.device).repeat(k) + 1))
+        hidden = self._run_expert(context, tokens, mask, context.mask.sum(1, keepdim=True) + step)
+        return self.model.action_out_proj(hidden[:, 1:]).view(x.shape)
 
     def _run_expert(self, context: Context, tokens: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        """[B, Q, E] float32 of the action expert's tokens; mask [B, 1, Q, S + Q] says what each sees."""
         model = self.model.model.dit
         x = tokens.to(context.cache.dtype)
         rotary = model.rotary_emb(x, positions)
@@ -199,6 +227,22 @@ class PublishedPi0(Pi0):
             x = self._maybe_again(_layer, layer, x, mask, rotary, kept[:, 0], kept[:, 1])[0]
         normed: Tensor = model.norm(x)
         return normed.float()
+
+    @torch.no_grad()
+    def sample(self, context: Context, generators: Sequence[torch.Generator] | None) -> Sample:
+        """Integrates from t = 1 (noise) to 0 in `euler_steps` Euler steps; a function of its arguments alone.
+
+        At a given batch size a row does not depend, to the bit, on its neighbours or on its place.
+        """
+        steps, shape = self.architecture.euler_steps, (self.chunk, self.latent_dim)
+        if generators is None:
+            x = torch.zeros(len(context), *shape, device=self.device)
+        else:
+            x = torch.stack([torch.randn(shape, generator=g, device=g.device) for g in generators]).to(self.device)
+        for step in range(steps):
+            t = torch.full((len(x), 1), 1 - step / steps, device=self.device)
+            x = x - self.velocity(context, x[:, None], t)[:, 0] / steps
+        return Sample(self.unnormalise(x), x)
 
     def _maybe_again(self, function: Any, *inputs: Any) -> Any:
         """`function(*inputs)`, computed again for its gradient instead of kept, if the policy is `checkpointed`."""
