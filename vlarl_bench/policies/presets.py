@@ -141,19 +141,6 @@ PI0_TINY_PIXELS = PolicySpec(
     cameras=("agentview", "robot0_eye_in_hand"),
     image_size=64,
 )
-PI0_BASE = PublishedSpec(
-    name="pi0-base",
-    summary="pi0 (3.5 B parameters) from a published folder: instruction, two cameras (224 x 224) and proprioception",
-    capabilities=frozenset({"sft", "flow"}),
-    observation="pixels",
-    prior=None,
-    cameras=("agentview", "robot0_eye_in_hand"),
-    image_size=224,
-    resizes=True,
-    family="vlarl_bench.policies.pi0_published",
-    source="lerobot/pi0_base or what was fine-tuned from it, with PaliGemma's tokenizer.json in it",
-    checkpoint="vlarl_bench.policies.pi0_checkpoint",
-)
 OCTO = "vlarl_bench.policies.octo"
 OCTO_TINY = PolicySpec(
     name="octo-tiny",
@@ -194,4 +181,17 @@ OCTO_BASE = PublishedSpec(
     image_size=256,
     family=OCTO,
     source="rail-berkeley/octo-base-1.5, after `python -m vlarl_bench.policies.octo_convert`",
+)
+PI0_BASE = PublishedSpec(
+    name="pi0-base",
+    summary="pi0 (3.5 B parameters) from a published folder: instruction, two cameras (224 x 224) and proprioception",
+    capabilities=frozenset({"sft", "flow"}),
+    observation="pixels",
+    prior=None,
+    cameras=("agentview", "robot0_eye_in_hand"),
+    image_size=224,
+    resizes=True,
+    family="vlarl_bench.policies.pi0_published",
+    source="lerobot/pi0_base or what was fine-tuned from it, with PaliGemma's tokenizer.json in it",
+    checkpoint="vlarl_bench.policies.pi0_checkpoint",
 )
