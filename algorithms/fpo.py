@@ -189,7 +189,7 @@ class FPO(Algorithm):
         for parameter in self.actor:
             parameter.requires_grad_(True)
         self.optimizer = torch.optim.Adam(self.actor, lr=settings.lr)
-        shape = (policy.feature_dim + 1, policy.chunk * policy.action_dim)
+        shape = (policy.feature_dim + 1, policy.chunk * policy.latent_dim)
         self.critic = QEnsemble(settings.critics, *shape, settings.critic_width, self.generator)
         self.target = QEnsemble(settings.critics, *shape, settings.critic_width, self.generator)
         self.target.load_state_dict(self.critic.state_dict())

@@ -63,8 +63,9 @@ def run(config: RunConfig, resume: bool = False) -> Path:
         if method.learns_from == "demonstrations":
             demonstrations, learned_from = _demonstrations(plan, config, progress)
         policy = _first_policy(plan, demonstrations)
-        algorithm = method(config.settings, policy, config.budget, config.seed)
+        _adapt(policy, config)
         _write_manifest(plan, policy, out, learned_from)
+        algorithm = method(config.settings, policy, config.budget, config.seed)
         log = stack.enter_context(EpisodeLog(out / "episodes.jsonl"))
         metrics = stack.enter_context(MetricsLog(out / "metrics.jsonl"))
         pool = stack.enter_context(_pool(plan, out, progress))
@@ -89,6 +90,7 @@ def run(config: RunConfig, resume: bool = False) -> Path:
         log.rewind(done)
         metrics.rewind(done)
         _train(plan, config, policy, algorithm, demonstrations, done, pool, log, metrics, progress)
+        _merge(policy)
         _evaluate(plan, "final", config.budget.iterations, policy, pool, log, progress)
         _save_policy(plan, policy, out)
         rows = log.rows
@@ -188,6 +190,24 @@ def _first_policy(plan: Plan, demonstrations: Sequence[Demonstration] | None) ->
         np.stack([seen.proprio for demonstration in demonstrations for seen in demonstration.observations]),
     )
     return policy
+
+
+def _adapt(policy: Policy, config: RunConfig) -> None:
+    """Freezes what is not to learn, and puts adapters where they are to learn in the weights' place."""
+    from .policies.adapt import add_lora, freeze
+
+    freeze(policy, config.freeze)
+    if config.lora:
+        add_lora(policy, config.lora, seed=config.seed)
+    if not policy.actor_parameters():
+        raise BenchError(f"freeze: {', '.join(config.freeze)}; nothing is left that an algorithm may train")
+
+
+def _merge(policy: Policy) -> None:
+    """Adapters become part of the weights: what is judged and stored then is one and the same policy."""
+    from .policies.adapt import merge_lora
+
+    merge_lora(policy)
 
 
 def _pool(plan: Plan, out: Path, progress: Progress) -> Pool:

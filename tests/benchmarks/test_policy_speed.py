@@ -11,10 +11,11 @@ import torch
 
 from vlarl_bench import registry
 from vlarl_bench.errors import BenchError
-from vlarl_bench.suite import Observation
+from vlarl_bench.suite import Embodiment, Observation
 
 POLICIES = registry.names("policy")
 TINY_PI0 = ("pi0-tiny", "pi0-tiny-pixels")
+CAMERAS = ("agentview", "robot0_eye_in_hand")
 TASK = "pick up the milk and place it in the basket"
 OBJECTS = ("milk_1", "basket_1", "ketchup_1", "butter_1", "cream_cheese_1", "tomato_sauce_1")
 
@@ -25,7 +26,7 @@ def observe(seed, spec):
     proprio = draw.normal(scale=0.2, size=8).astype(np.float32)
     if spec.observation == "pixels":
         size = spec.image_size
-        images = {camera: draw.integers(0, 256, (size, size, 3), dtype=np.uint8) for camera in spec.cameras}
+        images = {camera: draw.integers(0, 256, (size, size, 3), dtype=np.uint8) for camera in CAMERAS}
         return Observation(TASK, proprio, images=images)
     poses = {name: np.r_[draw.normal(scale=0.2, size=3), 0, 0, 0, 1].astype(np.float32) for name in OBJECTS}
     return Observation(TASK, proprio, poses)
@@ -36,10 +37,15 @@ def subject(request):
     return make(request.param)
 
 
+def embodiment(spec):
+    """A robot like LIBERO's."""
+    return Embodiment(7, 8, CAMERAS if spec.observation == "pixels" else ())
+
+
 def make(name):
     spec = registry.get("policy", name)
     try:
-        return spec, spec.create(7, 8, [TASK, *OBJECTS], seed=0)
+        return spec, spec.create(embodiment(spec), [TASK, *OBJECTS], seed=0)
     except BenchError as error:
         return pytest.skip(str(error))
 

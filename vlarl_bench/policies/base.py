@@ -2,7 +2,8 @@
 
 Shapes: B observations, K loss draws an observation, H actions a chunk, A action dimensions, S decisions inside the
 decoder (tokens, or denoising steps), D numbers drawn at each.
-`latent` is always the normalised action chunk, `actions` the same chunk in environment units.
+`latent` is always the normalised action chunk, `actions` the same chunk in environment units. Where a network pads its
+actions, a latent has `latent_dim` numbers an action in place of A.
 """
 
 from abc import abstractmethod
@@ -60,6 +61,13 @@ class Policy(nn.Module):
     """Those it looks at."""
     frozen: tuple[str, ...] = ()
     """Parts, by dotted name, that nothing trains (`adapt.freeze`)."""
+    checkpointed: bool = False
+    """Whether gradients recompute each layer's activations instead of keeping them; small policies need not."""
+
+    @property
+    def latent_dim(self) -> int:
+        """Numbers that an action has in the latent: A, or more where the network pads it."""
+        return self.action_dim
 
     @property
     @abstractmethod

@@ -22,6 +22,7 @@ from transformers.cache_utils import DynamicCache
 
 from ..errors import BenchError
 from ..suite import Embodiment, Observation
+from .adapt import learning
 from .base import Sample
 from .gemma import additive, block, keys_and_values, norm, rotation
 from .pi0_inputs import Batch, Rows, object_width, to_batch
@@ -280,7 +281,7 @@ class Pi0(Standardised, StochasticFlow):
     def actor_parameters(self) -> list[nn.Parameter]:
         """The action expert and its projections: exactly what receives a gradient from a detached context."""
         modules = (self.model.model.dit.layers, self.model.model.dit.norm, self.model.embed_action_time)
-        return [p for module in (*modules, self.model.action_out_proj) for p in module.parameters()]
+        return learning(self, (p for module in (*modules, self.model.action_out_proj) for p in module.parameters()))
 
 
 def create(spec: PolicySpec, embodiment: Embodiment, vocabulary: Sequence[str], seed: int) -> Pi0:

@@ -51,7 +51,7 @@ class StochasticFlow(FlowPolicy, LikelihoodPolicy):
     @steady_rows
     def explore(self, context: Any, generators: Sequence[torch.Generator], noise: Noise) -> Sample:
         """Draws every step. The first noise is the one that `sample` would start from."""
-        shape = (self.chunk, self.action_dim)
+        shape = (self.chunk, self.latent_dim)
         starts = [torch.randn(shape, generator=g, device=g.device) for g in generators]
         draws = [torch.randn(self.euler_steps, *shape, generator=g, device=g.device) for g in generators]
         device = next(self.parameters()).device
@@ -78,7 +78,8 @@ class StochasticFlow(FlowPolicy, LikelihoodPolicy):
         entropy = std.log() + 0.5 * math.log(2 * math.pi * math.e)
         zero = torch.zeros_like(logp)
         logp, entropy = torch.where(counted, logp, zero), torch.where(counted, entropy, zero)
-        return LogProb(logp.flatten(2), entropy.flatten(2), counted.flatten(2))
+        own = slice(self.action_dim)  # numbers that only pad a latent decide nothing
+        return LogProb(logp[..., own].flatten(2), entropy[..., own].flatten(2), counted[..., own].flatten(2))
 
     def transitions(self, context: Any, x: Tensor, first: int, noise: Noise) -> tuple[Tensor, Tensor]:
         """Means [B, K, H, A] and deviations (broadcasting) of the K steps from number `first`, begun at x."""
