@@ -4,7 +4,7 @@ The prefix (images or objects, instruction, proprioception) sees itself in both 
 those before them, until one that ends the chunk. In `state` mode one token an object takes the place of the images.
 The published model reads proprioception as text in its prompt; here it is one projected token, the prefix's last. And
 tiny is told with each action token how many coefficients have been said up to it, by an embedding of its own: the
-published model has to count, which so small a network does not learn (half of its chunks were invalid).
+published model has to count, which so small a network hardly learns, and most of what it then says is no chunk.
 
 Where a context is cut: `encode` runs the vision tower and the `frozen_layers` lowest layers over the prefix; RL trains
 the layers above and the head. Action tokens pass through the lower layers too, on the keys and values that the context
