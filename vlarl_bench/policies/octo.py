@@ -178,8 +178,11 @@ class Octo(Standardised, DiffusionPolicy):
     def predict(self, context: Context, x: Tensor, t: Tensor) -> Tensor:
         """[B, K, H, A] predicted noise in x [B, K, H, A] at steps t [B, K]."""
         readout = context.readout[:, None].expand(-1, x.shape[1], -1)
-        noise: Tensor = self.model.head(readout, x.flatten(2), t)
-        return noise.view(x.shape)
+        head: Tensor = self.model.head(readout, x.flatten(2), t).view(x.shape)
+        if self.architecture.predicts == "noise":
+            return head
+        kept = self.kept[t][..., None, None]
+        return kept.sqrt() * head + (1 - kept).sqrt() * x  # velocity is sqrt(kept) noise - sqrt(1 - kept) latent
 
     def means(self, context: Context, x: Tensor, t: Tensor) -> Tensor:
         """[B, K, H, A] what steps t [B, K] make of x [B, K, H, A], before their noise."""
@@ -249,15 +252,18 @@ class Octo(Standardised, DiffusionPolicy):
         return (self.predict(context, kept.sqrt() * clean + (1 - kept).sqrt() * noise, t) - noise) ** 2
 
     def sft_loss(self, context: Context, actions: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
-        """Mean over real steps of the error of the predicted noise, at uniform steps (Ho et al., 2020, eq. 14).
+        """Mean over real steps of the error of what the head predicts, at uniform steps (Ho et al., 2020, eq. 14).
 
-        The authors' loss is this times A.
+        For noise the authors' loss is this times A.
         """
         latent = self.normalise(actions)
         shape = (len(latent), self.sft_draws)
         t = torch.randint(self.denoising_steps, shape, generator=generator, device=generator.device).to(latent.device)
         noise = torch.randn(*shape, *latent.shape[1:], generator=generator, device=generator.device).to(latent)
-        errors = self.denoising_loss(context, latent, t, noise).mean((1, 3))
+        errors = self.denoising_loss(context, latent, t, noise)
+        if self.architecture.predicts == "velocity":
+            errors = errors / self.kept[t][..., None, None]
+        errors = errors.mean((1, 3))
         return (errors * mask).sum() / mask.sum()
 
     def actor_parameters(self) -> list[nn.Parameter]:
@@ -304,6 +310,7 @@ def create(spec: PolicySpec, embodiment: Embodiment, vocabulary: Sequence[str], 
         cameras=embodiment.cameras,
         image_size=spec.image_size,
         camera_sizes=(spec.image_size,) * len(embodiment.cameras),
+        predicts="velocity",
         head_width=head_width,
         head_blocks=max(1, round(3 * (256 / head_width) ** 2)),
     )
