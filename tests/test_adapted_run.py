@@ -34,7 +34,8 @@ def folder(tmp_path_factory):
 
 
 def test_only_what_adapters_stand_beside_is_changed(folder):
-    before, after = PI0_TINY.load(PI0_TINY.prior_folder).state_dict(), PI0_TINY.load(folder / "policy").state_dict()
+    before = PI0_TINY.load(PI0_TINY.prior_folder("libero")).state_dict()
+    after = PI0_TINY.load(folder / "policy").state_dict()
     assert before.keys() == after.keys()
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     layers = {name.rpartition(".")[0] for name in changed}
@@ -49,13 +50,13 @@ def test_only_what_adapters_stand_beside_is_changed(folder):
 def test_rows_name_the_policy_that_played(folder):
     rows = read_rows(folder / "episodes.jsonl")
     names = {phase: {row.checkpoint for row in rows if row.phase == phase} for phase in ("base", "train", "final")}
-    base = content_hash(PI0_TINY.load(PI0_TINY.prior_folder))
+    base = content_hash(PI0_TINY.load(PI0_TINY.prior_folder("libero")))
     assert names["base"] == names["train"] == {base}  # fresh adapters add nothing
     assert names["final"] == {content_hash(PI0_TINY.load(folder / "policy"))} != {base}
 
 
 def test_the_stored_policy_is_the_checkpoint_s_merged(folder):
-    policy = PI0_TINY.load(PI0_TINY.prior_folder)
+    policy = PI0_TINY.load(PI0_TINY.prior_folder("libero"))
     policy.frozen = (FROZEN,)
     add_lora(policy, 4)
     policy.load_state_dict(load_latest(folder / "checkpoints").state["policy"])
