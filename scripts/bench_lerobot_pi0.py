@@ -73,15 +73,16 @@ def same_weights(theirs: Any) -> PublishedPi0:
     shape: dict[str, Any] = {"chunk": 8, "image_size": 56, "max_words": WORDS, "cameras": CAMERAS, **SIZES, **vision}
     nothing: Any = None  # no text is read here
     policy = PublishedPi0("pi0-base", PublishedPi0Architecture("pixels", 7, 8, **shape), nothing)
+    vlm = policy.model.model.vlm
+    vlm.vision_tower = getattr(vlm.vision_tower, "vision_model", vlm.vision_tower)  # older transformers nest it
     state = theirs.state_dict()
     with torch.no_grad():
         for key, parameter in policy.model.named_parameters():
             if key != "model.dit.embed_tokens.weight":  # never read
                 name = published_key(key)
-                newer = name.replace("vision_tower.vision_model.", "vision_tower.")
-                parameter.copy_(state[name if name in state else newer])
+                parameter.copy_(state[name])
         tied = "paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
-        policy.model.model.vlm.get_input_embeddings().weight.copy_(state[tied])
+        vlm.get_input_embeddings().weight.copy_(state[tied])
     return policy.eval()
 
 
