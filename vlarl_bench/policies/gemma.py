@@ -2,16 +2,17 @@
 outputs and kernels are chosen anew at each call there. Weights stay where transformers has them, and layers are called
 as modules, so that adapters (LoRA) work. Operations and their order are the same, so results are too.
 
-Shapes: B observations, Q tokens, S tokens before them, N heads, E width of a head.
+Shapes: B observations, Q tokens, S tokens before them, N heads, G of them with keys, E width of a head, D of a token.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def rotation(model: Any, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,3 +66,51 @@ def norm(layer: Any, x: Tensor) -> Tensor:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of [B, N, Q, E]; `sin` has the signs."""
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
+
+
+def repeated(layer: Any, rotated: tuple[Tensor, Tensor], mask: Tensor, before: Tensor) -> Callable[[Tensor], Tensor]:
+    """What `block` makes of tokens, with the same bits: ready for many calls, without gradients."""
+    if readable(layer):
+        return _Repeated(layer, rotated, mask, before)
+    return lambda x: block(layer, x, rotated, mask, before)[0]
+
+
+def readable(layer: Any) -> bool:
+    """Whether a layer's weights say all that its projections do: float32, and no adapter around them."""
+    projections = [
+        module for module in (*layer.self_attn.children(), *layer.mlp.children()) if list(module.parameters())
+    ]
+    return all(type(m) is nn.Linear and m.bias is None and m.weight.dtype == torch.float32 for m in projections)
+
+
+class _Repeated:
+    """Weights that multiply the same input lie side by side. Keys and values of the tokens before are laid out once,
+    and each call writes its own behind them."""
+
+    def __init__(self, layer: Any, rotated: tuple[Tensor, Tensor], mask: Tensor, before: Tensor) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.layer, self.mask, self.scale, self.head_dim = layer, mask, attention.scaling, attention.head_dim
+        self.cos, self.sin = (part.transpose(1, 2) for part in rotated)
+        self.qkv = torch.cat((attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight))
+        self.gate_up = torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight))
+        self.norms = [1 + norm.weight for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+        b, _, self.with_keys, self.s, _ = before.shape
+        self.seen = before.new_empty(b, mask.shape[3], 2 * self.with_keys, self.head_dim)
+        self.seen[:, : self.s] = before.flatten(1, 2).transpose(1, 2)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        layer, g = self.layer, self.with_keys
+        normed = F.rms_norm(x, x.shape[-1:], self.norms[0], layer.input_layernorm.eps)
+        heads = F.linear(normed, self.qkv).view(*x.shape[:2], -1, self.head_dim)  # N queries, G keys, G values
+        turned = heads[:, :, :-g]
+        rolled = turned.roll(self.head_dim // 2, -1).mul_(self.sin)
+        turned.mul_(self.cos).add_(rolled)
+        query = heads[:, :, : -2 * g].transpose(1, 2)
+        self.seen[:, self.s :] = heads[:, :, -2 * g :]
+        keys, values = self.seen.transpose(1, 2).chunk(2, 1)
+        grouped = query.shape[1] != g
+        out = F.scaled_dot_product_attention(query, keys, values, self.mask, scale=self.scale, enable_gqa=grouped)
+        x = x + layer.self_attn.o_proj(out.transpose(1, 2).flatten(2))
+        normed = F.rms_norm(x, x.shape[-1:], self.norms[1], layer.post_attention_layernorm.eps)
+        gate, up = F.linear(normed, self.gate_up).chunk(2, -1)
+        return x + layer.mlp.down_proj(layer.mlp.act_fn(gate).mul_(up))

@@ -24,8 +24,9 @@ from ..errors import BenchError
 from ..suite import Embodiment, Observation
 from .adapt import learning
 from .base import Sample
-from .gemma import additive, block, keys_and_values, norm, rotation
+from .gemma import additive, block, keys_and_values, norm, repeated, rotation
 from .pi0_inputs import Batch, Rows, object_width, to_batch
+from .siglip import siglip
 from .standardised import Standardised
 from .steady import steady_rows
 from .stochastic_flow import StochasticFlow
@@ -188,15 +189,13 @@ class Pi0(Standardised, StochasticFlow):
     def _tokens(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Mask [B, S], embeddings [B, S, D] and positions [B, S] of the prefix."""
         a, vlm = self.architecture, self.model.model.vlm
-        spoken = batch.words != 0
+        embed, spoken = vlm.get_input_embeddings(), batch.words != 0
         if a.observation == "pixels":
             seen = torch.ones(len(batch), a.image_tokens, dtype=torch.bool, device=self.device)
             mask = torch.cat((seen, spoken), 1)
-            ids = torch.cat((seen * vlm.config.image_token_id, batch.words), 1)
-            pixels = batch.images.float() / 127.5 - 1
-            cameras = torch.ones(pixels.shape[:2], dtype=torch.bool, device=self.device)
-            return mask, self.model.model.embed_prefix(ids, pixels, cameras), mask.cumsum(-1) - 1
-        embed = vlm.get_input_embeddings()
+            patches = siglip(vlm.vision_tower, batch.images.flatten(0, 1).float() / 127.5 - 1)
+            visible = vlm.multi_modal_projector(patches).view(len(batch), a.image_tokens, a.prefix_width)
+            return mask, torch.cat((visible, embed(batch.words)), 1), mask.cumsum(-1) - 1
         named = batch.names != 0
         # An object shares its words with the instruction: that is what lets language point at it.
         label = (embed(batch.names) * named[..., None]).sum(2) / named.sum(2, keepdim=True).clamp_min(1)
@@ -235,14 +234,22 @@ class Pi0(Standardised, StochasticFlow):
         return Frame(context.cache.unbind(1), additive(mask), rotated, state)
 
     def _velocity(self, frame: Frame, x: Tensor, t: Tensor) -> Tensor:
-        (b, k, h, _), embed, dit = x.shape, self.model.embed_action_time, self.model.model.dit
-        time = embed.sinusoid_embeds(t.flatten()).view(b, k, 1, -1).expand(-1, -1, h, -1)
-        chunks = torch.cat((embed.action_in_proj(x), time), -1)
-        chunks = embed.action_time_mlp_out(F.silu(embed.action_time_mlp_in(chunks)))
-        tokens = torch.cat((frame.state, chunks.flatten(1, 2)), 1)
-        for layer, before in zip(dit.layers, frame.layers, strict=True):
+        waves = self.model.embed_action_time.sinusoid_embeds(t.flatten()).view(*t.shape, -1)
+        tokens = self._noisy_tokens(frame, x, waves)
+        for layer, before in zip(self.model.model.dit.layers, frame.layers, strict=True):
             tokens, _, _ = block(layer, tokens, frame.rotated, frame.mask, before)
-        velocity: Tensor = self.model.action_out_proj(norm(dit.norm, tokens)[:, 1:])
+        return self._read(tokens, x)
+
+    def _noisy_tokens(self, frame: Frame, x: Tensor, waves: Tensor) -> Tensor:
+        """[B, 1 + K H, width] what enters the expert at x [B, K, H, A]; `waves` [B, K, width] embed times."""
+        embed = self.model.embed_action_time
+        chunks = torch.cat((embed.action_in_proj(x), waves[:, :, None].expand(-1, -1, x.shape[2], -1)), -1)
+        chunks = embed.action_time_mlp_out(F.silu(embed.action_time_mlp_in(chunks)))
+        return torch.cat((frame.state, chunks.flatten(1, 2)), 1)
+
+    def _read(self, tokens: Tensor, x: Tensor) -> Tensor:
+        """Velocities, shaped as x, of what leaves the expert."""
+        velocity: Tensor = self.model.action_out_proj(norm(self.model.model.dit.norm, tokens)[:, 1:])
         return velocity.view(x.shape)
 
     def transformers_cache(self, context: Context) -> DynamicCache:
@@ -262,11 +269,22 @@ class Pi0(Standardised, StochasticFlow):
         else:
             noise = [torch.randn(a.chunk, a.action_dim, generator=g, device=g.device) for g in generators]
             x = torch.stack(noise).to(self.device)
-        frame = self._frame(context, 1)
-        for step in range(a.euler_steps):
-            t = torch.full((n, 1), 1 - step / a.euler_steps, device=self.device)
-            x = x - self._velocity(frame, x[:, None], t)[:, 0] / a.euler_steps
-        return Sample(self.unnormalise(x), x)
+        with torch.inference_mode():  # what it makes can never learn, so the caller gets a copy from outside
+            x = self._integrate(self._frame(context, 1), x[:, None])
+        latent = x[:, 0].clone()
+        return Sample(self.unnormalise(latent), latent)
+
+    def _integrate(self, frame: Frame, x: Tensor) -> Tensor:
+        """[B, 1, H, A] where the Euler steps end that begin at x; what all steps share is made once."""
+        pairs = zip(self.model.model.dit.layers, frame.layers, strict=True)
+        layers = [repeated(layer, frame.rotated, frame.mask, before) for layer, before in pairs]
+        times = torch.tensor([1 - step / self.euler_steps for step in range(self.euler_steps)], device=self.device)
+        for waves in self.model.embed_action_time.sinusoid_embeds(times):
+            tokens = self._noisy_tokens(frame, x, waves.expand(len(x), 1, -1))
+            for layer in layers:
+                tokens = layer(tokens)
+            x = x - self._read(tokens, x) / self.euler_steps
+        return x
 
     def sft_loss(self, context: Context, actions: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
         """Conditional flow matching with pi0's own times, t ~ 0.001 + 0.999 Beta(1.5, 1); mean over real steps."""
