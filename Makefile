@@ -7,10 +7,10 @@ STAMP := $(VENV)/.setup-done
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint type bench bench-sim clean
+.PHONY: help setup demo test lint type bench bench-sim bench-policies clean
 
 help: ## show this help
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## make .venv with the pinned packages (the other targets do it when needed)
 
@@ -37,6 +37,9 @@ bench: $(STAMP) ## speed of the parts that decide how long a run takes
 
 bench-sim: $(STAMP) ## speed of LIBERO and ALOHA against the stock environments and raw MuJoCo
 	$(BIN)/python -m pytest tests/benchmarks/test_libero_speed.py tests/benchmarks/test_aloha_speed.py --benchmark-only --benchmark-columns=min,median,rounds
+
+bench-policies: $(STAMP) ## speed of the policies, and of pi0 against transformers' own sampler
+	$(BIN)/python -m pytest tests/benchmarks/test_policy_speed.py --benchmark-only --benchmark-columns=min,median,rounds -s
 
 clean: ## remove .venv and caches (runs, demonstrations and results stay)
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis

@@ -187,7 +187,7 @@ class FPO(Algorithm):
         self.generator = torch.Generator().manual_seed(seed)
         self.actor = only_actor_learns(policy)
         self.optimizer = torch.optim.Adam(self.actor, lr=settings.lr)
-        shape = (policy.feature_dim + 1, policy.chunk * policy.action_dim)
+        shape = (policy.feature_dim + 1, policy.chunk * policy.latent_dim)
         self.critic = QEnsemble(settings.critics, *shape, settings.critic_width, self.generator)
         self.target = QEnsemble(settings.critics, *shape, settings.critic_width, self.generator)
         self.target.load_state_dict(self.critic.state_dict())

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from faulty_suite import NAMES, Fault, FaultySuite
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -268,6 +269,21 @@ def test_nan_actions_are_the_policys_fault(pilot):
     with Pool(FaultySuite(), FAULTY_PROTOCOL, workers=2, on_loss=losses.append) as pool, named:
         run_episodes(pool, pilot, faulty_jobs(), FAULTY_PROTOCOL, slots=4, act=act)
     assert not losses
+
+
+def test_decisions_that_spell_no_chunk_are_counted(pilot, undisturbed):
+    """The first of the four slots says nothing valid at every second turn."""
+
+    def act(policy, context, generators):
+        turns.append(None)
+        invalid = torch.tensor([len(turns) % 2 == 0, False, False, False])
+        return dataclasses.replace(policy.sample(context, generators), invalid=invalid)
+
+    turns = []
+    with Pool(FaultySuite(), FAULTY_PROTOCOL, workers=1) as pool:
+        episodes = run_episodes(pool, pilot, faulty_jobs()[:4], FAULTY_PROTOCOL, slots=4, act=act)
+    assert [episode.invalid for episode in episodes] == [len(episodes[0].actions) // 2, 0, 0, 0]
+    assert not any(episode.invalid for episode in undisturbed)
 
 
 def test_workers_end_when_their_parent_is_killed(tmp_path):

@@ -86,6 +86,9 @@ def _run(args: list[str]) -> int:
             settings=options.settings,
             out=options.out or _fresh(options.algo, options.suite, f"seed{options.seed}"),
             base=options.base,
+            unnorm_key=options.unnorm_key,
+            freeze=_split(options.freeze),
+            lora=options.lora,
             tasks=_split(options.tasks),
             protocol=options.protocol,
             seed=options.seed,
@@ -194,9 +197,10 @@ def _video(args: list[str]) -> int:
         options.suite,
         options.policy,
         options.out or "videos",
-        options.base,
-        (task.key,),
-        options.protocol,
+        base=options.base,
+        unnorm_key=options.unnorm_key,
+        tasks=(task.key,),
+        protocol=options.protocol,
         states=1,
         seed=options.seed,
     )
@@ -265,6 +269,7 @@ def _list(args: list[str]) -> int:
                     "summary": found.summary,
                     "capabilities": sorted(found.capabilities),
                     "observation": found.observation,
+                    "needs_base": found.published,
                 }
                 for name, found in policies.items()
             ],
@@ -276,7 +281,7 @@ def _list(args: list[str]) -> int:
         print(json.dumps(shown, indent=2))
         return 0
     _section("algorithms", [(name, found.summary) for name, found in algorithms.items()])
-    _section("policies", [(name, found.summary) for name, found in policies.items()])
+    _section("policies", [(name, _described(found)) for name, found in policies.items()])
     _section("suites", [(name, found.summary) for name, found in suites.items()])
     trains = {name: [p for p in policies if registry.runs_on(name, p)] for name in algorithms}
     _section("which algorithm runs on which policy", [(name, ", ".join(on) or "none") for name, on in trains.items()])
@@ -344,6 +349,10 @@ def _fresh(*parts: str) -> str:
 def _section(title: str, rows: list[tuple[str, str]]) -> None:
     width = max((len(name) for name, _ in rows), default=0)
     print("\n".join([title, *(f"  {name:<{width}}  {text}" for name, text in rows)]), end="\n\n")
+
+
+def _described(policy: Any) -> str:
+    return f"{policy.summary}; needs --base FOLDER" if policy.published else policy.summary
 
 
 def _overview() -> str:

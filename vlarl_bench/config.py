@@ -71,6 +71,12 @@ class RunConfig:
     """Run folder."""
     base: str = "prior"
     """Weights to start from: `prior` (shipped with the policy), `scratch` (random) or a policy folder."""
+    unnorm_key: str = ""
+    """Training data whose action scales to use, where a published folder has several."""
+    freeze: tuple[str, ...] = ()
+    """Parts of the policy, by dotted name, that nothing trains."""
+    lora: int = 0
+    """Rank of the adapters that are trained in place of the weights; 0 trains the weights."""
     tasks: tuple[str, ...] = ()
     """Task names or `suite/name` keys; empty takes the first `budget.tasks` that the base policy was trained on."""
     protocol: str = "tiny"
@@ -94,6 +100,10 @@ class RunConfig:
         read(RunConfig, dataclasses.asdict(self), "config")
         check_settings(self.settings)
         _at_least(1, "threads", self.threads)
+        _at_least(0, "lora", self.lora)
+        for i, part in enumerate(self.freeze):
+            if not part or part in self.freeze[:i]:
+                raise BenchError(f"freeze: {part!r}; names must be distinct and not empty")
         if not self.algorithm:
             raise BenchError("algorithm: ''; it must not be empty")
         _check_common(self)
@@ -127,6 +137,8 @@ class EvalConfig:
     """Run folder."""
     base: str = "prior"
     """Weights: `prior` (shipped with the policy) or a policy folder."""
+    unnorm_key: str = ""
+    """Training data whose action scales to use, where a published folder has several."""
     tasks: tuple[str, ...] = ()
     """Task names or `suite/name` keys; empty takes all tasks of the suite."""
     protocol: str = "tiny"

@@ -47,7 +47,8 @@ class Plan:
     def load_base(self) -> Policy:
         """The base policy. Raises BenchError if it does not fit the suite's robot or the protocol's chunks."""
         assert self.base is not None
-        policy: Policy = self.spec.load(self.base)
+        key = {"unnorm_key": self.config.unnorm_key} if self.config.unnorm_key else {}
+        policy: Policy = self.spec.load(self.base, **key)
         if policy.action_dim != self.suite.action_dim:
             raise BenchError(
                 f"base: the policy in {self.base} gives {policy.action_dim} numbers an action, but a robot of "
@@ -111,7 +112,7 @@ def plan_run(config: RunConfig) -> Plan:
     if base is None and registry.get("algorithm", config.algorithm).learns_from == "rollouts":
         raise BenchError(f"base: 'scratch'; {config.algorithm!r} learns from its own episodes and needs a prior")
     count = min(config.budget.tasks, len(suite.tasks))  # ALOHA has two, and is tried with any budget all the same
-    if config.tasks or base is None:
+    if config.tasks or base is None or not _ours(base):
         tasks = select_tasks(suite, config.tasks, count)
     else:
         known = set(read_json(base / "config.json").get("tasks", ()))
@@ -148,28 +149,41 @@ def plan_evaluation(config: EvalConfig) -> Plan:
 
 def _check_images(config: RunConfig | EvalConfig, spec: Any, protocol: Protocol) -> None:
     missing = [camera for camera in spec.cameras if camera not in protocol.cameras]
-    if missing or spec.image_size != protocol.image_size:
+    if missing or (spec.image_size != protocol.image_size and not spec.resizes):
         wanted = f"{', '.join(spec.cameras) or 'images'} at {spec.image_size} x {spec.image_size}"
         shown = f"{', '.join(protocol.cameras) or 'images'} at {protocol.image_size} x {protocol.image_size}"
         raise BenchError(f"policy: {config.policy!r} looks at {wanted}, but protocol {protocol.label} shows {shown}")
 
 
 def _base_folder(config: RunConfig | EvalConfig, spec: Any, suite: Suite) -> Path | None:
-    if config.base == "scratch":
+    if config.base == "scratch" and not spec.published:
+        _check_unnorm_key(config, spec, None)
         return None
+    if spec.published and config.base in ("prior", "scratch"):
+        raise BenchError(f"base: {config.base!r}; {config.policy!r} needs --base FOLDER: {spec.source}")
     folder: Path | None = spec.prior_folder(suite.benchmark) if config.base == "prior" else Path(config.base)
     if folder is None or not (folder / "config.json").is_file():
-        missing = (
-            f"{config.policy!r} ships no prior for {suite.benchmark}"
-            if config.base == "prior"
-            else "there is no policy"
-        )
+        none = f"{config.policy!r} ships no prior for {suite.benchmark}"
+        missing = none if config.base == "prior" else "there is no policy"
+        if spec.published:
+            raise BenchError(f"base: {config.base!r}; there is no config.json; {config.policy!r} takes {spec.source}")
         raise BenchError(
             f"base: {config.base!r}; {missing}; train one with `vlarl-bench run --algo sft --base scratch "
             f"--policy {config.policy} --suite {config.suite}` and pass its `policy` folder"
         )
-    if not (folder / "hashes.json").exists() and (folder / "policy").is_dir():
+    if not _ours(folder) and (folder / "policy").is_dir():
         raise BenchError(f"base: {folder} is a run folder; pass {folder / 'policy'}")
     if not isinstance(read_json(folder / "config.json"), dict):
         raise BenchError(f"base: {folder / 'config.json'} does not describe a policy")
+    _check_unnorm_key(config, spec, folder)
     return folder
+
+
+def _ours(folder: Path) -> bool:
+    """Whether this project wrote the policy folder: only then are there hashes, and a list of tasks."""
+    return (folder / "hashes.json").exists()
+
+
+def _check_unnorm_key(config: RunConfig | EvalConfig, spec: Any, folder: Path | None) -> None:
+    if config.unnorm_key and not (spec.published and folder is not None and not _ours(folder)):
+        raise BenchError(f"unnorm_key: {config.unnorm_key!r}; only a published folder has scales to choose from")

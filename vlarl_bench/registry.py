@@ -135,6 +135,8 @@ def _wrong(kind: Kind, name: str, found: Any) -> str:
             "cameras",
             "image_size",
             "prior_folder",
+            "published",
+            "resizes",
             "create",
             "load",
         )

@@ -63,8 +63,9 @@ def run(config: RunConfig, resume: bool = False) -> Path:
         if method.learns_from == "demonstrations":
             demonstrations, learned_from = _demonstrations(plan, config, progress)
         policy = _first_policy(plan, demonstrations)
-        algorithm = method(config.settings, policy, config.budget, config.seed)
+        _adapt(policy, config)
         _write_manifest(plan, policy, out, learned_from)
+        algorithm = method(config.settings, policy, config.budget, config.seed)
         log = stack.enter_context(EpisodeLog(out / "episodes.jsonl"))
         metrics = stack.enter_context(MetricsLog(out / "metrics.jsonl"))
         pool = stack.enter_context(_pool(plan, out, progress))
@@ -89,6 +90,7 @@ def run(config: RunConfig, resume: bool = False) -> Path:
         log.rewind(done)
         metrics.rewind(done)
         _train(plan, config, policy, algorithm, demonstrations, done, pool, log, metrics, progress)
+        _merge(policy)
         _evaluate(plan, "final", config.budget.iterations, policy, pool, log, progress)
         _save_policy(plan, policy, out)
         rows = log.rows
@@ -184,10 +186,28 @@ def _first_policy(plan: Plan, demonstrations: Sequence[Demonstration] | None) ->
     words |= {name for demonstration in demonstrations for name in demonstration.observations[0].objects}
     policy = plan.spec.create(plan.suite.embodiment(plan.protocol), sorted(words), plan.config.seed)
     policy.fit_normalisation(
-        np.concatenate([demonstration.actions for demonstration in demonstrations]),
+        [demonstration.actions for demonstration in demonstrations],
         np.stack([seen.proprio for demonstration in demonstrations for seen in demonstration.observations]),
     )
     return policy
+
+
+def _adapt(policy: Policy, config: RunConfig) -> None:
+    """Freezes what is not to learn, and puts adapters where they are to learn in the weights' place."""
+    from .policies.adapt import add_lora, freeze
+
+    freeze(policy, config.freeze)
+    if config.lora:
+        add_lora(policy, config.lora, seed=config.seed)
+    if not policy.actor_parameters():
+        raise BenchError(f"freeze: {', '.join(config.freeze)}; nothing is left that an algorithm may train")
+
+
+def _merge(policy: Policy) -> None:
+    """Adapters become part of the weights: what is judged and stored then is one and the same policy."""
+    from .policies.adapt import merge_lora
+
+    merge_lora(policy)
 
 
 def _pool(plan: Plan, out: Path, progress: Progress) -> Pool:
@@ -219,7 +239,10 @@ def _evaluate(
             log.append(_row(plan, episode, phase, iteration, checkpoint, decoding))
             bar.advance(episodes=1, successes=int(episode.success), steps=episode.steps)
 
-        run_episodes(pool, policy, jobs, plan.protocol, plan.config.slots, on_episode=keep)
+        episodes = run_episodes(pool, policy, jobs, plan.protocol, plan.config.slots, on_episode=keep)
+    invalid = sum(episode.invalid for episode in episodes)
+    if invalid:
+        progress.say(f"{name}: {invalid} of {sum(len(e.actions) for e in episodes)} decisions spelled no action chunk")
 
 
 def _train(
@@ -259,6 +282,9 @@ def _train(
                 log.append_all(_row(plan, e, "train", iteration, checkpoint, "explore") for e in episodes)
                 env_steps += sum(episode.steps for episode in episodes)
                 line |= {"env_steps": env_steps, "train_success": float(np.mean([e.success for e in episodes]))}
+                invalid = sum(episode.invalid for episode in episodes)
+                if invalid:
+                    line["invalid_chunks"] = invalid
                 line |= algorithm.update(policy, Rollout(_rewarded(plan, config, episodes, iteration), max_decisions))
                 bar.advance(note=f"round {iteration}/{budget.iterations}: {line['train_success']:.0%}")
             else:

@@ -28,6 +28,8 @@ class Grasp:
     """[3] world position of the grip site, m."""
     yaw: float
     """Turn about the vertical from the resting orientation, rad. At 0 the fingers open along world y."""
+    rim: bool = False
+    """Whether one finger goes inside and one outside, for a thing that is too wide for the gripper."""
 
 
 class Scene:
@@ -204,7 +206,7 @@ def plan_grasp(
                 if not here.any():
                     continue
                 point = centre + across * np.median((relative @ across)[here])
-                grasp = Grasp(np.append(point, top - 0.018), float(yaw))
+                grasp = Grasp(np.append(point, top - 0.018), float(yaw), rim=True)
                 nearer = 0.1 if point[0] < centre[0] else 0.0  # The arm comes from -x and would shade the rim there.
                 cost = 0.3 * abs(yaw) + 0.15 * min(scene.clutter(name, grasp), 20) + nearer + jitter * 0.2 * draw()
                 cost += trouble(grasp)

@@ -18,8 +18,9 @@ SHOULDER = np.array([0.0, 0.0, 0.333])
 """m above the Panda's base."""
 WRIST_BACK, WRIST_UP = 0.088, 0.2
 """m: where the Panda's wrist is, seen from the grip site when the fingers point down: nearer to the base, and above."""
-REACH = 0.68
-"""m from shoulder to wrist. At 0.70 the arm is straight, and there the controller can't pull it back any more."""
+REACH = 0.66
+"""m from shoulder to wrist. At 0.70 the arm is straight, and there the controller can't pull it back any more; at
+0.68 it still swings about its goal for a second or two."""
 
 Actions = Iterator[np.ndarray]
 """What every skill is: a generator of [7] actions, which looks at the scene anew after each of them."""
@@ -122,13 +123,19 @@ class Arm:
         if self.position[2] < height - 0.01:
             yield from self.move([*self.position[:2], height], orientation, 0.02, steps=30, turn_tolerance=3)
 
-    def close(self) -> Actions:
-        """Closes the gripper until the fingers stand still."""
+    def close(self, where: np.ndarray | None = None) -> Actions:
+        """Closes the gripper until the fingers stand still; with `where` [3] (m) the grip site is kept there.
+
+        A zero action means "stay where you are now": the finger that touches first pushes the hand along.
+        """
         self.gripper = CLOSED
         still = 0
         width = self.simulator.gripper_width()
         for step in range(25):
-            yield self.action(np.zeros(6))
+            pose = np.zeros(6)
+            if where is not None:
+                pose[:3] = shorten((where - self.position) * 16.0, 0.5)
+            yield self.action(pose)
             previous, width = width, self.simulator.gripper_width()
             still = still + 1 if abs(previous - width) < 4e-4 else 0
             if still >= 3 and step > 3:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from .simulator import LiberoSimulator
 
 ATTEMPTS = 3
+MOST_SWINGS = 16
+"""Of the hand, to shake something off."""
 HAND_ROOM = 0.1
 """m beside a thing that the open hand needs when it comes down on it."""
 
@@ -59,8 +61,27 @@ class Skills:
             # A stretched arm swings past.
             yield from arm.move(grasp.position + [0, 0, 0.03], self.held, 0.006, steps=30, gain=6.0)
         yield from arm.move(grasp.position, self.held, 0.006, steps=20, speed=0.5)
-        yield from arm.close()
+        bottoms = self._bottoms()
+        yield from arm.close(grasp.position if grasp.rim else None)
         yield from arm.move(arm.position + [0, 0, 0.10], self.held, 0.02, steps=20, speed=0.6, turn_tolerance=3)
+        yield from self._shake_off(name, bottoms)
+
+    def _bottoms(self) -> dict[str, float]:
+        """m: the lowest point of every loose thing."""
+        return {other: float(self.scene.cloud(other)[:, 2].min()) for other in self.scene.env.objects_dict}
+
+    def _shake_off(self, name: str, before: dict[str, float]) -> Actions:
+        """Rolls the hand to and fro about the line of the rim until nothing hangs from the lifted thing any more.
+
+        What a thing stood on may stick to it: a bowl's foot fits into a ramekin. `before` has the `_bottoms`.
+        """
+        axis = self.held.as_matrix()[:, 0]
+        for swing in range(MOST_SWINGS):
+            risen = {other for other, bottom in self._bottoms().items() if bottom > before[other] + 0.02}
+            if name not in risen or not any(before[other] < before[name] for other in risen):
+                return
+            for _ in range(3):
+                yield self.arm.action(np.append(np.zeros(3), axis if swing % 2 else -axis))
 
     def _way(self, name: str, target: str) -> np.ndarray | None:
         """[3] m: how far a thing will travel, when it goes where there may be little room for the hand."""

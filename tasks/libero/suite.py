@@ -40,6 +40,10 @@ PUBLISHED = {
     "openpi": _Published((220, 280, 300, 520, 400), execute=5),
     "lerobot": _Published((280, 280, 300, 520, 400), execute=10, render=360, image_size=360),
     "rlinf": _Published((240, 240, 320, 480, 512), execute=5, settle_steps=15, train_states=ALL_STATES, image_size=256),
+    "openvla": _Published(
+        (220, 280, 300, 520, 400), execute=1, train_states=ALL_STATES, cameras=("agentview",), resize="lanczos"
+    ),
+    "openvla-oft": _Published((220, 280, 300, 520, 400), execute=8, train_states=ALL_STATES, resize="lanczos"),
     "simplevla": _Published((512,) * 5, execute=8, train_states=ALL_STATES, cameras=("agentview",), resize="lanczos"),
 }
 
@@ -60,7 +64,7 @@ class LiberoSuite(Suite):
         self.name, self.summary = name, summary
         self.members = members or (name,)
         # LIBERO-Object's episodes are still those of the first expert.
-        self.expert_version = 1 if name == "libero_object" else 2
+        self.expert_version = 1 if name == "libero_object" else 3
 
     @cached_property
     def tasks(self) -> tuple[Task, ...]:

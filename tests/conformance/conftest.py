@@ -12,6 +12,8 @@ from vlarl_bench import registry
 from vlarl_bench.config import BUDGETS
 from vlarl_bench.errors import BenchError
 
+from .narrow import narrow
+
 
 @dataclass(frozen=True)
 class Bench:
@@ -34,6 +36,12 @@ class Bench:
     def data(self, algorithm):
         """What the algorithm's `update` is given."""
         return self.rollout if algorithm.learns_from == "rollouts" else self.demonstrations
+
+
+def create(spec, embodiment, vocabulary, seed):
+    """Random weights. What exists at its published size only is made with narrow layers."""
+    make = functools.partial(narrow, spec) if spec.published else spec.create
+    return make(embodiment, vocabulary, seed)
 
 
 def stage(spec):
@@ -66,7 +74,7 @@ def _bench(policy_name):
     with Pool(suite, protocol, workers=1) as pool:
         seen = pool.call("reset", {0: (task, protocol.train_states[0])})[0]
         vocabulary = [task.instruction for task in suite.tasks] + list(seen.objects)
-        policy = spec.create(suite.embodiment(protocol), vocabulary, seed=0)
+        policy = create(spec, suite.embodiment(protocol), vocabulary, 0)
         episodes = run_episodes(pool, policy, jobs, short, slots=4)
         steps = run_episodes(pool, policy, jobs[:2], single, slots=2)
     for i, episode in enumerate(episodes):

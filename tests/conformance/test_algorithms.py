@@ -17,8 +17,10 @@ from vlarl_bench import registry
 from vlarl_bench.checkpoint import load_latest, save_checkpoint
 from vlarl_bench.config import check_settings
 
+from .narrow import SAME
+
 ALGORITHMS = registry.names("algorithm")
-PAIRS = [(a, p) for a in ALGORITHMS for p in registry.names("policy") if registry.runs_on(a, p)]
+PAIRS = [(a, p) for a in ALGORITHMS for p in registry.names("policy") if registry.runs_on(a, p) and p not in SAME]
 
 
 def documented(settings):
@@ -172,7 +174,7 @@ def test_act_decodes_like_sample(updated):
             updated.algorithm.act(policy, context, [torch.Generator().manual_seed(seed) for seed in seeds])
             for seeds in ((0, 1, 2, 3), (0, 1, 2, 3), (0, 7, 8, 9))
         )
-    assert first.latent.shape == (4, policy.chunk, policy.action_dim)
+    assert first.latent.shape == (4, policy.chunk, policy.latent_dim)
     assert torch.equal(first.latent, again.latent)
     assert torch.equal(first.latent[0], others.latent[0])
     torch.testing.assert_close(policy.unnormalise(first.latent), first.actions)

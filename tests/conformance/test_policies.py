@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import re
 import subprocess
 import sys
 
@@ -9,7 +10,12 @@ import pytest
 import torch
 
 from vlarl_bench import registry
+from vlarl_bench.errors import BenchError
 from vlarl_bench.policies.store import content_hash, save_policy
+from vlarl_bench.suite import Embodiment
+
+from .conftest import create
+from .narrow import SAME
 
 POLICIES = registry.names("policy")
 METHODS = {
@@ -20,7 +26,7 @@ METHODS = {
 }
 
 
-@pytest.fixture(scope="module", params=POLICIES)
+@pytest.fixture(scope="module", params=[name for name in POLICIES if name not in SAME])
 def stage(request, bench):
     return bench(request.param)
 
@@ -68,8 +74,20 @@ def test_description(stage, policy):
             assert callable(getattr(policy, method))
 
 
+@pytest.mark.parametrize("name", [name for name in POLICIES if registry.get("policy", name).published])
+def test_a_published_policy_says_what_it_starts_from(name, tmp_path):
+    spec = registry.get("policy", name)
+    assert spec.prior_folder("libero") is None
+    with pytest.raises(
+        BenchError, match=rf"^base: 'scratch'; {re.escape(name)} starts from .*{re.escape(spec.source)}"
+    ):
+        spec.create(Embodiment(7, 8), ["pick up"])
+    with pytest.raises(BenchError, match=re.escape(str(tmp_path))):
+        spec.load(tmp_path)
+
+
 def test_same_seed_same_weights(stage):
-    made = [stage.spec.create(stage.suite.embodiment(stage.protocol), ["pick up"], seed=s) for s in (1, 1, 2)]
+    made = [create(stage.spec, stage.suite.embodiment(stage.protocol), ["pick up"], seed) for seed in (1, 1, 2)]
     hashes = [content_hash(policy) for policy in made]
     assert hashes[0] == hashes[1] != hashes[2]
 
@@ -81,7 +99,8 @@ def test_shapes(stage, policy, context):
     assert policy.features(context).shape == (4, policy.feature_dim)
     assert policy.features(context).isfinite().all()
     sample = policy.sample(context, seeds(0, 1, 2, 3))
-    assert sample.latent.shape == sample.actions.shape == (4, policy.chunk, policy.action_dim)
+    assert sample.latent.shape == (4, policy.chunk, policy.latent_dim)
+    assert sample.actions.shape == (4, policy.chunk, policy.action_dim)
     assert policy.action_dim == stage.suite.action_dim
     assert sample.actions.isfinite().all()
 
@@ -174,7 +193,7 @@ def test_velocity_is_differentiable_and_takes_k_draws(policy, context):
     needs(policy, "flow")
     policy = copy.deepcopy(policy).requires_grad_(True)
     draw = torch.Generator().manual_seed(0)
-    x = torch.randn(4, 3, policy.chunk, policy.action_dim, generator=draw)
+    x = torch.randn(4, 3, policy.chunk, policy.latent_dim, generator=draw)
     t = torch.rand(4, 3, generator=draw)
     velocity = policy.velocity(context, x, t)
     assert velocity.shape == x.shape
@@ -190,8 +209,8 @@ def test_velocity_is_differentiable_and_takes_k_draws(policy, context):
 def test_flow_loss_is_the_squared_error_of_the_velocity(policy, context):
     needs(policy, "flow")
     draw = torch.Generator().manual_seed(0)
-    latent = torch.randn(4, policy.chunk, policy.action_dim, generator=draw)
-    noise = torch.randn(4, 2, policy.chunk, policy.action_dim, generator=draw)
+    latent = torch.randn(4, policy.chunk, policy.latent_dim, generator=draw)
+    noise = torch.randn(4, 2, policy.chunk, policy.latent_dim, generator=draw)
     with torch.no_grad():
         # At t = 1 the point is pure noise, at t = 0 the chunk itself.
         for t, x in ((1.0, noise), (0.0, latent[:, None].expand_as(noise))):
@@ -209,7 +228,7 @@ def test_explore_is_a_function_of_its_arguments(policy, context):
     assert not torch.equal(first.trace, policy.explore(context, seeds(4, 5, 6, 7), 1.0).trace)
     assert torch.equal(torch.get_rng_state(), before), "uses torch's global generator"
     assert len(first.trace) == 4
-    assert first.latent.shape == (4, policy.chunk, policy.action_dim)
+    assert first.latent.shape == (4, policy.chunk, policy.latent_dim)
     torch.testing.assert_close(policy.unnormalise(first.latent), first.actions)
     others = policy.explore(context.index(torch.tensor([0, 3, 1, 3])), seeds(0, 7, 8, 9), 1.0)
     assert torch.equal(first.trace[0], others.trace[0])
@@ -220,15 +239,22 @@ def test_log_prob_scores_what_was_executed_row_by_row(policy, context):
     trace = policy.explore(context, seeds(0, 1, 2, 3), 1.0).trace
     mask = torch.ones(4, policy.chunk)
     mask[1, 1:] = 0
+    mask[3] = 0
     with torch.no_grad():
+        whole = policy.log_prob(context, trace, torch.ones_like(mask), 1.0)
         scored = policy.log_prob(context, trace, mask, 1.0)
         alone = policy.log_prob(context.index(torch.tensor([2])), trace[2:3], mask[2:3], 1.0)
     assert scored.logp.shape == scored.entropy.shape == scored.mask.shape
     assert scored.logp.isfinite().all()
     assert scored.mask.dtype == torch.bool
     assert (scored.logp[~scored.mask] == 0).all()
-    counted = scored.mask.sum((1, 2))
-    assert counted[1] < counted[0] == counted[2]
+    # What only decided actions that were not executed does not count; the rest is as if all had been.
+    counted, of = scored.mask.sum((1, 2)), whole.mask.sum((1, 2))
+    assert counted[0] == of[0] > 0 and counted[2] == of[2] > 0
+    assert 0 < counted[1] <= of[1]
+    assert counted[3] == 0
+    assert (scored.mask <= whole.mask).all()
+    torch.testing.assert_close(scored.logp, whole.logp * scored.mask)
     torch.testing.assert_close(scored.logp[2:3], alone.logp, rtol=1e-4, atol=1e-4)
 
 

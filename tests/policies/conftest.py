@@ -35,7 +35,7 @@ def make(spec=PI0_TINY, seed=0):
     """Random weights, but fitted scales that are not the identity."""
     policy = spec.create(embodiment(spec), [*INSTRUCTIONS, *OBJECTS], seed=seed)
     draw = np.random.default_rng(0)
-    policy.fit_normalisation(draw.normal(0.2, 0.5, (500, 7)), draw.normal(0.1, 0.3, (500, 8)))
+    policy.fit_normalisation([draw.normal(0.2, 0.5, (500, 7))], draw.normal(0.1, 0.3, (500, 8)))
     return policy
 
 

@@ -66,10 +66,10 @@ def golden(variant, name, *shape):
     return np.array(GOLDEN[variant][name], np.float32).reshape(shape)
 
 
-def tokenizer_json():
-    """A tokenizer like T5's: 0 is padding, 1 ends a text; 50 words."""
+def tokenizer_json(extra=()):
+    """A tokenizer like T5's: 0 is padding, 1 ends a text; 50 words, and `extra`."""
     words = {"<pad>": 0, "</s>": 1, "<unk>": 2, "pick": 3, "up": 4, "the": 5, "milk": 6, "soup": 7}
-    words |= {f"word{i}": i for i in range(8, 50)}
+    words |= {f"word{i}": i for i in range(8, 50)} | {word: 50 + i for i, word in enumerate(extra)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])

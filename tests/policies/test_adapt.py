@@ -7,10 +7,11 @@ import torch
 
 from vlarl_bench.errors import BenchError
 from vlarl_bench.policies.adapt import add_lora, freeze, merge_lora
-from vlarl_bench.policies.presets import OPENVLA_TINY, OPENVLA_TINY_PIXELS
+from vlarl_bench.policies.presets import OCTO_TINY, OPENVLA_TINY, OPENVLA_TINY_PIXELS, PI0_TINY
 from vlarl_bench.policies.store import content_hash, save_policy
 
 from .conftest import make, observe
+from .openvla_tiny import AUTOREGRESSIVE, small
 
 
 def score(policy, spec=OPENVLA_TINY):
@@ -85,6 +86,41 @@ def test_merged_adapters_leave_the_same_policy_with_its_own_keys(tmp_path):
     assert changed == {f"{x}.{y}.weight" for x in layers for y in ("self_attn.q_proj", "mlp.down_proj")}
     save_policy(tmp_path / "merged", policy, {})
     assert content_hash(OPENVLA_TINY.load(tmp_path / "merged")) == content_hash(policy)
+
+
+@pytest.mark.parametrize("form", ["float32", "bfloat16"])
+def test_a_hash_is_the_merged_policy_s(form):
+    policy = small(**AUTOREGRESSIVE, dtype=form)
+    base = content_hash(policy)
+    add_lora(policy, rank=4)
+    adapters = [p for name, p in policy.named_parameters() if ".lora_" in name]
+    assert adapters and {p.dtype for p in adapters} == {torch.float32}
+    assert content_hash(policy) == base
+    with torch.no_grad():
+        for parameter in adapters:
+            parameter += 0.05
+    adapted = content_hash(policy)
+    merge_lora(policy)
+    assert content_hash(policy) == adapted != base
+    assert {p.dtype for p in policy.parameters()} == {getattr(torch, form)}
+
+
+def test_where_there_is_no_transformer_every_layer_of_the_actor_is_adapted():
+    policy = make(OCTO_TINY)
+    whole = {name for name, p in policy.named_parameters() if any(p is q for q in policy.actor_parameters())}
+    linear = {name.removesuffix(".weight") for name in whole if name.endswith(".weight") and "norm" not in name}
+    add_lora(policy, rank=2)
+    assert {name.rpartition(".lora_")[0] for name, p in policy.named_parameters() if ".lora_" in name} == linear
+
+
+def test_freezing_takes_parts_from_every_family_s_actor():
+    for spec, part in ((PI0_TINY, "model.model.dit.layers.1"), (OCTO_TINY, "model.head.blocks.0")):
+        policy, whole = make(spec), {id(p) for p in make(spec).actor_parameters()}
+        freeze(policy, [part])
+        frozen = [p for name, p in policy.named_parameters() if name.startswith(f"{part}.")]
+        kept = {id(p) for p in policy.actor_parameters()}
+        assert frozen and len(kept) == len(whole) - len(frozen)
+        assert not kept & {id(p) for p in frozen}
 
 
 def test_adapters_by_hand():

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from vlarl_bench.errors import BenchError
+from vlarl_bench.policies.noise import LearnedNoise
 from vlarl_bench.policies.pi0 import Pi0
 from vlarl_bench.policies.pi0_inputs import object_features
 from vlarl_bench.policies.presets import PI0_TINY, PI0_TINY_PIXELS
@@ -57,6 +58,27 @@ def test_velocity_of_k_draws_is_transformers_forward_of_each(policy, context):
             torch.testing.assert_close(ours[:, k], theirs, atol=2e-6, rtol=0)
             alone = policy.velocity(context, x[:, k : k + 1], t[:, k : k + 1])[:, 0]
             torch.testing.assert_close(ours[:, k], alone, atol=2e-6, rtol=0)
+
+
+def test_the_prefix_is_that_of_transformers(policy, spec):
+    """The cache, with padding words and objects, and what enters the last layer."""
+    batch = policy.preprocess([observe(i, spec, INSTRUCTIONS[i % 2], OBJECTS[: 2 + i]) for i in range(3)])
+    with torch.no_grad():
+        context = policy.encode(batch)
+        mask, embeddings, positions = policy._tokens(batch)
+        theirs = policy.model.model.vlm(
+            inputs_embeds=embeddings,
+            attention_mask=mask,
+            position_ids=positions,
+            token_type_ids=torch.zeros_like(positions),
+            use_cache=True,
+            output_hidden_states=True,
+        )
+    cache = torch.stack([torch.stack((x.keys, x.values), 1) for x in theirs.past_key_values.layers], 1)
+    torch.testing.assert_close(context.cache, cache, atol=1e-6, rtol=0)
+    hidden = torch.nn.functional.rms_norm(theirs.hidden_states[policy.architecture.layers - 1], (128,))
+    mean = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+    torch.testing.assert_close(context.pooled[:, :128], mean, atol=1e-6, rtol=0)
 
 
 def test_pixel_cache_changes_nothing():
@@ -162,6 +184,99 @@ def test_room_for_more_padding_changes_nothing(policy, spec):
         torch.testing.assert_close(policy.features(contexts[0]), other.features(contexts[1]), atol=1e-5, rtol=0)
     a, b = (p.sample(c, None).latent for p, c in zip((policy, other), contexts, strict=True))
     torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("noise", [0.5, "learned"])
+def test_sampled_log_probability_is_the_teacher_forced_one(policy, context, noise):
+    """All steps scored in one pass, against each step's own draw."""
+    if noise == "learned":
+        noise = learned(policy)
+    seen = []
+    policy.velocity, single = lambda c, x, t: seen.append(x.shape[1]) or single(c, x, t), policy.velocity
+    trace = policy.explore(context, generators(*range(5)), noise).trace
+    with torch.no_grad():
+        scored = policy.log_prob(context, trace, torch.ones(5, 8), noise)
+    assert seen == [1] * 5 + [5]
+    drawn = []
+    for g in generators(*range(5)):
+        torch.randn(8, 7, generator=g)
+        drawn.append(torch.randn(5, 8, 7, generator=g))
+    std = (scored.entropy - 0.5 * np.log(2 * np.pi * np.e)).exp()
+    expected = -0.5 * torch.stack(drawn).flatten(2) ** 2 - std.log() - 0.5 * np.log(2 * np.pi)
+    torch.testing.assert_close(scored.logp.mean((1, 2)), expected.mean((1, 2)), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(scored.logp, expected, atol=5e-5, rtol=1e-5)
+
+
+def learned(policy, seed=0):
+    noise = LearnedNoise(policy.feature_dim, policy.chunk, policy.action_dim, 0.08, 0.16, seed=seed)
+    torch.nn.init.normal_(noise.layers[-1].weight, std=0.2, generator=generators(seed)[0])
+    return noise
+
+
+def test_without_noise_exploring_is_sampling(policy, context):
+    sampled = policy.sample(context, generators(*range(5))).latent
+    assert torch.equal(policy.explore(context, generators(*range(5)), torch.zeros(5, 5)).latent, sampled)
+    distances = [policy.explore(context, generators(*range(5)), a).latent - sampled for a in (1e-1, 1e-3, 1e-5)]
+    sizes = [distance.abs().max() for distance in distances]
+    assert sizes[0] > 10 * sizes[1] > 100 * sizes[2]
+    assert sizes[2] < 1e-4
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_an_explored_row_has_the_same_bits_beside_any_neighbours(policy, spec, threads):
+    before, noise = torch.get_num_threads(), learned(policy)
+    torch.set_num_threads(threads)
+    try:
+        for how in (0.5, noise):
+            traces = []
+            for place, first in ((0, 0), (4, 20), (10, 40)):
+                others = [observe(first + i, spec, INSTRUCTIONS[i % 2], OBJECTS[: 1 + i % 4]) for i in range(11)]
+                others[place] = observe(100, spec, INSTRUCTIONS[1])
+                seeds = [first + i for i in range(11)]
+                seeds[place] = 7
+                with torch.no_grad():
+                    context = policy.encode(policy.preprocess(others))
+                traces.append(policy.explore(context, generators(*seeds), how).trace[place])
+            assert torch.equal(traces[0], traces[1])
+            assert torch.equal(traces[0], traces[2])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_likelihoods_of_a_batch_are_those_of_its_rows_and_padding_is_never_read(policy, context):
+    mask = torch.ones(5, 8)
+    mask[2, 3:] = 0
+    dirty = torch.where(context.mask[:, None, None, None, :, None], context.cache, torch.full((), 1e4))
+    for noise in (0.5, learned(policy)):
+        trace = policy.explore(context, generators(*range(5)), noise).trace
+        with torch.no_grad():
+            together = policy.log_prob(context, trace, mask, noise)
+            padded = policy.log_prob(dataclasses.replace(context, cache=dirty), trace, mask, noise)
+            assert torch.equal(padded.logp, together.logp)
+            for i in range(5):
+                row = context.index(torch.tensor([i]))
+                alone = policy.explore(row, generators(i), noise).trace
+                torch.testing.assert_close(alone[0], trace[i], atol=1e-5, rtol=0)
+                scored = policy.log_prob(row, trace[i : i + 1], mask[i : i + 1], noise)
+                torch.testing.assert_close(scored.logp[0], together.logp[i], atol=5e-5, rtol=1e-5)
+        assert together.mask[2].sum() == 5 * 3 * 7
+
+
+def test_learned_noise_learns_beside_the_actor(policy, context):
+    noise = learned(policy)
+    trace = policy.explore(context, generators(*range(5)), noise).trace
+    policy.log_prob(context, trace, torch.ones(5, 8), noise).logp.sum().backward()
+    assert all(p.grad.abs().max() > 0 for p in noise.parameters())
+    assert {id(p) for p in policy.parameters() if p.grad is not None} == {id(p) for p in policy.actor_parameters()}
+
+
+def test_exact_density_of_a_batch_is_that_of_its_rows(policy, context):
+    latent = policy.sample(context, generators(*range(5))).latent
+    some = context.index(torch.tensor([1, 3]))
+    together = policy.ode_log_prob(some, latent[[1, 3]], 2)
+    alone = policy.ode_log_prob(some.index(torch.tensor([1])), latent[3:4], 2)
+    torch.testing.assert_close(together[1:], alone, atol=1e-3, rtol=0)
+    assert not together.requires_grad
 
 
 def test_flow_loss_by_hand(policy, context):
@@ -285,7 +400,7 @@ def test_normalisation_round_trip():
     actions = torch.randn(4, 8, 7)
     torch.testing.assert_close(policy.unnormalise(policy.normalise(actions)), actions, atol=1e-5, rtol=1e-5)
     demonstrated = np.random.default_rng(1).normal([0, 1, 2, 3, 4, 5, 6], [1, 2, 3, 1, 1, 1, 0], (4000, 7))
-    policy.fit_normalisation(demonstrated, np.zeros((10, 8)))
+    policy.fit_normalisation([demonstrated], np.zeros((10, 8)))
     latent = policy.normalise(torch.from_numpy(demonstrated).float())
     torch.testing.assert_close(latent.mean(0), torch.zeros(7), atol=1e-4, rtol=0)
     torch.testing.assert_close(latent.std(0)[:6], torch.ones(6), atol=1e-2, rtol=0)

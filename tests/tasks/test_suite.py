@@ -85,8 +85,8 @@ def test_protocols_that_train_on_what_they_evaluate_say_so():
 def test_published_protocols_are_about_pixels():
     with pytest.raises(BenchError, match=r"protocol: 'openpi' shows camera images"):
         registry.get("suite", "libero").protocol("state", "openpi")
-    with pytest.raises(BenchError, match=r"protocol: 'openvla' is not one of LIBERO's; did you mean"):
-        registry.get("suite", "libero").protocol("pixels", "openvla")
+    with pytest.raises(BenchError, match=r"protocol: 'openvl' is not one of LIBERO's; did you mean"):
+        registry.get("suite", "libero").protocol("pixels", "openvl")
 
 
 def test_openpi_s_images_are_the_raw_frames_turned_by_180_degrees():

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import BenchError
 
@@ -51,12 +51,14 @@ def learning(policy: Policy, parameters: Iterable[nn.Parameter]) -> list[nn.Para
 
 
 def add_lora(
-    policy: Policy, rank: int = 32, alpha: int | None = None, targets: Sequence[str] = TRANSFORMER, seed: int = 0
+    policy: Policy, rank: int = 32, alpha: int | None = None, targets: Sequence[str] = (), seed: int = 0
 ) -> None:
     """Puts adapters beside the actor's linear layers called `targets`; from then on only they are the actor.
 
-    An adapter adds alpha / rank B A x, with B zero at first; alpha is the rank unless given. Raises BenchError if peft
-    is not installed, or if the actor has no such layer.
+    Without `targets` that is every linear layer of a transformer's blocks, and where the actor has none, such as Octo's
+    head, every linear layer. An adapter adds alpha / rank B A x, with B zero at first, in float32; alpha is the rank
+    unless given.
+    Raises BenchError if peft is not installed, or if the actor has no such layer.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -64,21 +66,55 @@ def add_lora(
         raise BenchError("lora: needs peft, which is not installed; run: pip install 'vlarl-bench[lora]'") from None
     actor = {id(p) for p in policy.actor_parameters()}
     layers = [n for n, m in policy.named_modules() if isinstance(m, nn.Linear) and id(m.weight) in actor]
-    chosen = [name for name in layers if name.rpartition(".")[2] in targets]
+    chosen = [name for name in layers if name.rpartition(".")[2] in (targets or TRANSFORMER)]
+    if not targets and not chosen:
+        chosen = layers
     if rank < 1 or not chosen:
         there = ", ".join(sorted({name.rpartition(".")[2] for name in layers})) or "none that is not adapted already"
-        raise BenchError(f"lora: rank {rank}, targets {list(targets)}; the actor's linear layers are {there}")
+        raise BenchError(
+            f"lora: rank {rank}, targets {list(targets or TRANSFORMER)}; the actor's linear layers are {there}"
+        )
     config = LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=chosen)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(config, policy)
+    for name, parameter in policy.named_parameters():
+        if ".lora_" in name:  # small steps would be lost in half precision; peft's own models do the same
+            parameter.data = parameter.data.float()
     policy.eval()
 
 
 def merge_lora(policy: Policy) -> None:
     """Adds the adapters to the weights beside them and takes them away: the policy has its own keys again."""
-    adapted: list[tuple[str, Any]] = [(n, m) for n, m in policy.named_modules() if hasattr(m, "lora_A")]
-    for name, layer in adapted:
-        layer.merge()
+    for name, layer in _adapted(policy):
+        layer.get_base_layer().weight.data = _merged(layer)
         parent, _, child = name.rpartition(".")
         setattr(policy.get_submodule(parent), child, layer.get_base_layer())
+
+
+def merged_state(policy: Policy) -> Iterator[tuple[str, Tensor]]:
+    """Keys and tensors, in order of the keys, that the policy's `state_dict` would have after `merge_lora`; one by one,
+    and the policy stays as it is."""
+    layers = dict(_adapted(policy))
+    names = {}
+    for key in policy.state_dict():
+        layer = next((name for name in layers if key.startswith(f"{name}.")), None)
+        if layer is None or ".base_layer." in key:
+            names[key.replace(".base_layer.", ".") if layer else key] = key
+    state = policy.state_dict()
+    for own in sorted(names):
+        layer, _, parameter = own.rpartition(".")
+        yield own, _merged(layers[layer]) if layer in layers and parameter == "weight" else state[names[own]]
+
+
+def _adapted(policy: Policy) -> list[tuple[str, Any]]:
+    """Layers with adapters, by name."""
+    return [(name, module) for name, module in policy.named_modules() if hasattr(module, "lora_A")]
+
+
+@torch.no_grad()
+def _merged(layer: Any) -> Tensor:
+    """A layer's weight with its adapter. Where that adds nothing, the weight stays the same to the bit."""
+    weight: Tensor = layer.get_base_layer().weight
+    added = layer.get_delta_weight("default")
+    return torch.where(added == 0, weight, (weight.float() + added.float()).to(weight.dtype))

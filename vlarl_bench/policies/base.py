@@ -2,7 +2,8 @@
 
 Shapes: B observations, K loss draws an observation, H actions a chunk, A action dimensions, S decisions inside the
 decoder (tokens, or denoising steps), D numbers drawn at each.
-`latent` is always the normalised action chunk, `actions` the same chunk in environment units.
+`latent` is always the normalised action chunk, `actions` the same chunk in environment units. Where a network pads its
+actions, a latent has `latent_dim` numbers an action in place of A.
 """
 
 from abc import abstractmethod
@@ -27,6 +28,9 @@ class Sample:
     """[B, H, A] normalised: what `flow_loss` scores."""
     trace: Tensor | None = None
     """[B, ...] everything that was drawn on the way, which is what `log_prob` scores; None where nothing scores it."""
+    invalid: Tensor | None = None
+    """[B] bool: what was drawn spells no chunk, and `latent` is what the policy makes of it all the same; None where
+    whatever is drawn is a chunk."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +50,8 @@ class Policy(nn.Module):
 
     capabilities: ClassVar[frozenset[str]]
     """`sft`: has `sft_loss`. `flow`: has `velocity` and `flow_loss`. `likelihood`: has `explore` and `log_prob`, and
-    either `tokens`: draws tokens, or `chain`: draws the steps of a denoising chain. `diffusion`: has
-    `denoising_steps` and `denoising_loss`."""
+    either `tokens`: what it draws are tokens, or `chain`: they are the steps of a denoising chain. `diffusion`: has
+    `denoising_steps` and `denoising_loss`. `flow` with `likelihood`: a `StochasticFlow`."""
     chunk: int
     """H, actions a chunk."""
     action_dim: int
@@ -58,6 +62,13 @@ class Policy(nn.Module):
     """Those it looks at."""
     frozen: tuple[str, ...] = ()
     """Parts, by dotted name, that nothing trains (`adapt.freeze`)."""
+    checkpointed: bool = False
+    """Whether gradients recompute each layer's activations instead of keeping them; small policies need not."""
+
+    @property
+    def latent_dim(self) -> int:
+        """Numbers that an action has in the latent: A, or more where the network pads it."""
+        return self.action_dim
 
     @property
     @abstractmethod
@@ -86,8 +97,9 @@ class Policy(nn.Module):
         """Scalar supervised loss of [B, H, A] actions in environment units; mask [B, H] marks real steps."""
 
     @abstractmethod
-    def fit_normalisation(self, actions: np.ndarray, proprio: np.ndarray) -> None:
-        """Sets the latent's scale from demonstrated actions [N, A] and proprio [N, P], in the suite's units."""
+    def fit_normalisation(self, actions: Sequence[np.ndarray], proprio: np.ndarray) -> None:
+        """Sets the latent's scale, and tokens if it has any, from demonstrated episodes' actions, [T, A] each, and
+        proprio [N, P], in the suite's units."""
 
     @abstractmethod
     def normalise(self, actions: Tensor) -> Tensor:
@@ -120,12 +132,13 @@ class FlowPolicy(Policy):
 
 class LikelihoodPolicy(Policy):
     """A policy whose decoder draws from distributions that it can name: action tokens one after another, or the steps
-    of a denoising chain."""
+    of a denoising chain or of a flow made stochastic."""
 
     @abstractmethod
     def explore(self, context: Any, generators: Sequence[torch.Generator], noise: float) -> Sample:
         """`sample` with a `trace`. `noise` says how random it is: a softmax temperature for tokens, the least standard
-        deviation of a step for diffusion, the noise level of the SDE for flows. Row i uses only `generators[i]`."""
+        deviation of a step for diffusion, the level of the SDE for flows (which take more: `stochastic_flow.Noise`).
+        Row i uses only `generators[i]`."""
 
     @abstractmethod
     def log_prob(self, context: Any, trace: Tensor, mask: Tensor, noise: float) -> LogProb:

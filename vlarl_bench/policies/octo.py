@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from ..errors import BenchError
 from ..suite import Embodiment, Observation
+from .adapt import learning
 from .base import DiffusionPolicy, LogProb, Sample
 from .octo_model import OctoArchitecture, OctoNetwork, cosine_betas
 from .pi0_inputs import Batch, Rows, to_batch
@@ -261,7 +262,7 @@ class Octo(Standardised, DiffusionPolicy):
 
     def actor_parameters(self) -> list[nn.Parameter]:
         """The diffusion head: exactly what receives a gradient from a detached context."""
-        return list(self.model.head.parameters())
+        return learning(self, self.model.head.parameters())
 
 
 def resize(images: Tensor, size: int) -> Tensor:
@@ -290,12 +291,7 @@ def _check_noise(noise: float) -> None:
 
 
 def create(spec: PolicySpec, embodiment: Embodiment, vocabulary: Sequence[str], seed: int) -> Octo:
-    """A tiny preset with random weights; `vocabulary` are texts. Raises BenchError for a published size."""
-    if spec.name in FULL_SIZE:
-        raise BenchError(
-            f"base: 'scratch'; {spec.name} starts from the published checkpoint: convert it with "
-            "`python -m vlarl_bench.policies.octo_convert` and pass the folder"
-        )
+    """A tiny preset with random weights; `vocabulary` are texts."""
     architecture = OctoArchitecture(
         observation=spec.observation,
         action_dim=embodiment.action_dim,

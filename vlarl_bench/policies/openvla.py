@@ -110,6 +110,14 @@ class _OpenVLA(Quantiles):
         """Where the weights are."""
         return self.action_low.device
 
+    @property
+    def checkpointed(self) -> bool:  # type: ignore[override]
+        return self.network.checkpointed
+
+    @checkpointed.setter
+    def checkpointed(self, wanted: bool) -> None:
+        self.network.checkpointed = wanted
+
     def normalise(self, actions: Tensor) -> Tensor:
         """Environment units to latent; quantiles become -1 and 1."""
         if self.architecture.gripper == "inverted":
@@ -225,7 +233,10 @@ class OpenVLA(_OpenVLA, LikelihoodPolicy):
     def _follow(self, context: Context, index: Tensor) -> Tensor:
         """[B, H A, D]: as `_read`, by teacher forcing."""
         n, s = self.architecture.numbers, context.mask.shape[1]
-        x = torch.cat((context.hidden, self.network.embed(self._tokens(index[:, :-1]))), 1)
+        before = self.network.embed(self._tokens(index[:, :-1]))
+        if not context.hidden.requires_grad:
+            before = before.detach()  # embeddings are the context's part of the network, here as in the prompt
+        x = torch.cat((context.hidden, before), 1)
         real = F.pad(context.mask, (0, n - 1), value=1)
         last = context.positions[:, -1:]
         positions = torch.cat((context.positions, last + torch.arange(1, n, device=last.device)), 1)

@@ -6,12 +6,11 @@ training data; the folder's Python files never run, and pickles are refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import BenchError
@@ -19,6 +18,7 @@ from ..records import read_json_object
 from .openvla import OpenVLA, OpenVLARegression, assemble
 from .openvla_inputs import EMPTY_TOKEN, Prompts
 from .openvla_model import OpenVLAArchitecture, Tower
+from .published import keys_in, read_tensors, shards
 
 PUBLISHED: Mapping[str, Any] = {
     "observation": "pixels",
@@ -58,7 +58,6 @@ OFT: Mapping[str, Any] = {
     "chunk": 8,
     "cameras": ("agentview", "robot0_eye_in_hand"),
 }
-DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def load_published(
@@ -90,10 +89,11 @@ def load_published(
         policy = assemble(name, OpenVLAArchitecture(**shape), Prompts(tokenizer))
     parameters = dict(policy.named_parameters())
     tensors = _scales(stats, policy)
-    for part, files in (("network", _shards(folder)), *heads.items()):
+    for part, files in (("network", shards(folder)), *heads.items()):
         if files:
             expected = {k.removeprefix(f"{part}."): p for k, p in parameters.items() if k.startswith(f"{part}.")}
-            tensors |= {f"{part}.{key}": tensor for key, tensor in _read(files, expected).items()}
+            stored = {key.removeprefix("module."): key for key in keys_in(files)}  # DDP's prefix
+            tensors |= {f"{part}.{key}": tensor for key, tensor in read_tensors(files, stored, expected).items()}
     policy.load_state_dict(tensors, strict=True, assign=True)
     llama = policy.network.language_model.model
     llama.rotary_emb = type(llama.rotary_emb)(llama.config)  # its frequencies are computed, not stored
@@ -134,17 +134,6 @@ def _scales(stats: Mapping[str, Any], policy: OpenVLA | OpenVLARegression) -> di
     return scales
 
 
-def _shards(folder: Path) -> list[Path]:
-    """The network's files: one, or those that the index names."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.exists() or not index.exists():
-        return [single]
-    names = read_json_object(index).get("weight_map")
-    if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
-        raise BenchError(f"policy: {index} has no weight_map from tensors to files beside it")
-    return [folder / name for name in sorted(set(names.values()))]
-
-
 def _beside(folder: Path, part: str) -> list[Path] | None:
     """The file of a part that OFT stores on its own, such as `action_head--150000_checkpoint.safetensors`."""
     found = sorted(folder.glob(f"{part}*.safetensors"))
@@ -157,32 +146,3 @@ def _beside(folder: Path, part: str) -> list[Path] | None:
             f"safetensors.torch.save_file(torch.load(..., weights_only=True), '{pickles[0].stem}.safetensors')"
         )
     return found or None
-
-
-def _read(files: Iterable[Path], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of all files, checked against those expected before any is read. DDP's `module.` prefix is dropped."""
-    where: dict[str, tuple[Path, str]] = {}
-    wrong = []
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for stored in opened.keys():  # noqa: SIM118 (not a dict)
-                    key = stored.removeprefix("module.")
-                    where[key] = (file, stored)
-                    if key in expected:
-                        view = opened.get_slice(stored)
-                        found = f"{view.get_dtype()} {list(view.get_shape())}"
-                        right = f"{DTYPES[expected[key].dtype]} {list(expected[key].shape)}"
-                        if found != right:
-                            wrong.append(f"{key} is {found}, should be {right}")
-        except (OSError, SafetensorError) as error:
-            raise BenchError(f"policy: cannot read {file}: {error}") from None
-    problems = [f"lacks {key}" for key in sorted(expected.keys() - where.keys())]
-    problems += [f"has unknown {key}" for key in sorted(where.keys() - expected.keys())] + sorted(wrong)
-    if problems:
-        raise BenchError(f"policy: {', '.join(f.name for f in files)} in {Path(file).parent}: {'; '.join(problems)}")
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        with safe_open(file, framework="pt") as opened:
-            tensors |= {k: opened.get_tensor(stored) for k, (f, stored) in where.items() if f == file}
-    return tensors

@@ -22,10 +22,13 @@ from transformers.cache_utils import DynamicCache
 
 from ..errors import BenchError
 from ..suite import Embodiment, Observation
-from .base import FlowPolicy, Sample
+from .adapt import learning
+from .base import Sample
+from .gemma import additive, block, keys_and_values, norm, rotation
 from .pi0_inputs import Batch, Rows, object_width, to_batch
 from .standardised import Standardised
 from .steady import steady_rows
+from .stochastic_flow import StochasticFlow
 from .vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -79,10 +82,24 @@ class Context(Rows):
     """[B, 2 D] mean and maximum of the prefix's hidden states."""
 
 
-class Pi0(Standardised, FlowPolicy):
-    """Scaled-down pi0 behind the flow seam. Its weights are random until some are loaded."""
+@dataclass(frozen=True)
+class Frame:
+    """What the action expert needs of a context, laid out for a number of points."""
 
-    capabilities: ClassVar[frozenset[str]] = frozenset({"sft", "flow"})
+    layers: tuple[Tensor, ...]
+    """[B, 2, heads, S, head_dim] of each layer, keys and values of the prefix."""
+    mask: Tensor
+    """[B, 1, Q, S + Q], added to attention's logits."""
+    rotated: tuple[Tensor, Tensor]
+    """What `gemma.rotation` gives for the tokens."""
+    state: Tensor
+    """[B, 1, width] the state token."""
+
+
+class Pi0(Standardised, StochasticFlow):
+    """Scaled-down pi0 behind the flow and likelihood seams. Its weights are random until some are loaded."""
+
+    capabilities: ClassVar[frozenset[str]] = frozenset({"sft", "flow", "likelihood", "chain"})
     sft_draws: ClassVar[int] = 4
     """Draws of (t, noise) an observation in `sft_loss`: the prefix is encoded once, so more draws are cheap."""
 
@@ -98,6 +115,7 @@ class Pi0(Standardised, FlowPolicy):
         self.name, self.architecture, self.vocabulary = name, architecture, vocabulary
         a = architecture
         self.chunk, self.action_dim, self.cameras = a.chunk, a.action_dim, a.cameras
+        self.euler_steps = a.euler_steps
         self.feature_dim = 2 * a.prefix_width + a.proprio_dim
         self.model = PI0ForConditionalGeneration(_transformers_config(a, len(vocabulary)))
         if a.observation == "state":
@@ -151,17 +169,17 @@ class Pi0(Standardised, FlowPolicy):
         """Runs the vision-language prefix once; gradients flow unless the caller forbids them."""
         a, vlm = self.architecture, self.model.model.vlm
         mask, embeddings, positions = self._tokens(batch)
-        out = vlm(
-            inputs_embeds=embeddings,
-            attention_mask=mask,
-            position_ids=positions,
-            token_type_ids=torch.zeros_like(positions),  # pi0's prefix sees itself in both directions
-            use_cache=True,
-            output_hidden_states=True,
-        )
-        cache = torch.stack([torch.stack((x.keys, x.values), 1) for x in out.past_key_values.layers], 1)
-        # The last layer's own output feeds nothing that training reaches, so features come from what enters it.
-        hidden = F.rms_norm(out.hidden_states[a.layers - 1], (a.prefix_width,))
+        language = vlm.language_model
+        rotated = rotation(language, positions)
+        seen = additive(mask[:, None, None].expand(-1, 1, mask.shape[1], -1))  # in both directions
+        hidden, kept = embeddings, []
+        for layer in language.layers[:-1]:
+            hidden, key, value = block(layer, hidden, rotated, seen)
+            kept.append(torch.stack((key, value), 1))
+        # Of the last layer only keys and values are ever read, so features come from what enters it.
+        last = language.layers[-1]
+        kept.append(torch.stack(keys_and_values(last, norm(last.input_layernorm, hidden), rotated), 1))
+        cache, hidden = torch.stack(kept, 1), F.rms_norm(hidden, (a.prefix_width,))
         real = mask[..., None]
         mean = (hidden * real).sum(1) / real.sum(1)
         top = hidden.masked_fill(~real, -torch.inf).amax(1)
@@ -200,32 +218,39 @@ class Pi0(Standardised, FlowPolicy):
         Equal to K calls of `PI0ForConditionalGeneration.forward`, in one pass: the state token and the prefix, which
         see no action, are shared by the K chunks, and a chunk sees no other.
         """
-        b, k, h, _ = x.shape
-        embed, s = self.model.embed_action_time, context.mask.shape[1]
-        time = embed.sinusoid_embeds(t.flatten()).view(b, k, 1, -1).expand(-1, -1, h, -1)
-        chunks = torch.cat((embed.action_in_proj(x), time), -1)
-        chunks = embed.action_time_mlp_out(F.silu(embed.action_time_mlp_in(chunks)))
-        tokens = torch.cat((embed.state_proj(context.proprio)[:, None], chunks.flatten(1, 2)), 1)
-        q = tokens.shape[1]
-        draw = torch.arange(q - 1, device=x.device) // h
-        mask = torch.zeros(b, 1, q, s + q, dtype=torch.bool, device=x.device)
+        return self._velocity(self._frame(context, x.shape[1]), x, t)
+
+    def _frame(self, context: Context, k: int) -> Frame:
+        """What the velocities at any K points have in common."""
+        a, s, b = self.architecture, context.mask.shape[1], len(context)
+        q = 1 + k * a.chunk
+        draw = torch.arange(q - 1, device=self.device) // a.chunk
+        mask = torch.zeros(b, 1, q, s + q, dtype=torch.bool, device=self.device)
         mask[..., :s] = context.mask[:, None, None]
         mask[..., s] = True
         mask[..., 1:, s + 1 :] = draw[:, None] == draw
-        step = torch.cat((draw.new_zeros(1), torch.arange(h, device=x.device).repeat(k) + 1))
-        out = self.model.model.dit(
-            inputs_embeds=tokens,
-            attention_mask=mask,
-            position_ids=context.mask.sum(1, keepdim=True) + step,
-            past_key_values=self.transformers_cache(context),
-        )
-        return self.model.action_out_proj(out.last_hidden_state[:, 1:]).view(x.shape)
+        step = torch.cat((draw.new_zeros(1), torch.arange(a.chunk, device=self.device).repeat(k) + 1))
+        rotated = rotation(self.model.model.dit, context.mask.sum(1, keepdim=True) + step)
+        state = self.model.embed_action_time.state_proj(context.proprio)[:, None]
+        return Frame(context.cache.unbind(1), additive(mask), rotated, state)
+
+    def _velocity(self, frame: Frame, x: Tensor, t: Tensor) -> Tensor:
+        (b, k, h, _), embed, dit = x.shape, self.model.embed_action_time, self.model.model.dit
+        time = embed.sinusoid_embeds(t.flatten()).view(b, k, 1, -1).expand(-1, -1, h, -1)
+        chunks = torch.cat((embed.action_in_proj(x), time), -1)
+        chunks = embed.action_time_mlp_out(F.silu(embed.action_time_mlp_in(chunks)))
+        tokens = torch.cat((frame.state, chunks.flatten(1, 2)), 1)
+        for layer, before in zip(dit.layers, frame.layers, strict=True):
+            tokens, _, _ = block(layer, tokens, frame.rotated, frame.mask, before)
+        velocity: Tensor = self.model.action_out_proj(norm(dit.norm, tokens)[:, 1:])
+        return velocity.view(x.shape)
 
     def transformers_cache(self, context: Context) -> DynamicCache:
         """A fresh cache over the context's tensors; transformers appends to the cache, never to the tensors."""
         return DynamicCache([(layer[:, 0], layer[:, 1]) for layer in context.cache.unbind(1)])
 
     @torch.no_grad()
+    @steady_rows
     def sample(self, context: Context, generators: Sequence[torch.Generator] | None) -> Sample:
         """Integrates from t = 1 (noise) to 0 in `euler_steps` Euler steps; a function of its arguments alone.
 
@@ -237,9 +262,10 @@ class Pi0(Standardised, FlowPolicy):
         else:
             noise = [torch.randn(a.chunk, a.action_dim, generator=g, device=g.device) for g in generators]
             x = torch.stack(noise).to(self.device)
+        frame = self._frame(context, 1)
         for step in range(a.euler_steps):
             t = torch.full((n, 1), 1 - step / a.euler_steps, device=self.device)
-            x = x - self.velocity(context, x[:, None], t)[:, 0] / a.euler_steps
+            x = x - self._velocity(frame, x[:, None], t)[:, 0] / a.euler_steps
         return Sample(self.unnormalise(x), x)
 
     def sft_loss(self, context: Context, actions: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
@@ -255,7 +281,7 @@ class Pi0(Standardised, FlowPolicy):
     def actor_parameters(self) -> list[nn.Parameter]:
         """The action expert and its projections: exactly what receives a gradient from a detached context."""
         modules = (self.model.model.dit.layers, self.model.model.dit.norm, self.model.embed_action_time)
-        return [p for module in (*modules, self.model.action_out_proj) for p in module.parameters()]
+        return learning(self, (p for module in (*modules, self.model.action_out_proj) for p in module.parameters()))
 
 
 def create(spec: PolicySpec, embodiment: Embodiment, vocabulary: Sequence[str], seed: int) -> Pi0:

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from ..errors import BenchError
 
@@ -31,6 +31,10 @@ class PolicySpec:
     """Those it cannot do without; a tiny policy is made for whatever cameras its protocol has."""
     image_size: int = 0
     """Side of the square images (pixels); 0 in `state` mode."""
+    published: ClassVar[bool] = False
+    """Whether it exists at its published size only: no random weights, no prior that ships, `--base` is a folder."""
+    resizes: bool = False
+    """Whether it brings images of any size to its own."""
     family: str = "vlarl_bench.policies.pi0"
     """Module with `create(spec, embodiment, vocabulary, seed)` and `restore(config)`."""
 
@@ -57,20 +61,34 @@ class PolicySpec:
 
 
 @dataclass(frozen=True)
-class PublishedOpenVLA(PolicySpec):
-    """OpenVLA at its published size: loaded from a folder as its authors publish it, or as this project stores it."""
+class PublishedSpec(PolicySpec):
+    """A policy at its published size, from a folder as its authors publish it or as this project stores it."""
+
+    published: ClassVar[bool] = True
+    source: str = ""
+    """What the folder is, in a few words."""
+    checkpoint: str = ""
+    """Module with `load_published(folder, name, unnorm_key)`; empty where a folder must be converted first."""
 
     def create(self, embodiment: Embodiment, vocabulary: Sequence[str], seed: int = 0) -> Policy:
-        """Raises BenchError: seven billion random numbers are no policy."""
-        raise BenchError(f"base: 'scratch'; {self.name} starts from a published folder, pass its path")
+        """Raises BenchError: billions of random numbers are no policy."""
+        raise BenchError(f"base: 'scratch'; {self.name} starts from a published folder, pass its path: {self.source}")
 
     def load(self, folder: Path | str, unnorm_key: str | None = None) -> Policy:
-        """The policy stored in `folder`; `unnorm_key` picks the training data whose action scales it uses."""
-        if (Path(folder) / "hashes.json").exists():
-            return super().load(folder)
-        from .openvla_checkpoint import load_published
+        """The policy stored in `folder`; `unnorm_key` picks the training data whose action scales it uses.
 
-        return load_published(folder, self.name, unnorm_key)
+        At this size gradients recompute what they need instead of keeping it.
+        """
+        if (Path(folder) / "hashes.json").exists():
+            if unnorm_key is not None:
+                raise BenchError(f"unnorm_key: {unnorm_key!r}; {folder} has its scales already, leave it out")
+            policy = super().load(folder)
+        elif not self.checkpoint:
+            raise BenchError(f"base: {folder} has no hashes.json; {self.name} takes {self.source}")
+        else:
+            policy = importlib.import_module(self.checkpoint).load_published(folder, self.name, unnorm_key)
+        policy.checkpointed = True
+        return policy
 
 
 OPENVLA = "vlarl_bench.policies.openvla"
@@ -89,7 +107,7 @@ OPENVLA_TINY_PIXELS = PolicySpec(
     image_size=64,
     family=OPENVLA,
 )
-OPENVLA_7B = PublishedOpenVLA(
+OPENVLA_7B = PublishedSpec(
     name="openvla-7b",
     summary="OpenVLA (7.5 B parameters) from a published folder: instruction and one camera (224 x 224)",
     capabilities=frozenset({"sft", "likelihood", "tokens"}),
@@ -97,19 +115,37 @@ OPENVLA_7B = PublishedOpenVLA(
     cameras=("agentview",),
     image_size=224,
     family=OPENVLA,
+    source="openvla/openvla-7b, its LIBERO fine-tunes or OFT's",
+    checkpoint="vlarl_bench.policies.openvla_checkpoint",
 )
 PI0_TINY = PolicySpec(
     name="pi0-tiny",
     summary="pi0 scaled down to 0.9 M parameters: instruction, object poses (privileged state) and proprioception",
-    capabilities=frozenset({"sft", "flow"}),
+    capabilities=frozenset({"sft", "flow", "likelihood", "chain"}),
     observation="state",
 )
 PI0_TINY_PIXELS = PolicySpec(
     name="pi0-tiny-pixels",
     summary="pi0 scaled down to 1.4 M parameters: instruction, cameras (64 x 64) and proprioception",
-    capabilities=frozenset({"sft", "flow"}),
+    capabilities=frozenset({"sft", "flow", "likelihood", "chain"}),
     observation="pixels",
     image_size=64,
+)
+PI0_FAST = "vlarl_bench.policies.pi0_fast"
+PI0_FAST_TINY = PolicySpec(
+    name="pi0-fast-tiny",
+    summary="pi0-FAST scaled down to 0.7 M parameters: instruction, object poses (privileged state), proprioception",
+    capabilities=frozenset({"sft", "likelihood", "tokens"}),
+    observation="state",
+    family=PI0_FAST,
+)
+PI0_FAST_TINY_PIXELS = PolicySpec(
+    name="pi0-fast-tiny-pixels",
+    summary="pi0-FAST scaled down to 1.2 M parameters: instruction, cameras (64 x 64) and proprioception",
+    capabilities=frozenset({"sft", "likelihood", "tokens"}),
+    observation="pixels",
+    image_size=64,
+    family=PI0_FAST,
 )
 OCTO = "vlarl_bench.policies.octo"
 OCTO_TINY = PolicySpec(
@@ -127,7 +163,7 @@ OCTO_TINY_PIXELS = PolicySpec(
     image_size=64,
     family=OCTO,
 )
-OCTO_SMALL = PolicySpec(
+OCTO_SMALL = PublishedSpec(
     name="octo-small-1.5",
     summary="Octo-Small 1.5 (27 M parameters and T5-base), from the published checkpoint: two cameras at 256 x 256",
     capabilities=frozenset({"sft", "likelihood", "chain", "diffusion"}),
@@ -135,8 +171,9 @@ OCTO_SMALL = PolicySpec(
     cameras=("agentview", "robot0_eye_in_hand"),
     image_size=256,
     family=OCTO,
+    source="rail-berkeley/octo-small-1.5, after `python -m vlarl_bench.policies.octo_convert`",
 )
-OCTO_BASE = PolicySpec(
+OCTO_BASE = PublishedSpec(
     name="octo-base-1.5",
     summary="Octo-Base 1.5 (93 M parameters and T5-base), from the published checkpoint: two cameras at 256 x 256",
     capabilities=frozenset({"sft", "likelihood", "chain", "diffusion"}),
@@ -144,4 +181,17 @@ OCTO_BASE = PolicySpec(
     cameras=("agentview", "robot0_eye_in_hand"),
     image_size=256,
     family=OCTO,
+    source="rail-berkeley/octo-base-1.5, after `python -m vlarl_bench.policies.octo_convert`",
+)
+PI0_BASE = PublishedSpec(
+    name="pi0-base",
+    summary="pi0 (3.5 B parameters) from a published folder: instruction, two cameras (224 x 224) and proprioception",
+    capabilities=frozenset({"sft", "flow", "likelihood", "chain"}),
+    observation="pixels",
+    cameras=("agentview", "robot0_eye_in_hand"),
+    image_size=224,
+    resizes=True,
+    family="vlarl_bench.policies.pi0_published",
+    source="lerobot/pi0_base or what was fine-tuned from it, with PaliGemma's tokenizer.json in it",
+    checkpoint="vlarl_bench.policies.pi0_checkpoint",
 )

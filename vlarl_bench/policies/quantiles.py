@@ -1,5 +1,7 @@
 """Actions and proprioception between their quantiles: 1 % becomes -1, and 99 % becomes 1."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -36,9 +38,9 @@ class Quantiles(Policy):
             "stored": "model.safetensors",
         }
 
-    def fit_normalisation(self, actions: np.ndarray, proprio: np.ndarray) -> None:
-        """Sets the quantiles from demonstrated actions [N, A] and proprio [N, P], in the suite's units."""
-        for kind, values in (("action", actions), ("proprio", proprio)):
+    def fit_normalisation(self, actions: Sequence[np.ndarray], proprio: np.ndarray) -> None:
+        """Sets the quantiles from demonstrated episodes' actions, [T, A] each, and proprio [N, P]."""
+        for kind, values in (("action", np.concatenate(actions)), ("proprio", proprio)):
             low, high = np.quantile(np.asarray(values, dtype=np.float64), (0.01, 0.99), axis=0)
             half = np.maximum((high - low) / 2, NARROWEST[kind])
             getattr(self, f"{kind}_low").copy_(torch.from_numpy((low + high) / 2 - half))

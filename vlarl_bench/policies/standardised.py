@@ -1,5 +1,7 @@
 """Actions and proprioception in standard deviations from their mean."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -33,9 +35,9 @@ class Standardised(Policy):
             "stored": "model.safetensors",
         }
 
-    def fit_normalisation(self, actions: np.ndarray, proprio: np.ndarray) -> None:
-        """Sets mean and deviation from demonstrated actions [N, A] and proprio [N, P], in the suite's units."""
-        for prefix, values, floor in (("action", actions, 0.1), ("proprio", proprio, 0.01)):
+    def fit_normalisation(self, actions: Sequence[np.ndarray], proprio: np.ndarray) -> None:
+        """Sets mean and deviation from demonstrated episodes' actions, [T, A] each, and proprio [N, P]."""
+        for prefix, values, floor in (("action", np.concatenate(actions), 0.1), ("proprio", proprio, 0.01)):
             if not getattr(self, f"{prefix}_mean").numel():
                 continue  # a policy without proprioception
             # The floor keeps a dimension that hardly moves in the demonstrations from being blown up to unit variance.

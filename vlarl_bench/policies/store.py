@@ -17,15 +17,18 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from ..errors import BenchError
+from .adapt import merged_state
 from .base import Policy
 
 CONFIG, WEIGHTS, HASHES, CARD = "config.json", "model.safetensors", "hashes.json", "README.md"
 
 
 def content_hash(policy: Policy) -> str:
-    """First 12 hex digits of the SHA-256 of the configuration and of every tensor: equal means the same policy."""
+    """First 12 hex digits of the SHA-256 of the configuration and of every tensor: equal means the same policy.
+
+    Adapters count as what they make of the weights beside them, so merging them changes no hash."""
     digest = hashlib.sha256(json.dumps(policy.config, sort_keys=True, separators=(",", ":")).encode())
-    for key, tensor in sorted(policy.state_dict().items()):
+    for key, tensor in merged_state(policy):
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
         # As bytes: NumPy has no bfloat16.
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

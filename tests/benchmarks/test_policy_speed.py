@@ -1,0 +1,152 @@
+"""Speed of each registered policy, and of pi0 against transformers' own sampler. `make bench-policies`.
+
+Hosts are noisy: what is compared is run in turn, round by round, and the ratio is that of the fastest rounds.
+"""
+
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from vlarl_bench import registry
+from vlarl_bench.errors import BenchError
+from vlarl_bench.suite import Embodiment, Observation
+
+POLICIES = registry.names("policy")
+TINY_PI0 = ("pi0-tiny", "pi0-tiny-pixels")
+CAMERAS = ("agentview", "robot0_eye_in_hand")
+TASK = "pick up the milk and place it in the basket"
+OBJECTS = ("milk_1", "basket_1", "ketchup_1", "butter_1", "cream_cheese_1", "tomato_sauce_1")
+
+
+def observe(seed, spec):
+    """A made-up observation of the kind that `spec` takes; seven actions, eight numbers of proprioception."""
+    draw = np.random.default_rng(seed)
+    proprio = draw.normal(scale=0.2, size=8).astype(np.float32)
+    if spec.observation == "pixels":
+        size = spec.image_size
+        images = {camera: draw.integers(0, 256, (size, size, 3), dtype=np.uint8) for camera in CAMERAS}
+        return Observation(TASK, proprio, images=images)
+    poses = {name: np.r_[draw.normal(scale=0.2, size=3), 0, 0, 0, 1].astype(np.float32) for name in OBJECTS}
+    return Observation(TASK, proprio, poses)
+
+
+@pytest.fixture(scope="module", params=POLICIES)
+def subject(request):
+    return make(request.param)
+
+
+def embodiment(spec):
+    """A robot like LIBERO's."""
+    return Embodiment(7, 8, CAMERAS if spec.observation == "pixels" else ())
+
+
+def make(name):
+    spec = registry.get("policy", name)
+    try:
+        return spec, spec.create(embodiment(spec), [TASK, *OBJECTS], seed=0)
+    except BenchError as error:
+        return pytest.skip(str(error))
+
+
+def inputs(spec, policy, size):
+    return policy.preprocess([observe(i, spec) for i in range(size)])
+
+
+def generators(size):
+    return [torch.Generator().manual_seed(i) for i in range(size)]
+
+
+def in_turn(*functions, rounds=15):
+    """Seconds of the fastest round of each, run one after another."""
+    fastest = [float("inf")] * len(functions)
+    for _ in range(rounds + 1):  # the first one warms up as well
+        for i, function in enumerate(functions):
+            begin = time.perf_counter()
+            function()
+            fastest[i] = min(fastest[i], time.perf_counter() - begin)
+    return fastest
+
+
+@pytest.mark.benchmark(group="encode + sample")
+@pytest.mark.parametrize("size", [1, 8])
+def test_chunk(benchmark, subject, size):
+    """Latency of a batch of action chunks; `chunks_a_second` in extra_info is the throughput."""
+    spec, policy = subject
+    batch = inputs(spec, policy, size)
+
+    def chunk():
+        with torch.no_grad():
+            return policy.sample(policy.encode(batch), generators(size))
+
+    assert len(benchmark(chunk).actions) == size
+    if benchmark.stats:
+        benchmark.extra_info["chunks_a_second"] = size / benchmark.stats.stats.min
+
+
+@pytest.mark.benchmark(group="loss + backward, 32 observations")
+def test_loss_and_backward(benchmark, subject):
+    """Supervised loss with all weights learning."""
+    spec, policy = subject
+    batch, actions, mask = inputs(spec, policy, 32), torch.zeros(32, policy.chunk, 7), torch.ones(32, policy.chunk)
+
+    def learn():
+        policy.zero_grad()
+        policy.sft_loss(policy.encode(batch), actions, mask, torch.Generator().manual_seed(0)).backward()
+
+    benchmark(learn)
+
+
+@pytest.mark.benchmark(group="pi0 against transformers' sample_actions")
+@pytest.mark.parametrize("size", [1, 8])
+def test_pi0_against_transformers(benchmark, size):
+    """Same weights, noise and pixels; from images to a chunk."""
+    spec, policy = make("pi0-tiny-pixels")
+    batch = inputs(spec, policy, size)
+    tokens = policy.model.model.vlm.config.image_token_id * torch.ones(size, 32, dtype=torch.long)
+    ids = torch.cat((tokens, batch.words), 1)
+    noise = torch.stack([torch.randn(8, 7, generator=g) for g in generators(size)])
+
+    def ours():
+        with torch.no_grad():
+            return policy.sample(policy.encode(batch), generators(size)).latent
+
+    def theirs():
+        return policy.model.sample_actions(
+            policy.normalise_proprio(batch.proprio),
+            noise=noise,
+            num_steps=policy.euler_steps,
+            input_ids=ids,
+            attention_mask=ids != 0,
+            pixel_values=batch.images.float() / 127.5 - 1,
+            pixel_attention_mask=torch.ones(batch.images.shape[:2], dtype=torch.bool),
+        )
+
+    torch.testing.assert_close(ours(), theirs(), atol=1e-5, rtol=0)
+    fast, slow = in_turn(ours, theirs)
+    benchmark.extra_info.update(transformers_ms=slow * 1e3, ours_ms=fast * 1e3, ratio=slow / fast)
+    print(f"\nbatch {size}: transformers {slow * 1e3:.2f} ms, ours {fast * 1e3:.2f} ms, {slow / fast:.2f}x")
+    benchmark.pedantic(ours, rounds=5)
+
+
+@pytest.mark.benchmark(group="pi0: 8 loss draws against 1, 32 observations")
+@pytest.mark.parametrize("name", TINY_PI0)
+def test_pi0_loss_draws(benchmark, name):
+    """Prefix, loss and backward; the prefix learns too, and is encoded once whatever the number of draws."""
+    spec, policy = make(name)
+    batch, latent = inputs(spec, policy, 32), torch.zeros(32, 8, 7)
+
+    def loss(k):
+        x, t = torch.randn(32, k, 8, 7), torch.rand(32, k)
+
+        def learn():
+            policy.zero_grad()
+            policy.flow_loss(policy.encode(batch), latent, t, x).mean().backward()
+
+        return learn
+
+    one, eight = in_turn(loss(1), loss(8), rounds=8)
+    benchmark.extra_info.update(one_ms=one * 1e3, eight_ms=eight * 1e3, ratio=eight / one)
+    print(f"\n{name}: 1 draw {one * 1e3:.1f} ms, 8 draws {eight * 1e3:.1f} ms, {eight / one:.2f}x")
+    benchmark.pedantic(loss(8), rounds=3)

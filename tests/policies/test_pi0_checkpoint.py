@@ -1,0 +1,168 @@
+"""Published pi0 folders: what is in them is what is loaded, or one line says what is wrong."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from vlarl_bench.errors import BenchError
+from vlarl_bench.policies.pi0_checkpoint import load_published
+from vlarl_bench.policies.presets import PI0_BASE
+from vlarl_bench.policies.store import content_hash, save_policy
+from vlarl_bench.suite import Observation
+
+from .pi0_small import CAMERAS, SIZES, STATS, publish
+
+
+def observe(size=28, seed=0):
+    draw = np.random.default_rng(seed)
+    images = {camera: draw.integers(0, 256, (size, size, 3), dtype=np.uint8) for camera in CAMERAS}
+    return Observation("pick up the milk", draw.normal(size=8).astype(np.float32), images=images)
+
+
+def act(policy, seen):
+    with torch.no_grad():
+        context = policy.encode(policy.preprocess([seen]))
+        return policy.sample(context, [torch.Generator().manual_seed(0)]).actions
+
+
+FORMS = {"lerobot": {}, "base": {"prefix": "", "shards": 3}, "retrained": {"tied": True}}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_folder_gives_the_policy_it_was_made_from(form, dtype, tmp_path):
+    made = publish(tmp_path / "published", dtype=dtype, **form)
+    loaded = load_published(tmp_path / "published", **SIZES)
+    assert loaded.config == made.config
+    assert content_hash(loaded) == content_hash(made)
+    for seen in (observe(), observe(40)):
+        assert torch.equal(act(made, seen), act(loaded, seen))
+    # And on, through a folder of our own: bitwise, twice.
+    for name in ("one", "two"):
+        save_policy(tmp_path / name, loaded, {})
+        loaded = PI0_BASE.load(tmp_path / name)
+    assert content_hash(loaded) == content_hash(made)
+    assert (tmp_path / "one/model.safetensors").read_bytes() == (tmp_path / "two/model.safetensors").read_bytes()
+    assert loaded.checkpointed
+
+
+def test_another_precision_on_request(tmp_path):
+    made = publish(tmp_path / "published")
+    half = load_published(tmp_path / "published", dtype="bfloat16", **SIZES)
+    own, cast = dict(made.model.named_parameters()), dict(half.model.named_parameters())
+    kinds = {key: tensor.dtype for key, tensor in cast.items()}
+    assert kinds["model.vlm.language_model.layers.0.mlp.up_proj.weight"] == torch.bfloat16
+    assert kinds["model.vlm.vision_tower.post_layernorm.weight"] == torch.float32
+    for key, tensor in cast.items():
+        assert torch.equal(tensor, own[key].to(tensor.dtype))
+    with pytest.raises(BenchError, match="dtype: 'int8'; it must be 'float32' or 'bfloat16'"):
+        load_published(tmp_path / "published", dtype="int8", **SIZES)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    publish(tmp_path / "published")
+    return tmp_path / "published"
+
+
+def refused(folder, *needles, **arguments):
+    with pytest.raises(BenchError) as error:
+        load_published(folder, **{**SIZES, **arguments})
+    assert "\n" not in str(error.value)
+    for needle in needles:
+        assert needle in str(error.value)
+
+
+def test_every_wrong_tensor_is_named(folder):
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.state_proj.bias"], tensors["model.paligemma_with_expert.paligemma.lm_head.weight"]
+    tensors["model.time_mlp_in.weight"] = torch.zeros(2)
+    tensors["model.action_out_proj.bias"] = torch.zeros(3)
+    tensors["model.action_in_proj.bias"] = torch.zeros(24, dtype=torch.int32)
+    save_file(tensors, folder / "model.safetensors")
+    refused(
+        folder,
+        "lacks paligemma_with_expert.paligemma.lm_head.weight; lacks state_proj.bias; has unknown time_mlp_in.weight",
+        "action_out_proj.bias is F32 [3], should be F32 [32]",
+        "action_in_proj.bias is I32 [24], should be F32 [24]",
+    )
+
+
+def change(folder, **fields):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **fields}))
+
+
+@pytest.mark.parametrize(
+    ("fields", "needles"),
+    [
+        ({"type": "pi05"}, ["type 'pi05'", "must be 'pi0'"]),
+        ({"use_relative_actions": True}, ["use_relative_actions True"]),
+        ({"max_state_dim": 14}, ["max_state_dim and max_action_dim"]),
+        ({"output_features": {}}, ["KeyError('action')"]),
+        ({"normalization_mapping": {"ACTION": "MIN_MAX"}}, ["ACTION 'MIN_MAX'", "known are MEAN_STD"]),
+        ({"normalization_mapping": {"ACTION": "QUANTILES", "STATE": "MEAN_STD"}}, ["KeyError('q01')", "q01 and q99"]),
+        ({"output_features": {"action": {"type": "ACTION", "shape": [14]}}}, ["action has shape [7]", "needs [14]"]),
+    ],
+)
+def test_a_configuration_that_is_not_this_network_s(folder, fields, needles):
+    change(folder, **fields)
+    refused(folder, *needles)
+
+
+def test_images_that_no_camera_gives(folder):
+    refused(folder, "no camera is known for left_wrist_0_rgb", "has base_0_rgb", cameras={"base_0_rgb": "top"})
+    one = load_published(folder, cameras={"base_0_rgb": "top", "left_wrist_0_rgb": "left"}, **SIZES)
+    assert one.architecture.cameras == ("top", "left")
+
+
+def test_missing_and_broken_files(folder):
+    refused(folder / "nowhere", "config.json", "no such file or folder")
+    (folder / "policy_preprocessor_step_1_normalizer_processor.safetensors").write_bytes(b"PK\x03\x04 a pickle")
+    refused(folder, "policy_preprocessor_step_1_normalizer_processor.safetensors")
+    (folder / "policy_preprocessor.json").write_text(
+        json.dumps({"steps": [{"registry_name": "normalizer_processor", "state_file": "../x.safetensors"}]})
+    )
+    refused(folder, "'../x.safetensors', which is no file beside it")
+    (folder / "tokenizer.json").unlink()
+    refused(folder, "tokenizer.json: cannot read", "put PaliGemma's there")
+
+
+def test_a_tokenizer_from_elsewhere(folder, tmp_path):
+    (folder / "tokenizer.json").rename(tmp_path / "paligemma.json")
+    assert load_published(folder, tokenizer=tmp_path / "paligemma.json", **SIZES).vocabulary.encode("pick")[0] == 2
+
+
+def test_openpi_s_scales_by_name(folder):
+    for pipeline in ("pre", "post"):
+        (folder / f"policy_{pipeline}processor.json").unlink()
+    refused(folder, "statistics:", "has none")
+    for name, mean in (("trossen", 1.0), ("physical-intelligence/libero", 2.0)):
+        one = {"mean": [mean] * 32, "std": [0.5] * 32, "q01": [-1.0] * 32, "q99": [3.0] * 32}
+        (folder / "assets" / name).mkdir(parents=True)
+        stats = json.dumps({"norm_stats": {"state": one, "actions": one}})
+        (folder / "assets" / name / "norm_stats.json").write_text(stats)
+    refused(folder, "choose one of physical-intelligence/libero, trossen")
+    refused(folder, "'libero'; the checkpoint has physical-intelligence/libero, trossen", unnorm_key="libero")
+    policy = load_published(folder, unnorm_key="physical-intelligence/libero", **SIZES)
+    assert policy.action_mean.tolist() == [2.0] * 7 and policy.proprio_mean.tolist() == [2.0] * 8
+    change(folder, normalization_mapping={"ACTION": "QUANTILES", "STATE": "QUANTILES"})
+    policy = load_published(folder, unnorm_key="trossen", **SIZES)
+    # -1 and 3 become -1 and 1.
+    latent = policy.normalise(torch.tensor([-1.0, 3.0, 1.0, 1.0, 1.0, 1.0, 1.0]))[:4]
+    torch.testing.assert_close(latent, torch.tensor([-1.0, 1.0, 0.0, 0.0]))
+
+
+def test_a_key_where_there_is_nothing_to_choose(folder):
+    refused(folder, "unnorm_key: 'libero'", "has only its own", unnorm_key="libero")
+
+
+def test_scales_are_those_of_lerobot(folder):
+    policy = load_published(folder, **SIZES)
+    torch.testing.assert_close(policy.unnormalise(torch.ones(32)), STATS["action.mean"] + STATS["action.std"])
+    proprio = torch.arange(8.0)
+    expected = (proprio - STATS["observation.state.mean"]) / STATS["observation.state.std"]
+    torch.testing.assert_close(policy.normalise_proprio(proprio[None])[0, :8], expected)

@@ -1,0 +1,116 @@
+"""Published folders through the command line, at widths that a test can run, in the real simulator."""
+
+import dataclasses
+import functools
+import json
+
+import pytest
+from vlarl_bench.tasks.libero import suite
+
+from vlarl_bench.cli import main
+from vlarl_bench.policies import openvla_checkpoint, pi0_checkpoint
+from vlarl_bench.policies.pi0_published import PublishedPi0Architecture
+from vlarl_bench.policies.store import content_hash
+from vlarl_bench.records import read_rows
+
+from .policies import pi0_small
+from .policies.openvla_tiny import OFT, SMALL
+from .policies.test_openvla_checkpoint import publish as publish_openvla
+
+TASK = "pick_up_the_milk_and_place_it_in_the_basket"
+PLAY = ("eval", "--suite", "libero_object", "--tasks", TASK, "--states", "1", "--workers", "1", "--slots", "1")
+SIZES = ("layers", "width", "heads", "mlp", "max_words", "dino", "siglip")
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    """Episodes of one decision."""
+    for name in ("openpi", "lerobot"):
+        protocol = suite.PUBLISHED[name]
+        monkeypatch.setitem(suite.PUBLISHED, name, dataclasses.replace(protocol, horizon=(protocol.execute,) * 5))
+
+
+@pytest.fixture
+def openvla(tmp_path, monkeypatch):
+    """A folder as OFT publishes it."""
+    narrow = {key: SMALL[key] for key in SIZES} | {"max_words": 64}
+    monkeypatch.setattr(openvla_checkpoint, "PUBLISHED", {**openvla_checkpoint.PUBLISHED, **narrow})
+    made = publish_openvla(tmp_path / "published", {**OFT, "head": "l1", "image_size": 224, "max_words": 64})
+    return tmp_path / "published", made
+
+
+@pytest.fixture
+def pi0(tmp_path, monkeypatch):
+    """A folder as lerobot publishes it."""
+    narrow = functools.partial(PublishedPi0Architecture, **pi0_small.SIZES)
+    monkeypatch.setattr(pi0_checkpoint, "PublishedPi0Architecture", narrow)
+    made = pi0_small.publish(tmp_path / "published", chunk=10, image_size=224, max_words=48)
+    return tmp_path / "published", made
+
+
+def test_openvla_plays_from_its_folder(openvla, tmp_path, capsys):
+    folder, made = openvla
+    options = ("--policy", "openvla-7b", "--base", str(folder), "--protocol", "openpi")
+    out = tmp_path / "run"
+    assert main([*PLAY, *options, "--unnorm-key", "libero_object", "--out", str(out)]) == 0, capsys.readouterr().err
+    (row,) = read_rows(out / "episodes.jsonl")
+    assert (row.policy, row.task, row.steps, row.checkpoint) == ("openvla-7b", TASK, 5, content_hash(made))
+    assert main([*PLAY, *options, "--unnorm-key", "bridge_orig"]) == 2
+    assert "unnorm_key: 'bridge_orig'; the checkpoint has libero_object_no_noops" in capsys.readouterr().err
+
+
+def test_pi0_plays_from_its_folder_and_resizes_what_it_sees(pi0, tmp_path, capsys):
+    folder, made = pi0
+    out = tmp_path / "run"
+    options = ("--policy", "pi0-base", "--base", str(folder), "--protocol", "lerobot", "--out", str(out))
+    assert main([*PLAY, *options]) == 0, capsys.readouterr().err
+    (row,) = read_rows(out / "episodes.jsonl")
+    assert (row.steps, row.checkpoint) == (10, content_hash(made))
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (("openvla-7b",), "base: 'prior'; 'openvla-7b' needs --base FOLDER: openvla/openvla-7b, its LIBERO fine-tunes"),
+        (("pi0-base", "--base", "scratch"), "base: 'scratch'; 'pi0-base' needs --base FOLDER: lerobot/pi0_base"),
+        (
+            ("octo-small-1.5", "--base", "nowhere", "--protocol", "rlinf"),
+            "base: 'nowhere'; there is no config.json; 'octo",
+        ),
+        (
+            ("openvla-7b", "--protocol", "tiny"),
+            "policy: 'openvla-7b' looks at agentview at 224 x 224, but protocol tiny",
+        ),
+    ],
+)
+def test_what_is_missing_is_told(options, line, capsys):
+    assert main([*PLAY, "--protocol", "openpi", "--policy", *options]) == 2
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told.startswith(f"vlarl-bench: error: {line}")
+
+
+def test_octo_s_own_checkpoint_must_be_converted_first(tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{}")
+    options = (
+        "--policy",
+        "octo-base-1.5",
+        "--base",
+        str(tmp_path),
+        "--protocol",
+        "rlinf",
+        "--out",
+        str(tmp_path / "x"),
+    )
+    assert main([*PLAY, *options]) == 2
+    assert "has no hashes.json; octo-base-1.5 takes rail-berkeley/octo-base-1.5, after" in capsys.readouterr().err
+
+
+def test_list_says_what_needs_a_folder(capsys):
+    assert main(["list", "--json"]) == 0
+    policies = {policy["name"]: policy["needs_base"] for policy in json.loads(capsys.readouterr().out)["policies"]}
+    assert {name for name, needed in policies.items() if needed} == {
+        "openvla-7b",
+        "pi0-base",
+        "octo-small-1.5",
+        "octo-base-1.5",
+    }

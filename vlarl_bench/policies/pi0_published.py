@@ -1,0 +1,359 @@
+"""pi0 at its published size, as lerobot and openpi run it: PaliGemma and a 300 M action expert, 3.501 B parameters.
+
+What differs from the tiny ones: grouped keys, PaliGemma's own tokenizer, actions and proprioception padded with zeros
+to 32 numbers (so a latent has 32), 50 actions a chunk, no clipping of proprioception. An image that the robot does not
+have is left out: that is what masking its tokens comes to, since nothing looks at them and they take no position.
+
+Shapes: as in `pi0.py`; N patches an image.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PI0Config, PI0ForConditionalGeneration
+
+from ..errors import BenchError
+from ..suite import Observation
+from .base import Sample
+from .pi0 import Context, Pi0, Pi0Architecture
+from .pi0_inputs import Batch
+from .steady import steady_rows
+
+PRECISE = ("vision_tower.", "multi_modal_projector.", "layernorm.", ".norm.", "embed_action_time.", "action_out_proj.")
+"""What stays float32 where the rest is bfloat16, as in lerobot: images, norms and the projections of actions."""
+
+
+@dataclass(frozen=True)
+class PublishedPi0Architecture(Pi0Architecture):
+    """`Pi0Architecture` with what only the published network has; the defaults are its sizes."""
+
+    chunk: int = 50
+    layers: int = 18
+    heads: int = 8
+    head_dim: int = 256
+    prefix_width: int = 2048
+    prefix_mlp: int = 16384
+    expert_width: int = 1024
+    expert_mlp: int = 4096
+    euler_steps: int = 10
+    max_words: int = 48
+    image_size: int = 224
+    patch: int = 14
+    vision_layers: int = 27
+    vision_width: int = 1152
+    vision_mlp: int = 4304
+    vision_heads: int = 16
+    key_value_heads: int = 1
+    vocabulary_size: int = 257152
+    padded_dim: int = 32
+    """Numbers that the network sees of an action and of proprioception; those beyond the robot's own are zero."""
+    dtype: str = "float32"
+    """`float32`, or `bfloat16` for all but `PRECISE`."""
+
+
+class PaliGemmaPrompts:
+    """Instructions as pi0 was taught them: PaliGemma's beginning, the text, a line feed."""
+
+    def __init__(self, tokenizer: str) -> None:
+        """Takes the text of PaliGemma's `tokenizer.json`. Raises BenchError if it is none."""
+        self.json = tokenizer
+        try:
+            self._tokenizer = Tokenizer.from_str(tokenizer)
+        except Exception as error:  # tokenizers raises bare Exception
+            raise BenchError(f"tokenizer.json: not a tokenizer: {error}") from None
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        begin = self._tokenizer.token_to_id("<bos>")
+        if begin is None:
+            raise BenchError("tokenizer.json: has no token '<bos>'; it must be PaliGemma's")
+        self._begin: int = begin
+        self._encoded: dict[str, list[int]] = {}
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the prompt for an instruction."""
+        if text not in self._encoded:
+            line = text if text.endswith("\n") else f"{text}\n"
+            self._encoded[text] = [self._begin, *self._tokenizer.encode(line, add_special_tokens=False).ids]
+        return list(self._encoded[text])
+
+
+class PublishedPi0(Pi0):
+    """pi0 at its published size behind the flow seam. Its weights are random until some are loaded."""
+
+    architecture: PublishedPi0Architecture
+    capabilities = frozenset({"sft", "flow", "likelihood", "chain"})
+
+    def _build(self, name: str, architecture: Any, vocabulary: Any) -> None:
+        self.name, self.architecture, self.vocabulary = name, architecture, vocabulary
+        a = self.architecture
+        self.chunk, self.action_dim, self.cameras = a.chunk, a.action_dim, a.cameras
+        self.euler_steps = a.euler_steps
+        self.feature_dim = 2 * a.prefix_width + a.padded_dim
+        self.model = PI0ForConditionalGeneration(_transformers_config(a))
+        for key, parameter in self.model.named_parameters():
+            if not any(part in key for part in PRECISE):
+                parameter.data = parameter.data.to(getattr(torch, a.dtype))
+        self.model.embed_action_time.sinusoid_embeds.sinusoid_freq = _frequencies(self.model.config)
+        self.build_scales(a.action_dim, a.proprio_dim)
+
+    @classmethod
+    def restore(cls, config: Mapping[str, Any]) -> PublishedPi0:
+        """The policy that `config` describes, its weights still to be loaded.
+
+        Raises BenchError if the configuration is not one of this architecture.
+        """
+        try:
+            stored = dict(config["architecture"])
+            stored |= {name: tuple(stored.get(name, ())) for name in ("cameras", "hands")}
+            prompts: Any = PaliGemmaPrompts(config["tokenizer"])
+            return cls(config["policy"], PublishedPi0Architecture(**stored), prompts)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise BenchError(f"config.json: {error!r} does not describe a published pi0") from None
+
+    @property
+    def latent_dim(self) -> int:
+        return self.architecture.padded_dim
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What config.json holds besides the card: enough to rebuild the policy around its weights."""
+        a, vocabulary = self.architecture, self.vocabulary
+        assert isinstance(vocabulary, PaliGemmaPrompts)
+        return {
+            "policy": self.name,
+            "architecture": {**asdict(a), "cameras": list(a.cameras), "hands": list(a.hands)},
+            "normalisation": {**self.scales, "proprio": "(x - proprio_mean) / proprio_std"},
+            "tokenizer": vocabulary.json,
+        }
+
+    def normalise(self, actions: Tensor) -> Tensor:
+        """Environment units to latent: padded with zeros."""
+        return F.pad(super().normalise(actions), (0, self.latent_dim - self.action_dim))
+
+    def unnormalise(self, latent: Tensor) -> Tensor:
+        """Latent to environment units: the robot's own numbers."""
+        return super().unnormalise(latent[..., : self.action_dim])
+
+    def normalise_proprio(self, proprio: Tensor) -> Tensor:
+        """[B, P] suite's units to [B, 32] deviations, padded with zeros."""
+        own = (proprio - self.proprio_mean) / self.proprio_std
+        return F.pad(own, (0, self.architecture.padded_dim - own.shape[-1]))
+
+    # What is seen
+
+    def preprocess(self, observations: Sequence[Observation]) -> Batch:
+        """Observations to padded tensors; images of any size are resized. Raises BenchError if one does not fit."""
+        size, cameras = self.architecture.image_size, self.architecture.cameras
+        fitting = []
+        for seen in observations:
+            absent = [camera for camera in cameras if camera not in seen.images]
+            if absent:
+                there = ", ".join(sorted(seen.images)) or "none"
+                raise BenchError(f"images: {', '.join(absent)} missing; this policy looks at it, and there are {there}")
+            images = {camera: resize_with_pad(seen.images[camera], size) for camera in cameras}
+            fitting.append(dataclasses.replace(seen, images=images))
+        return super().preprocess(fitting)
+
+    def _tokens(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Mask [B, S], embeddings [B, S, D] and positions [B, S] of the prefix: images, then the prompt."""
+        visible = self._see(batch.images.float() / 127.5 - 1)
+        words = self.model.model.vlm.get_input_embeddings()(batch.words)
+        spoken = batch.words != 0
+        mask = torch.cat((spoken.new_ones(visible.shape[:2]), spoken), 1)
+        return mask, torch.cat((visible.to(words.dtype), words), 1), mask.cumsum(-1) - 1
+
+    def _see(self, pixels: Tensor) -> Tensor:
+        """[B, C N, D] of pixels [B, C, 3, size, size] between -1 and 1, image after image."""
+        vlm = self.model.model.vlm
+        x = vlm.vision_tower.embeddings(pixels.flatten(0, 1))
+        for layer in vlm.vision_tower.encoder.layers:
+            x = self._maybe_again(layer, x, None)
+        x = vlm.multi_modal_projector(vlm.vision_tower.post_layernorm(x))
+        return x.unflatten(0, pixels.shape[:2]).flatten(1, 2)
+
+    # Layers one by one: transformers' own checkpointing would give up the cache that pi0 lives on.
+
+    @steady_rows
+    def encode(self, batch: Batch) -> Context:
+        """Runs the vision-language prefix once; gradients flow unless the caller forbids them."""
+        model = self.model.model.vlm.language_model
+        mask, embeddings, positions = self._tokens(batch)
+        attend = mask[:, None, None].expand(-1, -1, mask.shape[1], -1)
+        rotary = model.rotary_emb(embeddings, positions)
+        x = last = embeddings
+        cache = []
+        for layer in model.layers:
+            last = x
+            x, keys, values = self._maybe_again(_layer, layer, x, attend, rotary)
+            cache.append(torch.stack((keys, values), 1))
+        # The last layer's own output feeds nothing that training reaches, so features come from what enters it.
+        hidden, real = F.rms_norm(last.float(), last.shape[-1:]), mask[..., None]
+        mean = (hidden * real).sum(1) / real.sum(1)
+        top = hidden.masked_fill(~real, -torch.inf).amax(1)
+        return Context(torch.stack(cache, 1), mask, self.normalise_proprio(batch.proprio), torch.cat((mean, top), -1))
+
+    @steady_rows
+    def velocity(self, context: Context, x: Tensor, t: Tensor) -> Tensor:
+        """[B, K, H, 32] velocities at x [B, K, H, 32], t [B, K]; a chunk sees the prefix, the state and itself."""
+        (b, k, h, _), s, embed = x.shape, context.mask.shape[1], self.model.embed_action_time
+        time = embed.sinusoid_embeds(t.flatten()).to(x).view(b, k, 1, -1).expand(-1, -1, h, -1)
+        chunks = torch.cat((embed.action_in_proj(x), time), -1)
+        chunks = embed.action_time_mlp_out(F.silu(embed.action_time_mlp_in(chunks)))
+        tokens = torch.cat((embed.state_proj(context.proprio)[:, None], chunks.flatten(1, 2)), 1)
+        q = tokens.shape[1]
+        draw = torch.arange(q - 1, device=x.device) // h
+        mask = torch.zeros(b, 1, q, s + q, dtype=torch.bool, device=x.device)
+        mask[..., :s] = context.mask[:, None, None]
+        mask[..., s] = True
+        mask[..., 1:, s + 1 :] = draw[:, None] == draw
+        step = torch.cat((draw.new_zeros(1), torch.arange(h, device=x.device).repeat(k) + 1))
+        hidden = self._run_expert(context, tokens, mask, context.mask.sum(1, keepdim=True) + step)
+        return self.model.action_out_proj(hidden[:, 1:]).view(x.shape)
+
+    def _run_expert(self, context: Context, tokens: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        """[B, Q, E] float32 of the action expert's tokens; mask [B, 1, Q, S + Q] says what each sees."""
+        model = self.model.model.dit
+        x = tokens.to(context.cache.dtype)
+        rotary = model.rotary_emb(x, positions)
+        for layer, kept in zip(model.layers, context.cache.unbind(1), strict=True):
+            x = self._maybe_again(_layer, layer, x, mask, rotary, kept[:, 0], kept[:, 1])[0]
+        normed: Tensor = model.norm(x)
+        return normed.float()
+
+    @torch.no_grad()
+    def sample(self, context: Context, generators: Sequence[torch.Generator] | None) -> Sample:
+        """Integrates from t = 1 (noise) to 0 in `euler_steps` Euler steps; a function of its arguments alone.
+
+        At a given batch size a row does not depend, to the bit, on its neighbours or on its place.
+        """
+        steps, shape = self.architecture.euler_steps, (self.chunk, self.latent_dim)
+        if generators is None:
+            x = torch.zeros(len(context), *shape, device=self.device)
+        else:
+            x = torch.stack([torch.randn(shape, generator=g, device=g.device) for g in generators]).to(self.device)
+        for step in range(steps):
+            t = torch.full((len(x), 1), 1 - step / steps, device=self.device)
+            x = x - self.velocity(context, x[:, None], t)[:, 0] / steps
+        return Sample(self.unnormalise(x), x)
+
+    def _maybe_again(self, function: Any, *inputs: Any) -> Any:
+        """`function(*inputs)`, computed again for its gradient instead of kept, if the policy is `checkpointed`."""
+        if self.checkpointed and torch.is_grad_enabled():
+            return checkpoint(function, *inputs, use_reentrant=False)
+        return function(*inputs)
+
+
+class _Cache:
+    """One layer's keys and values [B, heads, S, head_dim], as transformers' attention asks for them."""
+
+    def __init__(self, keys: Tensor | None, values: Tensor | None) -> None:
+        self.keys, self.values = keys, values
+
+    def update(self, keys: Tensor, values: Tensor, _layer: int) -> tuple[Tensor, Tensor]:
+        if self.keys is not None and self.values is not None:
+            keys, values = torch.cat((self.keys, keys), 2), torch.cat((self.values, values), 2)
+        self.keys, self.values = keys, values
+        return keys, values
+
+
+def _layer(
+    layer: nn.Module,
+    x: Tensor,
+    attend: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    keys: Tensor | None = None,
+    values: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """A Gemma layer's output, and the keys and values that it looked at: those given, then its own."""
+    cache = _Cache(keys, values)
+    return layer(x, attention_mask=attend, position_embeddings=rotary, past_key_values=cache), cache.keys, cache.values
+
+
+def resize_with_pad(image: np.ndarray, size: int) -> np.ndarray:
+    """[H, W, 3] uint8 to [size, size, 3]: bilinear, in proportion, with black borders, as lerobot and openpi do.
+
+    Rounded to whole grey levels; lerobot keeps the fractions.
+    """
+    if image.shape == (size, size, 3) or image.ndim != 3:  # `to_batch` refuses what is no image
+        return image
+    scale = max(image.shape[:2]) / size
+    height, width = (int(side / scale) for side in image.shape[:2])
+    pixels = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float()
+    small = F.interpolate(pixels, (height, width), mode="bilinear", align_corners=False).round().clamp(0, 255)
+    top, left = (size - height) // 2, (size - width) // 2
+    padded = F.pad(small, (left, size - width - left, top, size - height - top))
+    return padded[0].permute(1, 2, 0).to(torch.uint8).numpy()
+
+
+restore = PublishedPi0.restore
+
+
+def fill_buffers(policy: PublishedPi0) -> None:
+    """Computes what is not stored, where the policy was built on the meta device."""
+    model = policy.model.model
+    for gemma in (model.vlm.language_model, model.dit):
+        gemma.rotary_emb = type(gemma.rotary_emb)(gemma.config)
+        scale = gemma.embed_tokens.scalar_embed_scale
+        gemma.embed_tokens.embed_scale = torch.tensor(scale)
+    policy.model.embed_action_time.sinusoid_embeds.sinusoid_freq = _frequencies(policy.model.config)
+    images = model.vlm.vision_tower.embeddings
+    images.position_ids = torch.arange(images.num_positions).expand(1, -1)
+
+
+def _frequencies(config: Any) -> Tensor:
+    """Of the time embedding, float64 as lerobot's: angles reach 1,600, where float32 is off by 1e-4."""
+    half = config.dit_config.hidden_size // 2
+    share = torch.linspace(0, 1, half, dtype=torch.float64)
+    return 2 * math.pi / (config.min_period * (config.max_period / config.min_period) ** share)
+
+
+def _transformers_config(a: PublishedPi0Architecture) -> PI0Config:
+    attention = {
+        "num_hidden_layers": a.layers,
+        "num_attention_heads": a.heads,
+        "num_key_value_heads": a.key_value_heads,
+        "head_dim": a.head_dim,
+        "vocab_size": a.vocabulary_size,
+    }
+    text = {**attention, "model_type": "gemma", "hidden_size": a.prefix_width, "intermediate_size": a.prefix_mlp}
+    vision = {
+        "model_type": "siglip_vision_model",
+        "hidden_size": a.vision_width,
+        "intermediate_size": a.vision_mlp,
+        "num_hidden_layers": a.vision_layers,
+        "num_attention_heads": a.vision_heads,
+        "image_size": a.image_size,
+        "patch_size": a.patch,
+        "vision_use_head": False,
+    }
+    return PI0Config(
+        vlm_config={
+            "model_type": "paligemma",
+            "text_config": text,
+            "vision_config": vision,
+            "projection_dim": a.prefix_width,
+            "image_token_id": a.vocabulary_size,
+        },
+        dit_config={
+            **attention,
+            "model_type": "gemma",
+            "hidden_size": a.expert_width,
+            "intermediate_size": a.expert_mlp,
+        },
+        chunk_size=a.chunk,
+        max_state_dim=a.padded_dim,
+        max_action_dim=a.padded_dim,
+        num_inference_steps=a.euler_steps,
+        loss_reduction="none",
+    )

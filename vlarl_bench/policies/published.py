@@ -1,0 +1,72 @@
+"""Folders as others publish them: safetensors, in one file or in shards with an index. Nothing else is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import BenchError
+from ..records import read_json_object
+
+DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+def shards(folder: Path) -> list[Path]:
+    """A network's files: one, or those that the index names. Raises BenchError for an index that leaves the folder."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists() or not index.exists():
+        return [single]
+    names = read_json_object(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
+        raise BenchError(f"policy: {index} has no weight_map from tensors to files beside it")
+    return [folder / name for name in sorted(set(names.values()))]
+
+
+def keys_in(files: Iterable[Path]) -> dict[str, Path]:
+    """Every tensor's key, and the file that it is in. Raises BenchError naming the file that cannot be read."""
+    where: dict[str, Path] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                where |= dict.fromkeys(opened.keys(), file)
+        except (OSError, SafetensorError) as error:
+            raise BenchError(f"policy: cannot read {file}: {error}") from None
+    return where
+
+
+def read_tensors(
+    files: Iterable[Path], stored: Mapping[str, str], expected: Mapping[str, Tensor], cast: bool = False
+) -> dict[str, Tensor]:
+    """The tensors `expected` by name (shapes and types count), each in one of `files` under its key `stored[name]`.
+
+    All are checked before any is read; with `cast`, any floating type is taken, and turned into the one expected.
+    Raises BenchError naming every tensor that is missing, surplus or of another shape or type.
+    """
+    files = list(files)
+    where, wrong = keys_in(files), []
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            for name in expected.keys() & stored.keys():
+                if where[stored[name]] == file:
+                    view = opened.get_slice(stored[name])
+                    kind, shape = view.get_dtype(), list(view.get_shape())
+                    right = DTYPES[expected[name].dtype]
+                    fits = kind in DTYPES.values() if cast else kind == right
+                    if not fits or shape != list(expected[name].shape):
+                        wrong.append(f"{name} is {kind} {shape}, should be {right} {list(expected[name].shape)}")
+    problems = [f"lacks {name}" for name in sorted(expected.keys() - stored.keys())]
+    problems += [f"has unknown {name}" for name in sorted(stored.keys() - expected.keys())] + sorted(wrong)
+    if problems:
+        named = ", ".join(file.name for file in files)
+        raise BenchError(f"policy: {named} in {files[0].parent}: {'; '.join(problems)}")
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            for name, tensor in expected.items():
+                if where[stored[name]] == file:
+                    tensors[name] = opened.get_tensor(stored[name]).to(tensor.dtype)
+    return tensors
