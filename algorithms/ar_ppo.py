@@ -116,12 +116,12 @@ class ARPPO(Algorithm):
         self.success: dict[str, float] = {}
 
     def task_weights(self, tasks: Sequence[str]) -> np.ndarray | None:
-        """VLA-RL's curriculum: tasks that succeed half of the time are asked for most often. A task that was never
-        tried counts as such a one."""
+        """VLA-RL's curriculum: the less a task succeeded when it was last tried, the more often it is asked for. One
+        that was never tried counts as succeeding half of the time."""
         if not self.settings.curriculum:
             return None
-        rates = np.array([self.success.get(task, 0.5) for task in tasks])
-        weights = np.exp((0.5 - rates) / self.settings.curriculum)
+        exponent = (0.5 - np.array([self.success.get(task, 0.5) for task in tasks])) / self.settings.curriculum
+        weights = np.exp(exponent - exponent.max())  # the same shares, and nothing overflows
         return weights / weights.sum()
 
     def act(self, policy: LikelihoodPolicy, context: Any, generators: Sequence[torch.Generator] | None) -> Sample:
@@ -140,10 +140,11 @@ class ARPPO(Algorithm):
         self.updates += 1
         if self.updates <= s.warmup:
             return metrics
-        advantage = standardise(advantages(taken, self.critic, s.gamma, s.gae_lambda), taken.task)
+        advantage = advantages(taken, self.critic, s.gamma, s.gae_lambda)
+        metrics |= {"advantage_std": advantage.std(correction=0).item()}
         return metrics | ascend(
             lambda i: self.score(policy, taken, i),
-            advantage,
+            standardise(advantage, taken.task),
             s.clip_eps,
             self.optimizer,
             self.generator,

@@ -150,11 +150,12 @@ class DPPO(Algorithm):
             return metrics
         assert taken.trace is not None
         steps = min(s.steps, taken.trace.shape[1] - 1)
-        advantage = standardise(advantages(taken, self.critic, s.gamma, s.gae_lambda), taken.task)
+        advantage = advantages(taken, self.critic, s.gamma, s.gae_lambda)
+        metrics |= {"advantage_std": advantage.std(correction=0).item()}
         discount = s.gamma_denoising ** torch.arange(steps - 1, -1, -1)
         return metrics | ascend(
             lambda i: self.score(policy, taken, i, steps),
-            advantage[:, None] * discount,
+            standardise(advantage, taken.task)[:, None] * discount,
             clip_schedule(steps, s.clip_base, s.clip_eps, s.clip_rate),
             self.optimizer,
             self.generator,

@@ -63,11 +63,11 @@ class ValueCritic:
             return self.net(features, features[:, :0])[0]
 
     def fit(self, features: Tensor, returns: Tensor) -> dict[str, float]:
-        """Learns a round's features [N, F] and returns [N]; says first how well it foresaw them."""
+        """Learns a round's features [N, F] and returns [N]; says first how well it foresaw them, if they vary at all."""
         metrics = {}
-        if self.replay:
+        if self.replay and returns.min() < returns.max():
             error = returns - self(features)
-            metrics["explained_variance"] = float(1 - error.var() / returns.var().clamp_min(1e-8))
+            metrics["explained_variance"] = float(1 - error.var() / returns.var())
         self.replay = [*self.replay, (features, returns)][-self.window :]
         seen, goal = (torch.cat(parts) for parts in zip(*self.replay, strict=True))
         self.net.standardise(seen)

@@ -75,7 +75,7 @@ def advantages(taken: Decisions, critic: ValueCritic, gamma: float, lam: float) 
 
 
 def standardise(advantage: torch.Tensor, task: torch.Tensor, floor: float = 0.05) -> torch.Tensor:
-    """[N] advantages [N] less the mean of their task [N], over the deviation of all.
+    """[N] advantages [N] less the mean of their task [N], over the deviation of what is left.
 
     By task: with one mean for all a hard task is nothing but bad examples and is unlearned. Floored: near 100% (or 0%)
     success the spread is noise, and dividing by it would amplify that noise.
@@ -83,7 +83,7 @@ def standardise(advantage: torch.Tensor, task: torch.Tensor, floor: float = 0.05
     advantage = advantage.clone()
     for number in task.unique():
         advantage[task == number] -= advantage[task == number].mean()
-    return advantage / advantage.std().clamp_min(floor)
+    return advantage / advantage.std(correction=0).clamp_min(floor)
 
 
 def only_actor_learns(policy: Policy) -> list[torch.nn.Parameter]:
@@ -124,33 +124,37 @@ def ascend(
     """PPO's epochs (Schulman et al., 2017, alg. 1) over N decisions; the mean is over units that count.
 
     `score(i)` scores the decisions i [B]; `advantage` is [N] or [N, U]; `clip` is a number or [U], `clip_high` another
-    upper bound. Stops early once the policy is `target_kl` (mean over units, estimator k3 of Schulman, 2020) from where
-    it began. Raises BenchError if the first ratio is not 1: then `score` does not score what was drawn.
+    upper bound. Stops before the first step at which the policy is `target_kl` from where it began (mean over units,
+    estimator k3 of Schulman, 2020). Metrics are means over the steps taken; `kl` is over the last epoch's, and says how
+    far the policy went. Raises BenchError if the first ratio is not 1, for then `score` does not score what
+    was drawn, and if a gradient is not finite.
     """
     n, parameters = len(advantage), [p for group in optimizer.param_groups for p in group["params"]]
     with torch.no_grad():
         old = torch.cat([score(i).logp for i in torch.arange(n).split(minibatch)])
     seen: dict[str, list[float]] = {"clip_fraction": [], "ratio_off_one": [], "kl": [], "entropy": []}
-    for _ in range(epochs):
-        for i in torch.randperm(n, generator=generator).split(minibatch):
-            now = score(i)
-            log_ratio = torch.where(now.mask, now.logp - old[i], 0.0)
-            ratio, units = log_ratio.exp(), now.mask.sum().clamp_min(1)
-            off = (ratio.detach() - 1).abs()
-            if not seen["kl"] and not float(off.max()) <= 1e-3:  # also when it is not a number
-                raise BenchError(f"ratio: off 1 by {float(off.max()):.2g} before the first update")
-            gain = advantage[i] if advantage.dim() == 2 else advantage[i, None]
-            surrogate = clipped_surrogate(ratio, gain, clip, clip_high)
-            loss = -(surrogate * now.mask).sum() / units - entropy * now.entropy
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, grad_norm)
-            optimizer.step()
-            beyond = (ratio < 1 - clip) | (ratio > 1 + (clip if clip_high is None else clip_high))
-            seen["clip_fraction"].append(float((beyond & now.mask).sum() / units))
-            seen["ratio_off_one"].append(float((off * now.mask).sum() / units))
-            seen["kl"].append(float(((ratio - 1 - log_ratio) * now.mask).detach().sum() / units))
-            seen["entropy"].append(float(now.entropy))
-        if np.mean(seen["kl"][-math.ceil(n / minibatch) :]) > target_kl:
+    for i in [i for _ in range(epochs) for i in torch.randperm(n, generator=generator).split(minibatch)]:
+        now = score(i)
+        log_ratio = torch.where(now.mask, now.logp - old[i], 0.0)
+        ratio, units = log_ratio.exp(), now.mask.sum().clamp_min(1)
+        off = (ratio.detach() - 1).abs()
+        if not seen["kl"] and not float(off.max()) <= 1e-3:  # also when it is not a number
+            raise BenchError(f"ratio: off 1 by {float(off.max()):.2g} before the first update")
+        seen["kl"].append(((ratio - 1 - log_ratio) * now.mask).sum().item() / units.item())
+        if seen["kl"][-1] > target_kl:
             break
+        gain = advantage[i] if advantage.dim() == 2 else advantage[i, None]
+        surrogate = clipped_surrogate(ratio, gain, clip, clip_high)
+        loss = -(surrogate * now.mask).sum() / units - entropy * now.entropy
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, grad_norm)
+        if not norm.isfinite():
+            raise BenchError(f"gradient: {norm.item()} at gradient step {len(seen['kl'])} of an update")
+        optimizer.step()
+        beyond = (ratio < 1 - clip) | (ratio > 1 + (clip if clip_high is None else clip_high))
+        seen["clip_fraction"].append((beyond & now.mask).sum().item() / units.item())
+        seen["ratio_off_one"].append((off * now.mask).sum().item() / units.item())
+        seen["entropy"].append(now.entropy.item())
+    seen["kl"] = seen["kl"][-math.ceil(n / minibatch) :]
     return {name: float(np.mean(values)) for name, values in seen.items()}
