@@ -63,7 +63,7 @@ class ValueCritic:
             return self.net(features, features[:, :0])[0]
 
     def fit(self, features: Tensor, returns: Tensor) -> dict[str, float]:
-        """Learns a round's features [N, F] and returns [N]; says first how well it foresaw them, if they vary at all."""
+        """Learns a round's features [N, F] and returns [N]; says first how well it foresaw them, if they vary."""
         metrics = {}
         if self.replay and returns.min() < returns.max():
             error = returns - self(features)

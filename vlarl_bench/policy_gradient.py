@@ -56,8 +56,10 @@ def clipped_surrogate(
     """Element-wise PPO objective to maximise (Schulman et al., 2017, eq. 7); shapes broadcast, nothing is reduced.
 
     `eps_high` widens the upper bound alone (DAPO, Yu et al., 2025, sec. 3.1)."""
-    high = 1 + (eps if eps_high is None else eps_high)
-    return torch.minimum(ratio * advantage, ratio.clamp(1 - eps, high) * advantage)
+    low, high = (
+        torch.as_tensor(bound, dtype=ratio.dtype) for bound in (1 - eps, 1 + (eps if eps_high is None else eps_high))
+    )
+    return torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
 
 
 def advantages(taken: Decisions, critic: ValueCritic, gamma: float, lam: float) -> torch.Tensor:

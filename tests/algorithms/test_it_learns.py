@@ -1,4 +1,4 @@
-"""Every method that learns from rollouts finds a known optimum from a bad prior, and with shuffled outcomes does not."""
+"""Methods find a known optimum from a bad prior; with shuffled outcomes they do not."""
 
 import dataclasses
 
