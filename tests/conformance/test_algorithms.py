@@ -22,6 +22,8 @@ from .narrow import SAME
 ALGORITHMS = registry.names("algorithm")
 WARM = 3
 """Updates after which a policy has moved at the latest: critics may learn alone first."""
+SHORT = {"critic_steps": 10}
+"""Settings that only cost time here, for those methods that have them; all others are at their defaults."""
 PAIRS = [(a, p) for a in ALGORITHMS for p in registry.names("policy") if registry.runs_on(a, p) and p not in SAME]
 
 
@@ -77,7 +79,9 @@ def start(name, stage, budget, seed=0):
     """A fresh algorithm and its own copy of the policy."""
     policy = copy.deepcopy(stage.policy)
     cls = registry.get("algorithm", name)
-    return cls(cls.Settings(), policy, budget, seed), policy
+    known = {field.name for field in dataclasses.fields(cls.Settings)}
+    settings = cls.Settings(**{name: value for name, value in SHORT.items() if name in known})
+    return cls(settings, policy, budget, seed), policy
 
 
 def assert_equal(a, b, where="state"):
