@@ -17,15 +17,17 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from vlarl_bench.algorithm import Algorithm
+from vlarl_bench.decisions import decisions
 from vlarl_bench.errors import BenchError
 from vlarl_bench.lazy import lazy_import
-from vlarl_bench.policy_gradient import clipped_surrogate, gae
+from vlarl_bench.policy_gradient import clipped_surrogate, gae, only_actor_learns
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
     from vlarl_bench.config import Budget
+    from vlarl_bench.decisions import Decisions
     from vlarl_bench.policies.base import FlowPolicy, Sample
     from vlarl_bench.rollout import Rollout
 else:
@@ -183,11 +185,7 @@ class FPO(Algorithm):
         self.settings = settings
         self.iterations, self.updates = budget.iterations, 0
         self.generator = torch.Generator().manual_seed(seed)
-        for parameter in policy.parameters():
-            parameter.requires_grad_(False)
-        self.actor = policy.actor_parameters()
-        for parameter in self.actor:
-            parameter.requires_grad_(True)
+        self.actor = only_actor_learns(policy)
         self.optimizer = torch.optim.Adam(self.actor, lr=settings.lr)
         shape = (policy.feature_dim + 1, policy.chunk * policy.latent_dim)
         self.critic = QEnsemble(settings.critics, *shape, settings.critic_width, self.generator)
@@ -216,11 +214,8 @@ class FPO(Algorithm):
         for group in self.optimizer.param_groups:
             group["lr"] = s.lr * max(left, 0.0)
         self.updates += 1
-        tasks = list(dict.fromkeys(episode.job.task for episode in rollout.episodes))
-        with torch.no_grad():
-            seen = [seen for episode in rollout.episodes for seen in episode.observations]
-            context = policy.encode(policy.preprocess(seen))
-            data, rows = self._decisions(policy, context, rollout)
+        taken = decisions(policy, rollout)
+        data = self._data(policy, taken)
         # Judged before these episodes are learned from, or it would say how well they are remembered.
         metrics = {"explained_variance": self._explained_variance(data)} if self.replay else {}
         self.replay = [*self.replay, data][-s.window :]
@@ -228,58 +223,36 @@ class FPO(Algorithm):
         advantage = self._advantages(data)
         metrics |= {"advantage_std": float(advantage.std())}
         if s.advantage_centre == "task":
-            task_of = torch.tensor([tasks.index(e.job.task) for e in rollout.episodes for _ in e.latents])
-            for task in range(len(tasks)):
-                advantage[task_of == task] -= advantage[task_of == task].mean()
+            for task in taken.task.unique():
+                advantage[taken.task == task] -= advantage[taken.task == task].mean()
         # Floored: near 100 % (or 0 %) success the spread is noise, and dividing by it would amplify that noise.
         advantage = (advantage - advantage.mean()) / advantage.std().clamp_min(0.05)
         if s.ratio == "none":
-            return metrics | self._ascend_critic(policy, context, rows, data)
-        return metrics | self._ascend_surrogate(policy, context, rows, data, advantage)
+            return metrics | self._ascend_critic(policy, taken, data)
+        return metrics | self._ascend_surrogate(policy, taken, advantage)
 
-    def _decisions(self, policy: FlowPolicy, context: Any, rollout: Rollout) -> tuple[dict[str, Tensor], Tensor]:
-        """One entry a decision: what critic and actor need; and the context's row of each."""
+    def _data(self, policy: FlowPolicy, taken: Decisions) -> dict[str, Tensor]:
+        """What the critics need of each decision; `fresh` chunks are the present policy's own."""
         s = self.settings
-        first = 0
-        steps_taken: list[float] = []
-        rows: list[int] = []
-        last: list[bool] = []
-        success: list[bool] = []
-        for episode in rollout.episodes:
-            n = len(episode.latents)
-            rows += range(first, first + n)
-            first += n + 1
-            steps_taken += [i / rollout.max_decisions for i in range(n + 1)]
-            last += [False] * (n - 1) + [True]
-            success += [False] * (n - 1) + [episode.success]
-        fresh = policy.sample(context, self._generators(first)).latent
-        features = torch.cat([policy.features(context), torch.tensor(steps_taken)[:, None]], dim=1)
-        row = torch.tensor(rows)
-        ended, succeeded = torch.tensor(last), torch.tensor(success)
-        returns = torch.zeros(len(rows))
-        following = 0.0
-        for i in reversed(range(len(rows))):
-            following = float(succeeded[i]) + (0.0 if ended[i] else s.gamma * following)
-            returns[i] = following
-        executed = torch.tensor([n for episode in rollout.episodes for n in episode.executed])
-        latent = torch.from_numpy(np.stack([x for episode in rollout.episodes for x in episode.latents]))
+        with torch.no_grad():
+            fresh = policy.sample(taken.context, self._generators(len(taken.context))).latent
+        now, later = fresh[taken.row], fresh[taken.row + 1]
         data = {
-            "features": features[row],
-            "latent": latent,
-            "mask": (torch.arange(latent.shape[1]) < executed[:, None]).float(),
-            "reward": succeeded.float(),
-            "ended": ended,
-            "terminated": succeeded if s.bootstrap_time_limit else ended,
-            "returns": returns,
-            "value_chunk": fresh[row],
-            "next_features": features[row + 1],
-            "next_chunk": fresh[row + 1],
-            "next_value_chunk": fresh[row + 1],
+            "features": taken.features,
+            "latent": taken.latent,
+            "reward": taken.reward,
+            "ended": taken.ended,
+            "terminated": taken.reward > 0 if s.bootstrap_time_limit else taken.ended,
+            "returns": taken.returns(s.gamma),
+            "value_chunk": now,
+            "next_features": taken.next_features,
+            "next_chunk": later,
+            "next_value_chunk": later,
         }
         if s.value_chunk == "stored":
-            following_chunk = torch.where(ended[:, None, None], fresh[row + 1], latent.roll(-1, 0))
-            data |= {"value_chunk": latent, "next_value_chunk": following_chunk}
-        return data, row
+            following_chunk = torch.where(taken.ended[:, None, None], later, taken.latent.roll(-1, 0))
+            data |= {"value_chunk": taken.latent, "next_value_chunk": following_chunk}
+        return data
 
     def _generators(self, count: int) -> list[torch.Generator]:
         seeds = torch.randint(2**62, (count,), generator=self.generator).tolist()
@@ -331,17 +304,15 @@ class FPO(Algorithm):
         )
         return torch.from_numpy(advantages.astype(np.float32))
 
-    def _ascend_surrogate(
-        self, policy: FlowPolicy, context: Any, rows: Tensor, data: dict[str, Tensor], advantage: Tensor
-    ) -> dict[str, float]:
+    def _ascend_surrogate(self, policy: FlowPolicy, taken: Decisions, advantage: Tensor) -> dict[str, float]:
         """Eq. 4 over stored (tau, eps): the same draws score the old and the new policy, in every epoch."""
         s = self.settings
-        latent, mask, n = data["latent"], data["mask"], len(rows)
+        latent, mask, n = taken.latent, taken.mask, len(taken)
         t = s.tau_min + (1 - s.tau_min) * torch.rand(n, s.draws, generator=self.generator)
         noise = torch.randn(n, s.draws, *latent.shape[1:], generator=self.generator)
 
         def losses(i: Tensor) -> Tensor:
-            return chunk_loss(policy, context.index(rows[i]), latent[i], mask[i], t[i], noise[i])
+            return chunk_loss(policy, taken.view(i), latent[i], mask[i], t[i], noise[i])
 
         with torch.no_grad():
             old = torch.cat([losses(i) for i in torch.arange(n).split(s.minibatch)])
@@ -367,15 +338,13 @@ class FPO(Algorithm):
             "cfm_drift": float(np.mean(drift)),
         }
 
-    def _ascend_critic(
-        self, policy: FlowPolicy, context: Any, rows: Tensor, data: dict[str, Tensor]
-    ) -> dict[str, float]:
+    def _ascend_critic(self, policy: FlowPolicy, taken: Decisions, data: dict[str, Tensor]) -> dict[str, float]:
         """The ablation without the CFM ratio: the chunk itself climbs min Q, through ten Euler steps of the flow."""
         values = []
         for _ in range(self.settings.epochs):
-            for i in torch.randperm(len(rows), generator=self.generator).split(self.settings.minibatch):
+            for i in torch.randperm(len(taken), generator=self.generator).split(self.settings.minibatch):
                 x = torch.randn(data["latent"][i].shape, generator=self.generator)[:, None]
-                view = context.index(rows[i])
+                view = taken.view(i)
                 for step in range(10):
                     x = x - 0.1 * policy.velocity(view, x, torch.full((len(i), 1), 1 - 0.1 * step))
                 value = self.critic(data["features"][i], x[:, 0]).amin(0).mean()

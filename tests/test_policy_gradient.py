@@ -1,8 +1,11 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
-from vlarl_bench.policy_gradient import clipped_surrogate, gae
+from vlarl_bench.errors import BenchError
+from vlarl_bench.policy_gradient import Score, advantages, ascend, clipped_surrogate, gae, standardise
 
 
 def brute_force(rewards, values, next_values, terminated, ended, gamma, lam):
@@ -51,3 +54,167 @@ def test_gae_by_hand():
 def test_clipped_surrogate_by_hand(ratio, advantage, objective):
     got = clipped_surrogate(torch.tensor(ratio), torch.tensor(advantage), 0.2)
     assert float(got) == pytest.approx(objective, rel=1e-6)
+
+
+def test_advantages_take_running_out_of_time_for_the_end():
+    """Two decisions that fail: values 0.5 and 0.25, and 9 for what was seen last, which must not count."""
+
+    class Critic:
+        def __call__(self, features):
+            return features[:, 0]
+
+    taken = SimpleNamespace(
+        reward=torch.zeros(2),
+        features=torch.tensor([[0.5], [0.25]]),
+        next_features=torch.tensor([[0.25], [9.0]]),
+        ended=torch.tensor([False, True]),
+    )
+    got = advantages(taken, Critic(), 0.8, 0.5)
+    assert got.tolist() == pytest.approx([0.8 * 0.25 - 0.5 + 0.4 * -0.25, -0.25])
+
+
+def test_standardise_by_hand():
+    task = torch.tensor([0, 0, 1, 1])
+    got = standardise(torch.tensor([1.0, 3.0, 10.0, 10.0]), task)  # -1, 1, 0, 0: deviation sqrt(1/2)
+    assert got.tolist() == pytest.approx([-(2**0.5), 2**0.5, 0, 0])
+    assert standardise(torch.tensor([0.5, 0.51]), task[:2]).tolist() == pytest.approx([-0.1, 0.1], rel=1e-4)  # floored
+    assert standardise(torch.tensor([0.7]), task[:1]).tolist() == [0.0]  # one decision has no deviation
+
+
+class Categorical:
+    """N decisions of U units, each a categorical over 3 values; `theta` [U, 3] are logits, the same for all."""
+
+    def __init__(self, n=12, units=2, masked=True, seed=0):
+        g = torch.Generator().manual_seed(seed)
+        self.theta = torch.randn(units, 3, generator=g, dtype=torch.float64).requires_grad_()
+        self.drawn = torch.randint(3, (n, units), generator=g)
+        self.mask = torch.rand(n, units, generator=g) < 0.7 if masked else torch.ones(n, units, dtype=torch.bool)
+        self.advantage = torch.randn(n, generator=g, dtype=torch.float64)
+
+    def __call__(self, i):
+        logp = self.theta.log_softmax(-1)
+        entropy = -(logp.exp() * logp).sum(-1).mean()
+        return Score(logp[torch.arange(logp.shape[0]), self.drawn[i]], self.mask[i], entropy)
+
+
+def step(score, parameter, advantage, clip=0.2, epochs=1, minibatch=100, lr=1.0, grad_norm=1e9, **more):
+    """(how far plain gradient ascent moved the parameter, metrics)."""
+    before = parameter.detach().clone()
+    generator = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.SGD([parameter], lr=lr)
+    metrics = ascend(score, advantage, clip, optimizer, generator, epochs, minibatch, grad_norm=grad_norm, **more)
+    return parameter.detach() - before, metrics
+
+
+def test_first_gradient_of_a_categorical_in_closed_form():
+    """d log p(k) / d logits = onehot(k) - p, weighed by the advantage, averaged over the units that count."""
+    score = Categorical()
+    chances, onehot = score.theta.detach().softmax(-1), torch.eye(3, dtype=torch.float64)[score.drawn]
+    weight = (score.advantage[:, None] * score.mask)[..., None]
+    expected = (weight * (onehot - chances)).sum(0) / score.mask.sum()
+    moved, metrics = step(score, score.theta, score.advantage)
+    torch.testing.assert_close(moved, expected, rtol=1e-9, atol=1e-12)
+    assert (metrics["clip_fraction"], metrics["ratio_off_one"], metrics["kl"]) == (0, 0, 0)
+
+
+def test_first_gradient_of_a_gaussian_in_closed_form():
+    """d log N(x; m, s^2) / dm = (x - m) / s^2; one advantage for each unit."""
+    g = torch.Generator().manual_seed(1)
+    mean, deviation = torch.randn(3, generator=g, dtype=torch.float64).requires_grad_(), 0.3
+    x = mean.detach() + deviation * torch.randn(10, 3, generator=g, dtype=torch.float64)
+    advantage = torch.randn(10, 3, generator=g, dtype=torch.float64)
+
+    def score(i):
+        logp = -0.5 * ((x[i] - mean) / deviation) ** 2
+        return Score(logp, torch.ones(len(i), 3, dtype=torch.bool), torch.zeros(()))
+
+    expected = (advantage * (x - mean.detach()) / deviation**2).sum(0) / 30
+    torch.testing.assert_close(step(score, mean, advantage, lr=1.0)[0], expected, rtol=1e-9, atol=1e-12)
+
+
+def test_second_step_follows_the_clipped_surrogate_by_finite_differences():
+    """The step after the first starts where some units are beyond the clip: they have no slope left, the others do."""
+    clip, high = torch.tensor([0.05, 0.3]), 0.4
+    score = Categorical()
+    start = score.theta.detach().clone()
+    first, _ = step(score, score.theta, score.advantage, clip, clip_high=high, lr=2.0, entropy=0.1)
+    here = score.theta.detach().clone()
+    again = Categorical()
+    total, metrics = step(again, again.theta, again.advantage, clip, epochs=2, clip_high=high, lr=2.0, entropy=0.1)
+    assert metrics["clip_fraction"] > 0
+
+    def objective(theta):
+        """The definition, element by element."""
+        new, old = theta.log_softmax(-1), start.log_softmax(-1)
+        gained = 0.0
+        for n, u in score.mask.nonzero().tolist():
+            ratio = float((new[u, score.drawn[n, u]] - old[u, score.drawn[n, u]]).exp())
+            bounded = min(max(ratio, 1 - float(clip[u])), 1 + high)
+            a = float(score.advantage[n])
+            gained += min(ratio * a, bounded * a)
+        return gained / int(score.mask.sum()) + 0.1 * float(-(new.exp() * new).sum(-1).mean())
+
+    slope = torch.zeros_like(here)
+    for k in np.ndindex(*here.shape):
+        shift = torch.zeros_like(here)
+        shift[k] = 1e-6
+        slope[k] = (objective(here + shift) - objective(here - shift)) / 2e-6
+    torch.testing.assert_close(total - first, 2.0 * slope, rtol=1e-5, atol=1e-7)
+
+
+def test_metrics_by_hand():
+    """One unit a decision, ratios e^0.1, e^-0.5 and a masked one at the second of two steps."""
+    shift = torch.zeros(3, requires_grad=True)
+    calls = iter([0.0, 0.0, 1.0])
+
+    def score(i):
+        now = torch.tensor([0.1, -0.5, 9.0]) * next(calls)
+        return Score((now[i] + 0 * shift[i])[:, None], torch.tensor([[True], [True], [False]])[i], torch.tensor(0.7))
+
+    _, metrics = step(score, shift, torch.ones(3), clip=0.2, epochs=2)
+    ratios = np.exp([0.1, -0.5])
+    assert metrics["clip_fraction"] == pytest.approx(0.5 / 2)  # of two steps; the first moved nothing yet
+    assert metrics["ratio_off_one"] == pytest.approx(np.abs(ratios - 1).mean() / 2)
+    assert metrics["kl"] == pytest.approx((ratios - 1 - [0.1, -0.5]).mean())  # of the last epoch
+    assert metrics["entropy"] == pytest.approx(0.7)
+
+
+def test_a_score_that_does_not_repeat_is_an_error():
+    calls = iter(range(10))
+    shift = torch.zeros(1, requires_grad=True)
+
+    def score(i):
+        return Score(shift + 0.01 * next(calls), torch.ones(1, 1, dtype=torch.bool), torch.zeros(()))
+
+    with pytest.raises(BenchError, match=r"ratio: off 1 by 0\.01"):
+        step(score, shift, torch.ones(1))
+
+
+def test_it_stops_before_it_goes_further_than_the_target():
+    far = Categorical()
+    _, metrics = step(far, far.theta, far.advantage, epochs=50, lr=5.0, clip=0.9)
+    assert metrics["kl"] > 0.05
+    near, one = Categorical(), Categorical()
+    moved, metrics = step(near, near.theta, near.advantage, epochs=50, lr=5.0, clip=0.9, target_kl=1e-6)
+    assert torch.equal(moved, step(one, one.theta, one.advantage, lr=5.0)[0])  # the second step was not taken
+    assert metrics["kl"] > 1e-6  # and what stopped it is told
+
+
+def test_a_gradient_that_is_not_finite_is_an_error():
+    score = Categorical()
+    with pytest.raises(BenchError, match="gradient: nan at gradient step 1"):
+        step(score, score.theta, score.advantage * float("nan"))
+
+
+def test_every_decision_counts_once_an_epoch():
+    seen = []
+    score = Categorical(masked=False)
+
+    def watched(i):
+        seen.append(i)
+        return score(i)
+
+    step(watched, score.theta, score.advantage, epochs=2, minibatch=5, lr=0.0)
+    assert [len(i) for i in seen] == [5, 5, 2] * 3
+    assert all(torch.cat(seen[k : k + 3]).sort().values.tolist() == list(range(12)) for k in (0, 3, 6))
+    assert not torch.equal(torch.cat(seen[3:6]), torch.cat(seen[6:9]))

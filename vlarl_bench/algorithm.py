@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import numpy as np
     import torch
 
     from .config import Budget
@@ -32,6 +33,10 @@ class Algorithm(ABC):
     def act(self, policy: Policy, context: Any, generators: Sequence[torch.Generator] | None) -> Sample:
         """How actions are chosen while collecting; the policy's own sampling unless the method explores."""
         return policy.sample(context, generators)
+
+    def task_weights(self, tasks: Sequence[str]) -> np.ndarray | None:
+        """How often each task (its key) is to be collected from next, summing to 1; None takes them in turn."""
+        return None
 
     @abstractmethod
     def update(self, policy: Policy, data: Any) -> dict[str, float]:

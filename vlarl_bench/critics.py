@@ -1,5 +1,7 @@
 """Critics that algorithms share."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -40,3 +42,55 @@ class QEnsemble(nn.Module):
         """[M, B] values of features [B, F] and chunks [B, ...]."""
         inputs = torch.cat([(features - self.mean) / self.std, chunks.flatten(1)], dim=1)
         return torch.stack([member(inputs)[:, 0] for member in self.members])
+
+
+class ValueCritic:
+    """V(s), fitted to the discounted returns of the last few rounds; running out of time counts as a failure."""
+
+    def __init__(
+        self, features: int, width: int, lr: float, steps: int, batch: int, window: int, generator: torch.Generator
+    ) -> None:
+        """`features` wide input; each `fit` takes `steps` gradient steps (Adam at `lr`) on `batch` decisions out of
+        the last `window` rounds."""
+        self.steps, self.batch, self.window, self.generator = steps, batch, window, generator
+        self.net = QEnsemble(1, features, 0, width, generator)
+        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=lr)
+        self.replay: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """[N] values of features [N, F]."""
+        with torch.no_grad():
+            return self.net(features, features[:, :0])[0]
+
+    def fit(self, features: Tensor, returns: Tensor) -> dict[str, float]:
+        """Learns a round's features [N, F] and returns [N]; says first how well it foresaw them, if they vary."""
+        metrics = {}
+        if self.replay and returns.min() < returns.max():
+            error = returns - self(features)
+            metrics["explained_variance"] = float(1 - error.var() / returns.var())
+        self.replay = [*self.replay, (features, returns)][-self.window :]
+        seen, goal = (torch.cat(parts) for parts in zip(*self.replay, strict=True))
+        self.net.standardise(seen)
+        loss = torch.zeros(())
+        for _ in range(self.steps):
+            i = torch.randint(len(goal), (self.batch,), generator=self.generator)
+            loss = ((self.net(seen[i], seen[i, :0])[0] - goal[i]) ** 2).mean()
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+        return metrics | {"critic_loss": loss.item()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Network, optimiser and the rounds it learns from."""
+        return {
+            "net": self.net.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "features": [features for features, _ in self.replay],
+            "returns": [returns for _, returns in self.replay],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues where `state_dict` was taken."""
+        self.net.load_state_dict(state["net"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.replay = list(zip(state["features"], state["returns"], strict=True))

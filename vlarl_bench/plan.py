@@ -77,13 +77,18 @@ class Plan:
             for state in self.protocol.eval_states[: self.states]
         ]
 
-    def train_jobs(self, iteration: int, episodes: int) -> list[Job]:
-        """One round's episodes: tasks in turn, each over a fresh shuffle of the training states."""
+    def train_jobs(self, iteration: int, episodes: int, weights: np.ndarray | None = None) -> list[Job]:
+        """One round's episodes: tasks in turn, or drawn by `weights`; each over a fresh shuffle of the training
+        states."""
         rng = np.random.default_rng(episode_seed(self.config.seed, "train", iteration))
         order = {task: rng.permutation(self.protocol.train_states) for task in self.tasks}
-        jobs = []
-        for i in range(episodes):
-            task, turn = self.tasks[i % len(self.tasks)], i // len(self.tasks)
+        if weights is None:
+            picks = [i % len(self.tasks) for i in range(episodes)]
+        else:
+            picks = rng.choice(len(self.tasks), size=episodes, p=weights).tolist()
+        jobs: list[Job] = []
+        for i, pick in enumerate(picks):
+            task, turn = self.tasks[pick], picks[:i].count(pick)
             state, repeat = int(order[task][turn % len(order[task])]), turn // len(order[task])
             seed = episode_seed(self.config.seed, "train", iteration, task.key, state, repeat)
             jobs.append(Job(task, state, repeat, seed))

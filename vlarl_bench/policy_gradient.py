@@ -1,15 +1,27 @@
-"""What policy-gradient methods share: advantages over decisions, and PPO's clipped surrogate."""
+"""What policy-gradient methods share: advantages over decisions, and PPO's clipped surrogate.
+
+Shapes: N decisions of a round, B of a minibatch, U units that a decision's likelihood is judged in (tokens, denoising
+steps, or 1 for the whole chunk).
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .errors import BenchError
 from .lazy import lazy_import
 
 if TYPE_CHECKING:
     import torch
+
+    from .critics import ValueCritic
+    from .decisions import Decisions
+    from .policies.base import Policy
 else:
     torch = lazy_import("torch")
 
@@ -38,6 +50,113 @@ def gae(
     return advantages
 
 
-def clipped_surrogate(ratio: torch.Tensor, advantage: torch.Tensor, eps: float) -> torch.Tensor:
-    """Element-wise PPO objective to maximise (Schulman et al., 2017, eq. 7); shapes broadcast, nothing is reduced."""
-    return torch.minimum(ratio * advantage, ratio.clamp(1 - eps, 1 + eps) * advantage)
+def clipped_surrogate(
+    ratio: torch.Tensor, advantage: torch.Tensor, eps: torch.Tensor | float, eps_high: float | None = None
+) -> torch.Tensor:
+    """Element-wise PPO objective to maximise (Schulman et al., 2017, eq. 7); shapes broadcast, nothing is reduced.
+
+    `eps_high` widens the upper bound alone (DAPO, Yu et al., 2025, sec. 3.1)."""
+    low, high = (
+        torch.as_tensor(bound, dtype=ratio.dtype) for bound in (1 - eps, 1 + (eps if eps_high is None else eps_high))
+    )
+    return torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
+
+
+def advantages(taken: Decisions, critic: ValueCritic, gamma: float, lam: float) -> torch.Tensor:
+    """[N] GAE of a round's decisions. Running out of time is the end, as it is for success rates."""
+    found = gae(
+        taken.reward.numpy(),
+        critic(taken.features).numpy(),
+        critic(taken.next_features).numpy(),
+        taken.ended.numpy(),
+        taken.ended.numpy(),
+        gamma,
+        lam,
+    )
+    return torch.from_numpy(found.astype(np.float32))
+
+
+def standardise(advantage: torch.Tensor, task: torch.Tensor, floor: float = 0.05) -> torch.Tensor:
+    """[N] advantages [N] less the mean of their task [N], over the deviation of what is left.
+
+    By task: with one mean for all a hard task is nothing but bad examples and is unlearned. Floored: near 100% (or 0%)
+    success the spread is noise, and dividing by it would amplify that noise.
+    """
+    advantage = advantage.clone()
+    for number in task.unique():
+        advantage[task == number] -= advantage[task == number].mean()
+    return advantage / advantage.std(correction=0).clamp_min(floor)
+
+
+def only_actor_learns(policy: Policy) -> list[torch.nn.Parameter]:
+    """The actor's parameters, and no other of the policy's requires a gradient any more."""
+    for parameter in policy.parameters():
+        parameter.requires_grad_(False)
+    actor = policy.actor_parameters()
+    for parameter in actor:
+        parameter.requires_grad_(True)
+    return actor
+
+
+@dataclass(frozen=True)
+class Score:
+    """How likely a minibatch of decisions is under the present policy."""
+
+    logp: torch.Tensor
+    """[B, U] log-probability of each unit."""
+    mask: torch.Tensor
+    """[B, U] bool: false for units that decided nothing that was executed."""
+    entropy: torch.Tensor
+    """Scalar: mean entropy of a unit."""
+
+
+def ascend(
+    score: Callable[[torch.Tensor], Score],
+    advantage: torch.Tensor,
+    clip: torch.Tensor | float,
+    optimizer: torch.optim.Optimizer,
+    generator: torch.Generator,
+    epochs: int,
+    minibatch: int,
+    clip_high: float | None = None,
+    entropy: float = 0.0,
+    target_kl: float = float("inf"),
+    grad_norm: float = 1.0,
+) -> dict[str, float]:
+    """PPO's epochs (Schulman et al., 2017, alg. 1) over N decisions; the mean is over units that count.
+
+    `score(i)` scores the decisions i [B]; `advantage` is [N] or [N, U]; `clip` is a number or [U], `clip_high` another
+    upper bound. Stops before the first step at which the policy is `target_kl` from where it began (mean over units,
+    estimator k3 of Schulman, 2020). Metrics are means over the steps taken; `kl` is over the last epoch's, and says how
+    far the policy went. Raises BenchError if the first ratio is not 1, for then `score` does not score what
+    was drawn, and if a gradient is not finite.
+    """
+    n, parameters = len(advantage), [p for group in optimizer.param_groups for p in group["params"]]
+    with torch.no_grad():
+        old = torch.cat([score(i).logp for i in torch.arange(n).split(minibatch)])
+    seen: dict[str, list[float]] = {"clip_fraction": [], "ratio_off_one": [], "kl": [], "entropy": []}
+    for i in [i for _ in range(epochs) for i in torch.randperm(n, generator=generator).split(minibatch)]:
+        now = score(i)
+        log_ratio = torch.where(now.mask, now.logp - old[i], 0.0)
+        ratio, units = log_ratio.exp(), now.mask.sum().clamp_min(1)
+        off = (ratio.detach() - 1).abs()
+        if not seen["kl"] and not float(off.max()) <= 1e-3:  # also when it is not a number
+            raise BenchError(f"ratio: off 1 by {float(off.max()):.2g} before the first update")
+        seen["kl"].append(((ratio - 1 - log_ratio) * now.mask).sum().item() / units.item())
+        if seen["kl"][-1] > target_kl:
+            break
+        gain = advantage[i] if advantage.dim() == 2 else advantage[i, None]
+        surrogate = clipped_surrogate(ratio, gain, clip, clip_high)
+        loss = -(surrogate * now.mask).sum() / units - entropy * now.entropy
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, grad_norm)
+        if not norm.isfinite():
+            raise BenchError(f"gradient: {norm.item()} at gradient step {len(seen['kl'])} of an update")
+        optimizer.step()
+        beyond = (ratio < 1 - clip) | (ratio > 1 + (clip if clip_high is None else clip_high))
+        seen["clip_fraction"].append((beyond & now.mask).sum().item() / units.item())
+        seen["ratio_off_one"].append((off * now.mask).sum().item() / units.item())
+        seen["entropy"].append(now.entropy.item())
+    seen["kl"] = seen["kl"][-math.ceil(n / minibatch) :]
+    return {name: float(np.mean(values)) for name, values in seen.items()}

@@ -55,6 +55,8 @@ class Episode:
     """n + 1: what was seen at each decision, and after the last."""
     latents: list[np.ndarray] = field(default_factory=list)
     """n x [H, A] float32: the normalised chunks that were decoded."""
+    traces: list[np.ndarray] = field(default_factory=list)
+    """n x [...] all that was drawn for each of them; empty where the way of acting does not tell."""
     actions: list[np.ndarray] = field(default_factory=list)
     """n x [executed, A] float32: what the environment executed, environment units."""
     success: bool = False
@@ -111,7 +113,8 @@ def run_episodes(
         for slot, seen in pool.call("reset", starting).items():
             flying[slot][1].observations.append(seen)
 
-        latents, actions, invalid = _decide(policy, flying, slots, protocol, act)
+        sample = _decide(policy, flying, slots, protocol, act)
+        latents, actions = sample.latent.numpy(), sample.actions.numpy()
         requests = {}
         for slot, (_, episode, _) in flying.items():
             left = protocol.horizon[episode.job.task.suite] - episode.steps
@@ -120,7 +123,10 @@ def run_episodes(
             index, episode, _ = flying[slot]
             episode.observations.append(seen)
             episode.latents.append(latents[slot])
-            episode.invalid += int(invalid[slot])
+            if sample.trace is not None and act is not None:
+                episode.traces.append(sample.trace[slot].numpy())
+            if sample.invalid is not None:
+                episode.invalid += int(sample.invalid[slot])
             episode.actions.append(requests[slot][: outcome.executed])
             episode.success = outcome.success
             if outcome.success or outcome.broken or episode.steps >= protocol.horizon[episode.job.task.suite]:
@@ -138,8 +144,8 @@ def _decide(
     slots: int,
     protocol: Protocol,
     act: Act | None,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Latents and actions, [slots, H, A] each, and which are invalid [slots]; rows of empty slots mean nothing."""
+) -> Sample:
+    """A chunk for each slot; rows of empty slots mean nothing."""
     import torch
 
     spare = next(iter(flying.values()))[1].observations[-1]
@@ -165,4 +171,4 @@ def _decide(
                 f"policy: it decided on NaN or infinite actions in {job.task.key}, init state {job.init_state}, "
                 f"decision {len(episode.actions)}; if it was being trained it has diverged: lower the learning rate"
             )
-    return latents, actions, np.zeros(slots, bool) if sample.invalid is None else sample.invalid.numpy()
+    return sample

@@ -273,7 +273,7 @@ def _train(
                 episodes = run_episodes(
                     pool,
                     policy,
-                    plan.train_jobs(iteration, budget.episodes),
+                    plan.train_jobs(iteration, budget.episodes, algorithm.task_weights([t.key for t in plan.tasks])),
                     protocol,
                     config.slots,
                     act=algorithm.act,

@@ -1,12 +1,13 @@
-"""A flow policy small enough to differentiate by hand, and rollouts for it: the oracle's side of algorithm tests."""
+"""Policies small enough to differentiate by hand, and worlds for them: the oracle's side of algorithm tests."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
 
-from vlarl_bench.policies.base import FlowPolicy, Sample
+from vlarl_bench.policies.base import FlowPolicy, LikelihoodPolicy, LogProb, Sample
 from vlarl_bench.rollout import Episode, Job, Rollout
 from vlarl_bench.suite import Observation, Task
 
@@ -31,16 +32,17 @@ class ToyFlow(FlowPolicy):
     """velocity = x W + t u + b + proprio V, on H = 2 steps of A = 2 actions."""
 
     capabilities = frozenset({"flow", "sft"})
-    chunk, action_dim, feature_dim = 2, 2, 1
+    chunk, action_dim = 2, 2
 
-    def __init__(self, seed=0, dtype=torch.float32):
+    def __init__(self, seed=0, dtype=torch.float32, inputs=1):
         super().__init__()
+        self.feature_dim = inputs
         generator = torch.Generator().manual_seed(seed)
         size = self.chunk * self.action_dim
         self.w = nn.Parameter(0.3 * torch.randn(size, size, generator=generator, dtype=dtype))
         self.u = nn.Parameter(0.3 * torch.randn(size, generator=generator, dtype=dtype))
         self.b = nn.Parameter(0.3 * torch.randn(size, generator=generator, dtype=dtype))
-        self.v = nn.Parameter(0.3 * torch.randn(1, size, generator=generator, dtype=dtype))
+        self.v = nn.Parameter(0.3 * torch.randn(inputs, size, generator=generator, dtype=dtype))
         self.prefix = nn.Parameter(torch.ones(1, dtype=dtype))
 
     @property
@@ -87,6 +89,93 @@ class ToyFlow(FlowPolicy):
         return [self.w, self.u, self.b, self.v]
 
 
+class ToyLikelihood(LikelihoodPolicy):
+    """What the two below share: a latent is a chunk of H = 2 steps of A = 2 actions in environment units."""
+
+    chunk, action_dim, size = 2, 2, 4
+    config = {"policy": "toy"}  # noqa: RUF012
+    preprocess, encode, features = ToyFlow.preprocess, ToyFlow.encode, ToyFlow.features
+    sft_loss, fit_normalisation = ToyFlow.sft_loss, ToyFlow.fit_normalisation
+    normalise, unnormalise = ToyFlow.normalise, ToyFlow.unnormalise
+
+    def actor_parameters(self):
+        return [self.w, self.b]
+
+
+class ToyTokens(ToyLikelihood):
+    """Each number of a chunk is one of `bins` values from -1 to 1; logits = proprio w + b."""
+
+    capabilities = frozenset({"likelihood", "tokens"})
+
+    def __init__(self, seed=0, dtype=torch.float32, inputs=1, bins=5, scale=0.3):
+        super().__init__()
+        self.feature_dim, self.bins = inputs, bins
+        generator = torch.Generator().manual_seed(seed)
+        self.w = nn.Parameter(scale * torch.randn(inputs, self.size * bins, generator=generator, dtype=dtype))
+        self.b = nn.Parameter(scale * torch.randn(self.size * bins, generator=generator, dtype=dtype))
+        self.prefix = nn.Parameter(torch.ones(1, dtype=dtype))
+
+    def logits(self, context):
+        return self.prefix * (context.proprio @ self.w + self.b).view(len(context), self.size, self.bins)
+
+    @torch.no_grad()
+    def explore(self, context, generators, noise):
+        chances = (self.logits(context) / noise).softmax(-1)
+        drawn = torch.stack([torch.multinomial(c, 1, generator=g) for c, g in zip(chances, generators, strict=True)])
+        latent = torch.linspace(-1, 1, self.bins)[drawn[..., 0]].view(-1, self.chunk, self.action_dim)
+        return Sample(actions=latent, latent=latent, trace=drawn)
+
+    def sample(self, context, generators):
+        return self.explore(context, generators, 1.0)
+
+    def log_prob(self, context, trace, mask, noise):
+        everything = (self.logits(context) / noise).log_softmax(-1)
+        counted = mask.bool().repeat_interleave(self.action_dim, 1)[..., None]
+        entropy = -(everything.exp() * everything).sum(-1, keepdim=True)
+        return LogProb(everything.gather(-1, trace) * counted, entropy * counted, counted)
+
+
+class ToyChain(ToyLikelihood):
+    """A chain of S = 4 Gaussian steps: x <- N(0.5 x + proprio w_s + b_s, deviation^2), from N(0, I)."""
+
+    capabilities = frozenset({"likelihood", "chain"})
+
+    def __init__(self, seed=0, dtype=torch.float32, inputs=1, steps=4, scale=0.3):
+        super().__init__()
+        self.feature_dim, self.steps = inputs, steps
+        generator = torch.Generator().manual_seed(seed)
+        self.w = nn.Parameter(scale * torch.randn(steps, inputs, self.size, generator=generator, dtype=dtype))
+        self.b = nn.Parameter(scale * torch.randn(steps, 1, self.size, generator=generator, dtype=dtype))
+        self.prefix = nn.Parameter(torch.ones(1, dtype=dtype))
+
+    def means(self, context, x):
+        """[B, S, 4] from x [B, S, 4]."""
+        return self.prefix * (0.5 * x + (context.proprio @ self.w + self.b).transpose(0, 1))
+
+    @torch.no_grad()
+    def explore(self, context, generators, noise):
+        draws = torch.stack(
+            [torch.randn(self.steps + 1, self.size, generator=g, dtype=self.w.dtype) for g in generators]
+        )
+        trace = [draws[:, 0]]
+        for step in range(self.steps):
+            mean = self.means(context, trace[-1][:, None].expand(-1, self.steps, -1))[:, step]
+            trace.append(mean + noise * draws[:, step + 1])
+        latent = trace[-1].view(-1, self.chunk, self.action_dim)
+        return Sample(latent, latent, torch.stack(trace, 1).view(len(latent), -1, self.chunk, self.action_dim))
+
+    def sample(self, context, generators):
+        return self.explore(context, generators, 0.1)
+
+    def log_prob(self, context, trace, mask, noise):
+        x = trace.flatten(2)
+        error = (x[:, 1:] - self.means(context, x[:, :-1])) / noise
+        counted = mask.bool().repeat_interleave(self.action_dim, 1)[:, None].expand_as(error)
+        logp = -0.5 * error**2 - math.log(noise) - 0.5 * math.log(2 * math.pi)
+        entropy = torch.full_like(error, math.log(noise) + 0.5 * math.log(2 * math.pi * math.e))
+        return LogProb(logp * counted, entropy * counted, counted)
+
+
 @torch.no_grad()
 def rollout(policy, reward, episodes, seed, length=1, act=None):
     """`reward(first latent [H, A]) -> bool` decides each episode of `length` decisions."""
@@ -100,7 +189,65 @@ def rollout(policy, reward, episodes, seed, length=1, act=None):
             context = policy.encode(policy.preprocess([seen]))
             sample = act(policy, context, [generator]) if act else policy.sample(context, [generator])
             episode.latents.append(sample.latent[0].float().numpy())
+            if sample.trace is not None:
+                episode.traces.append(sample.trace[0].numpy())
             episode.actions.append(sample.actions[0].float().numpy())
         episode.success = bool(reward(episode.latents[0]))
         made.append(episode)
     return Rollout(made, max_decisions=length)
+
+
+SIDES = {-1.0: Task("toy", "left", "go left"), 1.0: Task("toy", "right", "go right")}
+TRIES = 3
+"""Decisions that fit into an episode of the two-stage world."""
+
+
+@torch.no_grad()
+def two_stages(policy, episodes, seed, act=None, shuffled=False):
+    """A world whose best success rate is 1: two tasks, two stages each. A stage is passed if both numbers of the first
+    action are within 0.6 of (side / 2, stage - 1/2); the second action of a chunk is never executed. Three tries for
+    the two stages. `shuffled` deals the outcomes out among the episodes anew: nothing is left to be learned.
+    """
+    sides = [(-1.0, 1.0)[number % 2] for number in range(episodes)]
+    made = [Episode(Job(SIDES[side], 0, number, number)) for number, side in enumerate(sides)]
+    generators = [torch.Generator().manual_seed(seed * 100_000 + number) for number in range(episodes)]
+    stage = [0] * episodes
+
+    def look(number):
+        made[number].observations.append(Observation("go", np.array([sides[number], stage[number]], np.float32)))
+
+    flying = list(range(episodes))
+    for number in flying:
+        look(number)
+    for _ in range(TRIES):
+        context = policy.encode(policy.preprocess([made[number].observations[-1] for number in flying]))
+        sample = (act or (lambda p, c, g: p.sample(c, g)))(policy, context, [generators[number] for number in flying])
+        for row, number in enumerate(flying):
+            made[number].latents.append(sample.latent[row].numpy())
+            made[number].actions.append(sample.actions[row, :1].numpy())
+            if sample.trace is not None:
+                made[number].traces.append(sample.trace[row].numpy())
+            goal = np.array([sides[number] / 2, stage[number] - 0.5])
+            stage[number] += bool((np.abs(made[number].actions[-1][0] - goal) < 0.6).all())
+            made[number].success = stage[number] == 2
+            look(number)
+        flying = [number for number in flying if not made[number].success]
+        if not flying:
+            break
+    if shuffled:
+        outcomes = np.random.default_rng(seed).permutation([episode.success for episode in made])
+        for episode, outcome in zip(made, outcomes, strict=True):
+            episode.success = bool(outcome)
+    return Rollout(made, max_decisions=TRIES)
+
+
+def train(algorithm, policy, rounds, episodes=64, shuffled=False):
+    """Success rate of the policy's own samples after so many rounds."""
+    for number in range(rounds):
+        algorithm.update(policy, two_stages(policy, episodes, number, algorithm.act, shuffled))
+    return rate(policy)
+
+
+def rate(policy):
+    """Share of 400 fresh episodes that succeed."""
+    return float(np.mean([episode.success for episode in two_stages(policy, 400, 999_999).episodes]))

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from vlarl_bench import registry
 from vlarl_bench.config import BUDGETS
@@ -33,9 +34,27 @@ class Bench:
         """Four different ones."""
         return [episode.observations[i] for i, episode in enumerate(self.rollout.episodes)]
 
-    def data(self, algorithm):
-        """What the algorithm's `update` is given."""
-        return self.rollout if algorithm.learns_from == "rollouts" else self.demonstrations
+    def data(self, algorithm, policy):
+        """What the algorithm's `update` is given: where it learns from rollouts, the recorded episodes as if `policy`
+        had acted in them its way. What they led to stays, so nothing is simulated again."""
+        if algorithm.learns_from == "demonstrations":
+            return self.demonstrations
+        seen = [observation for episode in self.rollout.episodes for observation in episode.observations[:-1]]
+        generators = [torch.Generator().manual_seed(row) for row in range(len(seen))]
+        with torch.no_grad():
+            drawn = algorithm.act(policy, policy.encode(policy.preprocess(seen)), generators)
+        episodes, row = [], 0
+        for episode in self.rollout.episodes:
+            rows = range(row, row + len(episode.latents))
+            row += len(rows)
+            acted = dataclasses.replace(
+                episode,
+                latents=[drawn.latent[i].numpy() for i in rows],
+                traces=[] if drawn.trace is None else [drawn.trace[i].numpy() for i in rows],
+                actions=[drawn.actions[i, :n].numpy() for i, n in zip(rows, episode.executed, strict=True)],
+            )
+            episodes.append(acted)
+        return dataclasses.replace(self.rollout, episodes=episodes)
 
 
 def create(spec, embodiment, vocabulary, seed):

@@ -49,8 +49,9 @@ class Policy(nn.Module):
     """A policy with weights. Evaluation and every algorithm go through these methods only."""
 
     capabilities: ClassVar[frozenset[str]]
-    """`sft`: has `sft_loss`. `flow`: has `velocity` and `flow_loss`. `likelihood`: has `explore` and `log_prob`.
-    `diffusion`: has `denoising_steps` and `denoising_loss`. `flow` with `likelihood`: a `StochasticFlow`."""
+    """`sft`: has `sft_loss`. `flow`: has `velocity` and `flow_loss`. `likelihood`: has `explore` and `log_prob`, and
+    either `tokens`: what it draws are tokens, or `chain`: they are the steps of a denoising chain. `diffusion`: has
+    `denoising_steps` and `denoising_loss`. `flow` with `likelihood`: a `StochasticFlow`."""
     chunk: int
     """H, actions a chunk."""
     action_dim: int

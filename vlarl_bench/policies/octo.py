@@ -74,7 +74,7 @@ class Context(Rows):
 class Octo(Standardised, DiffusionPolicy):
     """Octo behind the diffusion seam. Its weights are random until some are loaded."""
 
-    capabilities: ClassVar[frozenset[str]] = frozenset({"sft", "likelihood", "diffusion"})
+    capabilities: ClassVar[frozenset[str]] = frozenset({"sft", "likelihood", "chain", "diffusion"})
     sft_draws: ClassVar[int] = 4
     """Draws of (t, noise) an observation in `sft_loss`: the transformer runs once, so more draws are cheap."""
 

@@ -221,7 +221,7 @@ class _OpenVLA(Quantiles):
 class OpenVLA(_OpenVLA, LikelihoodPolicy):
     """Every number of a chunk is drawn from a distribution over bins, one token after another or all at once."""
 
-    capabilities: ClassVar[frozenset[str]] = frozenset({"sft", "likelihood"})
+    capabilities: ClassVar[frozenset[str]] = frozenset({"sft", "likelihood", "tokens"})
 
     def logits(self, context: Context, index: Tensor) -> Tensor:
         """[B, H A, bins] logits of each number; in autoregressive decoding given the bins [B, H A] before it."""

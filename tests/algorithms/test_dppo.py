@@ -1,0 +1,144 @@
+"""DPPO against closed forms, cases by hand and numbers from its authors' code."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from toy import ToyChain, two_stages
+from vlarl_bench.algorithms.dppo import DPPO, DPPOSettings, clip_schedule
+
+from vlarl_bench.config import BUDGETS
+from vlarl_bench.decisions import Decisions, decisions
+from vlarl_bench.errors import BenchError
+from vlarl_bench.policies.base import LogProb
+from vlarl_bench.policy_gradient import ascend
+
+BUDGET = BUDGETS["smoke"]
+QUICK = {"critic_steps": 5, "critic_width": 8}
+
+
+def settings(**changes):
+    return DPPOSettings(**{**QUICK, **changes})
+
+
+@pytest.mark.parametrize(
+    ("steps", "rate", "expected"),
+    [
+        (3, 2.0, [0.1, 0.1 + 0.4 * (math.e - 1) / (math.e**2 - 1), 0.5]),
+        (3, 0.0, [0.1, 0.3, 0.5]),  # the formula's limit, where its denominator is 0
+        (1, 3.0, [0.5]),  # the last step is the cleanest one; the authors' code divides 0 by 0 and its loss is NaN
+    ],
+)
+def test_clip_schedule_by_hand(steps, rate, expected):
+    assert clip_schedule(steps, 0.1, 0.5, rate).tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def scored(**changes):
+    """(algorithm, policy, decisions) of a fresh round."""
+    policy = ToyChain(0, inputs=2)
+    algorithm = DPPO(settings(**changes), policy, BUDGET, 0)
+    return algorithm, policy, decisions(policy, two_stages(policy, 6, 0, algorithm.act))
+
+
+def test_score_is_the_mean_density_of_the_executed_numbers_of_the_last_steps():
+    algorithm, policy, taken = scored(noise=0.3)
+    i = torch.tensor([3, 0])
+    got = algorithm.score(policy, taken, i, 2)
+    assert got.logp.shape == got.mask.shape == (2, 2)
+    assert got.mask.all()
+    for row, n in enumerate(i):
+        for column, step in enumerate((2, 3)):  # of 4
+            x, after = taken.trace[n, step].flatten(), taken.trace[n, step + 1].flatten()
+            mean = 0.5 * x + taken.view(n[None]).proprio[0] @ policy.w[step] + policy.b[step, 0]
+            density = torch.distributions.Normal(mean, 0.3).log_prob(after)[:2]  # the first action was executed
+            assert got.logp[row, column].item() == pytest.approx(density.clamp(-5, 2).mean().item(), abs=1e-5)
+    assert got.entropy.item() == pytest.approx(torch.distributions.Normal(0.0, 0.3).entropy().item(), rel=1e-5)
+
+
+def test_densities_are_clamped_number_by_number():
+    algorithm, policy, taken = scored()
+    policy.log_prob = lambda *args: LogProb(
+        torch.tensor([[[-9.0, 1.0, 77.0], [5.0, -1.0, 77.0]]]),
+        torch.zeros(1, 2, 3),
+        torch.tensor([[[True, True, False]] * 2]),
+    )
+    assert algorithm.score(policy, taken, torch.tensor([0]), 2).logp.tolist() == [[-2.0, 0.5]]
+
+
+def test_credit_fades_towards_the_noisier_steps(monkeypatch):
+    """What `ascend` is given: one advantage a decision, discounted along the last K' = 3 of 4 steps."""
+    given = {}
+
+    def keep(score, advantage, clip, *args, **more):
+        given.update(advantage=advantage, clip=clip, **more)
+        return {}
+
+    monkeypatch.setattr("vlarl_bench.algorithms.dppo.ascend", keep)
+    policy = ToyChain(0, inputs=2)
+    algorithm = DPPO(settings(steps=3, gamma_denoising=0.5, warmup=0, target_kl=0.7), policy, BUDGET, 0)
+    algorithm.update(policy, two_stages(policy, 16, 0, algorithm.act))
+    assert given["target_kl"] == 0.7
+    assert torch.equal(given["clip"], clip_schedule(3, 0.001, 0.01, 3.0))
+    last = given["advantage"][:, 2]
+    assert last.abs().sum() > 0
+    assert torch.equal(given["advantage"], torch.stack([last / 4, last / 2, last], 1))
+
+
+def formula(n, *shape):
+    return torch.sin(torch.arange(math.prod(shape), dtype=torch.float64) * 1.7 + n).view(shape)
+
+
+def test_the_authors_numbers(monkeypatch):
+    """`PPODiffusion.loss` of irom-princeton/dppo at cc7234ad, run on `formula`'s numbers in float64: 3 decisions, 4
+    fine-tuned steps, 3 actions of which 2 count (reward_horizon), norm_adv off. The gradient is minus that of pg_loss
+    by a shift of each step's log-probabilities."""
+    b, k, h, a = 3, 4, 3, 2
+    theta = torch.zeros(k, dtype=torch.float64, requires_grad=True)
+    old = -1.5 + 4 * formula(1, b, k, h, a)
+    moves = iter([0.0, 0.0, 0.1])  # the old policy, the first step, the second
+
+    class Table:
+        def log_prob(self, context, trace, mask, noise):
+            logp = old + next(moves) * formula(2, b, k, h, a) + theta[:, None, None] * formula(3, b, k, h, a)
+            logp, counted = logp[context].flatten(2), mask.bool().repeat_interleave(a, 1)[:, None].expand(b, k, h * a)
+            return LogProb(logp, torch.zeros_like(logp), counted)
+
+    algorithm, _, taken = scored()
+    mask = torch.tensor([[1.0, 1.0, 0.0]] * b)
+    taken = dataclasses.replace(taken, context=torch.arange(b), row=torch.arange(b), mask=mask, trace=torch.zeros(b, 1))
+    monkeypatch.setattr(Decisions, "view", lambda self, i: i)
+    metrics = ascend(
+        lambda i: algorithm.score(Table(), taken, i, k),
+        formula(4, b)[:, None] * 0.9 ** torch.arange(k - 1, -1, -1, dtype=torch.float64),
+        clip_schedule(k, 0.005, 0.03, 3.0),
+        torch.optim.SGD([theta], lr=0.0),
+        torch.Generator().manual_seed(0),
+        epochs=2,
+        minibatch=b,
+        grad_norm=1e9,
+    )
+    assert metrics["clip_fraction"] == pytest.approx(0.25 / 2)  # theirs is of the second step, ours the mean of both
+    assert metrics["kl"] == pytest.approx(0.00011083459614015985, rel=1e-5)
+    expected = [-0.0013126983735348464, 0.0020719335882918213, 0.0005618661496376923, -0.0016992812115973529]
+    assert (-theta.grad).tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_only_the_critic_learns_while_it_warms_up():
+    policy = ToyChain(0, inputs=2)
+    algorithm = DPPO(settings(warmup=2), policy, BUDGET, 0)
+    start = policy.w.detach().clone()
+    for number in range(3):
+        assert torch.equal(policy.w, start)
+        metrics = algorithm.update(policy, two_stages(policy, 16, number, algorithm.act))
+        assert ("clip_fraction" in metrics) == (number == 2)
+    assert not torch.equal(policy.w, start)
+    assert torch.equal(policy.prefix, torch.ones(1))
+
+
+@pytest.mark.parametrize(
+    "bad", [{"steps": 0}, {"noise": 0.0}, {"clip_base": 0.5}, {"gamma_denoising": 1.1}, {"logp_low": 3.0}], ids=str
+)
+def test_settings_out_of_range(bad):
+    with pytest.raises(BenchError, match=f"algo.{next(iter(bad))}"):
+        settings(**bad).check()

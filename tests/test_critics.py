@@ -1,0 +1,53 @@
+import copy
+
+import pytest
+import torch
+
+from vlarl_bench.critics import ValueCritic
+
+
+def critic(steps=300, window=4, seed=0):
+    return ValueCritic(2, 32, 1e-2, steps, 64, window, torch.Generator().manual_seed(seed))
+
+
+def states(n=256, seed=0):
+    """Features, and returns that they tell exactly."""
+    features = torch.randn(n, 2, generator=torch.Generator().manual_seed(seed))
+    return features, 0.5 + 0.3 * features[:, 0]
+
+
+def test_it_learns_what_features_tell_and_says_how_well_it_foresaw():
+    value = critic()
+    assert "explained_variance" not in value.fit(*states())  # nothing could be foreseen yet
+    features, returns = states(seed=1)
+    assert value.fit(features, returns)["explained_variance"] > 0.95
+    assert torch.allclose(value(features), returns, atol=0.1)
+    surprise = -(returns - returns.mean()) + returns.mean()
+    error = surprise - value(features)
+    expected = 1 - float(error.var() / surprise.var())
+    assert value.fit(features, surprise)["explained_variance"] == pytest.approx(expected)
+
+
+def test_returns_that_do_not_vary_leave_nothing_to_explain():
+    value = critic(steps=1)
+    features, returns = states()
+    value.fit(features, returns)
+    assert list(value.fit(features, torch.zeros(256))) == ["critic_loss"]
+
+
+def test_it_forgets_rounds_beyond_its_window():
+    value = critic(steps=1, window=2)
+    for seed in range(3):
+        value.fit(*states(8, seed))
+    assert [features.tolist() for features, _ in value.replay] == [states(8, s)[0].tolist() for s in (1, 2)]
+
+
+def test_it_resumes_bitwise():
+    straight = critic(steps=20)
+    straight.fit(*states(seed=0))
+    resumed = critic(steps=20, seed=9)
+    resumed.fit(*states(seed=5))
+    resumed.load_state_dict(copy.deepcopy(straight.state_dict()))
+    resumed.generator.set_state(straight.generator.get_state())  # the algorithm's, which stores it
+    assert straight.fit(*states(seed=1)) == resumed.fit(*states(seed=1))
+    assert torch.equal(straight(states()[0]), resumed(states()[0]))

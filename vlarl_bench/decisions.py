@@ -1,0 +1,100 @@
+"""A round's episodes as learners want them: one row a decision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .lazy import lazy_import
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from .policies.base import Policy
+    from .rollout import Rollout
+else:
+    torch = lazy_import("torch")
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """N decisions in the order in which they were taken, episode after episode."""
+
+    context: Any
+    """Every observation of the round, encoded: n + 1 rows for an episode of n decisions."""
+    row: Tensor
+    """[N] the context's row that a decision was taken from; the next one shows what it led to."""
+    features: Tensor
+    """[N, F + 1] what a critic sees: the policy's features, and how much of the episode's time is over (0 to 1)."""
+    next_features: Tensor
+    """[N, F + 1] the same of what a decision led to."""
+    latent: Tensor
+    """[N, H, A] the normalised chunk."""
+    trace: Tensor | None
+    """[N, ...] all that was drawn for it, where the policy kept that."""
+    mask: Tensor
+    """[N, H] 1 for the actions that were executed."""
+    reward: Tensor
+    """[N] 1 where the task was solved, else 0."""
+    ended: Tensor
+    """[N] bool, the last of its episode."""
+    task: Tensor
+    """[N] number of its task, counted from 0 in the order of first appearance."""
+    episode: Tensor
+    """[N] number of its episode."""
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def view(self, i: Tensor) -> Any:
+        """The encoded observations of the decisions `i`."""
+        return self.context.index(self.row[i])
+
+    def returns(self, gamma: float) -> Tensor:
+        """[N] discounted sum of the rewards from a decision to its episode's end; running out of time is a failure."""
+        found = torch.zeros(len(self))
+        following = 0.0
+        for i in reversed(range(len(self))):
+            following = float(self.reward[i]) + (0.0 if self.ended[i] else gamma * following)
+            found[i] = following
+        return found
+
+
+def decisions(policy: Policy, rollout: Rollout) -> Decisions:
+    """Encodes a round's observations, without gradients, and lines up what was decided."""
+    episodes = rollout.episodes
+    tasks = list(dict.fromkeys(episode.job.task for episode in episodes))
+    first = 0
+    time: list[float] = []
+    row: list[int] = []
+    last: list[bool] = []
+    solved: list[float] = []
+    for episode in episodes:
+        n = len(episode.latents)
+        row += range(first, first + n)
+        first += n + 1
+        time += [i / rollout.max_decisions for i in range(n + 1)]
+        last += [False] * (n - 1) + [True]
+        solved += [0.0] * (n - 1) + [float(episode.success)]
+    with torch.no_grad():
+        context = policy.encode(policy.preprocess([seen for episode in episodes for seen in episode.observations]))
+        features = torch.cat([policy.features(context), torch.tensor(time)[:, None]], dim=1)
+    latent = torch.from_numpy(np.stack([x for episode in episodes for x in episode.latents]))
+    traces = [x for episode in episodes for x in episode.traces]
+    executed = torch.tensor([n for episode in episodes for n in episode.executed])
+    return Decisions(
+        context=context,
+        row=torch.tensor(row),
+        features=features[row],
+        next_features=features[torch.tensor(row) + 1],
+        latent=latent,
+        trace=torch.from_numpy(np.stack(traces)) if traces else None,
+        mask=(torch.arange(latent.shape[1]) < executed[:, None]).float(),
+        reward=torch.tensor(solved),
+        ended=torch.tensor(last),
+        task=torch.tensor([tasks.index(episode.job.task) for episode in episodes for _ in episode.latents]),
+        episode=torch.tensor([number for number, episode in enumerate(episodes) for _ in episode.latents]),
+    )
