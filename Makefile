@@ -22,8 +22,8 @@ $(STAMP): pyproject.toml constraints.txt scripts/setup.sh
 demo: $(STAMP) ## fine-tune a flow policy with FPO on LIBERO and show what it gained
 	$(BIN)/vlarl-bench run --algo fpo --suite libero
 
-test: $(STAMP) ## run the tests (benchmarks run once, untimed)
-	$(BIN)/python -m pytest --benchmark-disable
+test: $(STAMP) ## run the tests in two processes (benchmarks run once, untimed)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --benchmark-disable -n 2 --dist loadfile
 
 lint: $(STAMP) ## ruff: rules and formatting
 	$(BIN)/ruff check .
