@@ -237,7 +237,7 @@ def _wrong_outcome(answer: Any, asked: int) -> str:
     outcome = answer[0]
     if type(outcome.success) is not bool:
         return f"success {outcome.success!r} where a bool was due"
-    least = 1 if outcome.success else asked
+    least = 1 if outcome.success or outcome.broken else asked
     if type(outcome.executed) is not int or not least <= outcome.executed <= asked:
         return f"{outcome.executed!r} executed steps with success {outcome.success} where {asked} were asked for"
     return ""

@@ -123,7 +123,7 @@ def run_episodes(
             episode.invalid += int(invalid[slot])
             episode.actions.append(requests[slot][: outcome.executed])
             episode.success = outcome.success
-            if outcome.success or episode.steps >= protocol.horizon[episode.job.task.suite]:
+            if outcome.success or outcome.broken or episode.steps >= protocol.horizon[episode.job.task.suite]:
                 done[index] = episode
                 del flying[slot]
                 pool.free(slot)

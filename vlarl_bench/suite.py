@@ -68,8 +68,10 @@ class Outcome:
     """What executing an action chunk led to."""
 
     executed: int
-    """Actions executed: the whole chunk, or fewer when the task succeeded inside it."""
+    """Actions executed: the whole chunk, or fewer when the episode ended inside it."""
     success: bool
+    broken: bool = False
+    """The physics did not bear the actions. That ends the episode without success: its state means nothing any more."""
 
 
 class Simulator(Interface):

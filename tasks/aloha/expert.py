@@ -68,12 +68,13 @@ def demonstrate(simulator: AlohaSimulator, task: Task, init_state: int, seed: in
     executed = labels + _noise(rng, len(labels)) * np.float32(NOISE[task.name])
     look_later = simulator.protocol.observation == "pixels"
     observations: list[Observation] = []
-    success, steps = False, 0
+    success, steps, broken = False, 0, False
     simulator.reset(init_state)
-    while not success and steps < len(labels):
+    while not success and not broken and steps < len(labels):
         if not look_later:
             observations.append(simulator.observe())
-        success = simulator.step(executed[None, steps]).success
+        outcome = simulator.step(executed[None, steps])
+        success, broken = outcome.success, outcome.broken
         steps += 1
     if success and look_later:
         simulator.reset(init_state)

@@ -33,7 +33,7 @@ def draws(n, k, steps=10, seed=0):
 
 
 def chain(policy, context, noise, least):
-    """Written out again, from Ho et al., 2020, eq. 6-7 and 15: trace and log-density of each step's draw."""
+    """Written out again, from Ho et al., 2020, eq. 6-7, with velocities: trace and log-density of each step's draw."""
     f = [np.cos((t / 10 + 0.008) / 1.008 * np.pi / 2) ** 2 for t in range(11)]
     betas = [min(1 - f[t + 1] / f[t], 0.999) for t in range(10)]
     kept = np.cumprod([1, *(1 - beta for beta in betas)])
@@ -41,8 +41,8 @@ def chain(policy, context, noise, least):
     for i, t in enumerate(reversed(range(10))):
         a, after = kept[t], kept[t + 1]
         with torch.no_grad():
-            predicted = policy.model.head(context.readout, x.flatten(1), torch.full((len(x),), t)).view(x.shape)
-        latent = ((x - np.sqrt(1 - after) * predicted) / np.sqrt(after)).clamp(-5, 5)
+            velocity = policy.model.head(context.readout, x.flatten(1), torch.full((len(x),), t)).view(x.shape)
+        latent = (np.sqrt(after) * x - np.sqrt(1 - after) * velocity).clamp(-5, 5)
         mean = np.sqrt(a) * betas[t] / (1 - after) * latent + np.sqrt(1 - betas[t]) * (1 - a) / (1 - after) * x
         deviation = max(np.sqrt((1 - a) / (1 - after) * betas[t]), least)
         drawn = mean + deviation * noise[:, i + 1]
@@ -230,14 +230,14 @@ def test_denoising_loss_takes_k_draws_and_clips_latents(policy, context):
 
 
 def test_sft_loss_counts_only_real_steps(policy, context):
-    actions, mask = torch.zeros(5, 8, 7), torch.zeros(5, 8)
+    actions, mask = policy.unnormalise(torch.zeros(5, 8, 7)), torch.zeros(5, 8)
     mask[0, :3] = mask[1, :8] = 1
     with torch.no_grad():
         for parameter in policy.model.head.output.parameters():
             parameter.zero_()
     loss = policy.sft_loss(context, actions, mask, generators(0)[0])
-    # Nothing is predicted, so what is left is the noise: 11 steps x 4 draws x 7 numbers of variance 1.
-    assert loss.item() == pytest.approx(1, rel=0.3)
+    # Nothing is predicted, so what is left is the velocity, sqrt(kept) noise: 11 steps x 4 draws x 7 numbers.
+    assert loss.item() == pytest.approx(policy.kept.mean().item(), rel=0.3)
     other = policy.sft_loss(context, actions, torch.ones(5, 8), generators(0)[0])
     assert other.item() != loss.item()
 

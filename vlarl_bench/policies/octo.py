@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from ..errors import BenchError
 from ..suite import Embodiment, Observation
+from .adapt import learning
 from .base import DiffusionPolicy, LogProb, Sample
 from .octo_model import OctoArchitecture, OctoNetwork, cosine_betas
 from .pi0_inputs import Batch, Rows, to_batch
@@ -177,8 +178,11 @@ class Octo(Standardised, DiffusionPolicy):
     def predict(self, context: Context, x: Tensor, t: Tensor) -> Tensor:
         """[B, K, H, A] predicted noise in x [B, K, H, A] at steps t [B, K]."""
         readout = context.readout[:, None].expand(-1, x.shape[1], -1)
-        noise: Tensor = self.model.head(readout, x.flatten(2), t)
-        return noise.view(x.shape)
+        head: Tensor = self.model.head(readout, x.flatten(2), t).view(x.shape)
+        if self.architecture.predicts == "noise":
+            return head
+        kept = self.kept[t][..., None, None]
+        return kept.sqrt() * head + (1 - kept).sqrt() * x  # velocity is sqrt(kept) noise - sqrt(1 - kept) latent
 
     def means(self, context: Context, x: Tensor, t: Tensor) -> Tensor:
         """[B, K, H, A] what steps t [B, K] make of x [B, K, H, A], before their noise."""
@@ -248,20 +252,23 @@ class Octo(Standardised, DiffusionPolicy):
         return (self.predict(context, kept.sqrt() * clean + (1 - kept).sqrt() * noise, t) - noise) ** 2
 
     def sft_loss(self, context: Context, actions: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
-        """Mean over real steps of the error of the predicted noise, at uniform steps (Ho et al., 2020, eq. 14).
+        """Mean over real steps of the error of what the head predicts, at uniform steps (Ho et al., 2020, eq. 14).
 
-        The authors' loss is this times A.
+        For noise the authors' loss is this times A.
         """
         latent = self.normalise(actions)
         shape = (len(latent), self.sft_draws)
         t = torch.randint(self.denoising_steps, shape, generator=generator, device=generator.device).to(latent.device)
         noise = torch.randn(*shape, *latent.shape[1:], generator=generator, device=generator.device).to(latent)
-        errors = self.denoising_loss(context, latent, t, noise).mean((1, 3))
+        errors = self.denoising_loss(context, latent, t, noise)
+        if self.architecture.predicts == "velocity":
+            errors = errors / self.kept[t][..., None, None]
+        errors = errors.mean((1, 3))
         return (errors * mask).sum() / mask.sum()
 
     def actor_parameters(self) -> list[nn.Parameter]:
         """The diffusion head: exactly what receives a gradient from a detached context."""
-        return list(self.model.head.parameters())
+        return learning(self, self.model.head.parameters())
 
 
 def resize(images: Tensor, size: int) -> Tensor:
@@ -290,12 +297,10 @@ def _check_noise(noise: float) -> None:
 
 
 def create(spec: PolicySpec, embodiment: Embodiment, vocabulary: Sequence[str], seed: int) -> Octo:
-    """A tiny preset with random weights; `vocabulary` are texts. Raises BenchError for a published size."""
-    if spec.name in FULL_SIZE:
-        raise BenchError(
-            f"base: 'scratch'; {spec.name} starts from the published checkpoint: convert it with "
-            "`python -m vlarl_bench.policies.octo_convert` and pass the folder"
-        )
+    """A tiny preset with random weights; `vocabulary` are texts."""
+    # Noise must pass through the head to be told apart, so it is wider than the chunk has numbers; where that makes it
+    # wider than usual, fewer blocks keep its size.
+    head_width = max(256, 64 * round(embodiment.chunk * embodiment.action_dim / 48))
     architecture = OctoArchitecture(
         observation=spec.observation,
         action_dim=embodiment.action_dim,
@@ -305,6 +310,9 @@ def create(spec: PolicySpec, embodiment: Embodiment, vocabulary: Sequence[str], 
         cameras=embodiment.cameras,
         image_size=spec.image_size,
         camera_sizes=(spec.image_size,) * len(embodiment.cameras),
+        predicts="velocity",
+        head_width=head_width,
+        head_blocks=max(1, round(3 * (256 / head_width) ** 2)),
     )
     return Octo(spec.name, architecture, Vocabulary.of(vocabulary), seed)
 

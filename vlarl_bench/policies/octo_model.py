@@ -71,6 +71,9 @@ class OctoArchitecture:
     head_blocks: int = 3
     time_dim: int = 32
     denoising_steps: int = 10
+    predicts: str = "noise"
+    """What the head gives: `noise`, as the authors' does, or `velocity` (Salimans and Ho, 2022, app. D). From predicted
+    noise the first, noisiest step of a short chain has to divide the head's error by the root of almost nothing."""
     posterior: bool = True
     """True: a step draws from the posterior around the predicted latent, clipped (Ho et al., 2020, eq. 6-7), as DPPO
     does. False: the authors' sampler, which clips only what was drawn."""
