@@ -12,6 +12,7 @@ import pytest
 
 from vlarl_bench import registry
 from vlarl_bench.errors import BenchError
+from vlarl_bench.suite import Outcome
 
 SUITES = registry.names("suite")
 
@@ -273,11 +274,11 @@ def test_step_stops_at_the_first_success(solved):
     simulator, winning = solved.simulator, solved.winning
     simulator.reset(solved.shown.init_state)
     outcome = simulator.step(np.concatenate([winning, np.repeat(winning[-1:], 5, axis=0)]))
-    assert dataclasses.astuple(outcome) == (len(winning), True)
+    assert outcome == Outcome(len(winning), True)
 
     simulator.reset(solved.shown.init_state)
-    assert dataclasses.astuple(simulator.step(winning[:-1])) == (len(winning) - 1, False)
-    assert dataclasses.astuple(simulator.step(winning[-1:])) == (1, True)
+    assert simulator.step(winning[:-1]) == Outcome(len(winning) - 1, False)
+    assert simulator.step(winning[-1:]) == Outcome(1, True)
 
 
 def test_demonstration_is_aligned(suite, solved):
