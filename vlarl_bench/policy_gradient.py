@@ -128,8 +128,8 @@ def ascend(
     `score(i)` scores the decisions i [B]; `advantage` is [N] or [N, U]; `clip` is a number or [U], `clip_high` another
     upper bound. Stops before the first step at which the policy is `target_kl` from where it began (mean over units,
     estimator k3 of Schulman, 2020). Metrics are means over the steps taken; `kl` is over the last epoch's, and says how
-    far the policy went. Raises BenchError if the first ratio is not 1, for then `score` does not score what
-    was drawn, and if a gradient is not finite.
+    far the policy went. Raises BenchError if the first ratio is not 1, for then `score` gives the same policy two
+    scores, and if a gradient is not finite.
     """
     n, parameters = len(advantage), [p for group in optimizer.param_groups for p in group["params"]]
     with torch.no_grad():
