@@ -11,7 +11,7 @@ from vlarl_bench.algorithms.fpo import FPO
 
 from vlarl_bench.config import BUDGETS
 
-ROUNDS = 15
+ROUNDS = 20
 BUDGET = dataclasses.replace(BUDGETS["smoke"], iterations=ROUNDS)
 SMALL = {"minibatch": 64, "critic_steps": 50, "critic_width": 32}
 
@@ -48,5 +48,5 @@ def test_it_learns(case):
         assert rate(policy) < 0.4
         algorithm = cls(cls.Settings(**SMALL, **changes), policy, BUDGET, 0)
         reached[shuffled] = train(algorithm, policy, ROUNDS, shuffled=shuffled)
-    assert reached[False] >= 0.95
+    assert reached[False] >= 0.95, reached
     assert reached[True] < 0.8
