@@ -16,8 +16,8 @@ import transformers
 from lerobot.policies.pi0 import modeling_pi0
 from lerobot.policies.pi0.configuration_pi0 import PI0Config
 
+from vlarl_bench.policies.inputs import Batch
 from vlarl_bench.policies.pi0_checkpoint import published_key
-from vlarl_bench.policies.pi0_inputs import Batch
 from vlarl_bench.policies.pi0_published import PublishedPi0, PublishedPi0Architecture
 
 CAMERAS, WORDS = ("agentview", "robot0_eye_in_hand"), 16

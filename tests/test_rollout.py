@@ -131,6 +131,13 @@ def disturbed(pilot, *faults):
             assert not any(os.path.exists(f"/proc/{pid}") for pid in pool.pids)
 
 
+def test_an_episode_whose_physics_break_down_has_failed(pilot, undisturbed, tmp_path):
+    episodes, losses = disturbed(pilot, Fault("broken", "two", tmp_path, init_state=3))
+    assert losses == []
+    ended = [(a.job, a.steps, a.success) for a, b in zip(episodes, undisturbed, strict=True) if a.steps != b.steps]
+    assert ended == [(Job(FAULTY_TASKS[1], 3, 0, episode_seed("two", 3)), 6, False)]
+
+
 FAULTS = [
     ("SIGKILL", "step", "was killed by SIGKILL, perhaps for want of memory (try --workers 1) (at step)"),
     ("SIGSEGV", "step", "was killed by SIGSEGV (at step)"),

@@ -112,6 +112,9 @@ class FaultySimulator:
             self.state = 0.5 * push + 0.5 * 3.9 * self.state * (1 - self.state)
             self.state = np.clip(self.state, 0, 1)
             self.steps += 1
+            if self.spoil == "broken":
+                self.spoil = ""
+                return Outcome(executed, False, broken=True)
             if self.spoil == "drift":
                 self.state[0], self.spoil = self.state[0] + 1e-4, ""
             if self.steps == 17 and self.init_state == 3:

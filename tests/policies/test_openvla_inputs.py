@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from vlarl_bench.errors import BenchError
-from vlarl_bench.policies.openvla_inputs import Prompts, crop_middle, draw_bins, from_bins, pixels, to_bins
+from vlarl_bench.policies.openvla_inputs import Prompts, crop_middle, from_bins, pixels, to_bins
 
 from .openvla_tiny import tokenizer
 
@@ -28,14 +28,6 @@ def test_bins_by_hand():
     values = torch.tensor([[-2.0, -1, -0.1], [0.0, 0.99, 1]])
     assert to_bins(values, 3).tolist() == [[0, 0, 0], [1, 1, 2]]
     assert from_bins(torch.tensor([0, 1, 2]), 3).tolist() == [-0.5, 0.5, 0.5]
-
-
-def test_draws_invert_the_distribution_function():
-    logits = torch.tensor([0.5, 0.25, 0.25]).log()
-    uniform = torch.tensor([0.0, 0.49, 0.51, 0.74, 0.76, 0.9999999999], dtype=torch.float64)
-    assert draw_bins(logits.expand(6, 3), uniform).tolist() == [0, 0, 1, 1, 2, 2]
-    impossible = torch.tensor([-torch.inf, 0, -torch.inf])
-    assert draw_bins(impossible.expand(6, 3), uniform).tolist() == [1] * 6
 
 
 def test_pixels_by_hand():

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from vlarl_bench.policies import openvla
+from vlarl_bench.policies.inputs import Batch
 from vlarl_bench.policies.openvla import assemble
 from vlarl_bench.policies.openvla_checkpoint import OFT as PUBLISHED_OFT
 from vlarl_bench.policies.openvla_checkpoint import ONE_IMAGE, PUBLISHED
 from vlarl_bench.policies.openvla_inputs import Prompts
 from vlarl_bench.policies.openvla_model import OpenVLAArchitecture
-from vlarl_bench.policies.pi0_inputs import Batch
 
 from .openvla_tiny import AUTOREGRESSIVE, OFT, inputs, small, tokenizer
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from vlarl_bench.errors import BenchError
+from vlarl_bench.policies.inputs import object_features
 from vlarl_bench.policies.noise import LearnedNoise
 from vlarl_bench.policies.pi0 import Pi0
-from vlarl_bench.policies.pi0_inputs import object_features
 from vlarl_bench.policies.presets import PI0_TINY, PI0_TINY_PIXELS
 from vlarl_bench.policies.vocabulary import Vocabulary
 

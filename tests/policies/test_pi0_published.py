@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from vlarl_bench.errors import BenchError
+from vlarl_bench.policies.inputs import Batch
 from vlarl_bench.policies.pi0_checkpoint import published_key
-from vlarl_bench.policies.pi0_inputs import Batch
 from vlarl_bench.policies.pi0_published import (
     PaliGemmaPrompts,
     PublishedPi0,

@@ -13,9 +13,9 @@ from scipy import integrate, stats
 from torch.distributions import Normal
 
 from vlarl_bench.errors import BenchError
+from vlarl_bench.policies.inputs import Rows
 from vlarl_bench.policies.noise import LearnedNoise, bounded
 from vlarl_bench.policies.pi0 import Pi0, Pi0Architecture
-from vlarl_bench.policies.pi0_inputs import Rows
 from vlarl_bench.policies.stochastic_flow import StochasticFlow
 from vlarl_bench.policies.vocabulary import Vocabulary
 

@@ -29,8 +29,8 @@ from ..errors import BenchError
 from ..suite import Embodiment, Observation
 from .adapt import learning
 from .base import DiffusionPolicy, LogProb, Sample
+from .inputs import Batch, Rows, to_batch
 from .octo_model import OctoArchitecture, OctoNetwork, cosine_betas
-from .pi0_inputs import Batch, Rows, to_batch
 from .standardised import Standardised
 from .steady import steady_rows
 from .vocabulary import Vocabulary

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import T5Config
 from transformers.models.t5.modeling_t5 import T5Stack
 
-from .pi0_inputs import object_width
+from .inputs import object_width
 
 VIEWS = ("primary", "wrist")
 """Octo's names of the cameras, in the order of `OctoArchitecture.cameras`."""

@@ -23,12 +23,13 @@ from transformers.cache_utils import DynamicCache
 from ..errors import BenchError
 from ..suite import Embodiment, Observation
 from .adapt import learning
-from .base import LikelihoodPolicy, LogProb, Sample
-from .openvla_inputs import Prompts, draw_bins, from_bins, pixels, to_bins
+from .base import LogProb, Sample
+from .inputs import Batch, Rows, object_tokens, object_width, to_batch
+from .openvla_inputs import Prompts, from_bins, pixels, to_bins
 from .openvla_model import L1Head, OpenVLAArchitecture, OpenVLANetwork, ProprioProjector, Tower
-from .pi0_inputs import Batch, Rows, object_width, to_batch
 from .quantiles import Quantiles
 from .steady import steady_rows
+from .tokens import TokenPolicy, choose, likelihood, uniforms
 from .vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -179,11 +180,7 @@ class _OpenVLA(Quantiles):
 
     def _objects(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Embeddings [B, M, D] of the objects, and which are real [B, M]."""
-        named = batch.names != 0
-        # An object shares its words with the instruction: that is what lets language point at it.
-        words = self.network.embed(batch.names) * named[..., None]
-        label = words.sum(2) / named.sum(2, keepdim=True).clamp_min(1)
-        return self.object_out(F.silu(self.object_in(batch.objects))) + label, named.any(-1)
+        return object_tokens(batch, self.network.embed, self.object_in, self.object_out)
 
     def _places(self, n: int, like: Tensor) -> Tensor:
         """[B, H A + 1, D]: placeholders that actions are read from, and the stop token."""
@@ -218,7 +215,7 @@ class _OpenVLA(Quantiles):
         return learning(self, (p for module in modules for p in module.parameters()))
 
 
-class OpenVLA(_OpenVLA, LikelihoodPolicy):
+class OpenVLA(_OpenVLA, TokenPolicy):
     """Every number of a chunk is drawn from a distribution over bins, one token after another or all at once."""
 
     capabilities: ClassVar[frozenset[str]] = frozenset({"sft", "likelihood", "tokens"})
@@ -251,52 +248,31 @@ class OpenVLA(_OpenVLA, LikelihoodPolicy):
         """[B, H A] bins: the likeliest, or drawn by [B, H A] uniform numbers."""
         a, net = self.architecture, self.network
 
-        def choose(logits: Tensor, draws: Tensor | None) -> Tensor:
-            return logits.argmax(-1) if draws is None else draw_bins(logits / temperature, draws)
-
         if a.decoding == "parallel":
-            return choose(net.bin_logits(self._read(context)), uniform)
+            return choose(net.bin_logits(self._read(context)), uniform, temperature)
         cache, real = DynamicCache(), context.mask
         x = net.run(context.hidden, _causal(real), context.positions, slice(None), cache)
         chosen: list[Tensor] = []
         for i in range(a.numbers):
-            chosen.append(choose(net.bin_logits(net.norm(x[:, -1])), None if uniform is None else uniform[:, i]))
+            drawn = None if uniform is None else uniform[:, i]
+            chosen.append(choose(net.bin_logits(net.norm(x[:, -1])), drawn, temperature))
             if i < a.numbers - 1:
                 real = F.pad(real, (0, 1), value=1)
                 token = net.embed(self._tokens(chosen[-1]))[:, None]
                 x = net.run(token, real[:, None, None], context.positions[:, -1:] + i + 1, slice(None), cache)
         return torch.stack(chosen, 1)
 
-    def _sample(self, context: Context, generators: Sequence[torch.Generator] | None, temperature: float) -> Sample:
-        a, uniform = self.architecture, None
-        if generators is not None:
-            draws = [torch.rand(a.numbers, generator=g, device=g.device, dtype=torch.float64) for g in generators]
-            uniform = torch.stack(draws).to(self.device)
-        index = self._decode(context, uniform, temperature)
+    def decode(self, context: Context, generators: Sequence[torch.Generator] | None, temperature: float) -> Sample:
+        """Each bin drawn at a temperature, or the likeliest; the trace is the bins [B, H A, 1], time-major."""
+        a = self.architecture
+        index = self._decode(context, uniforms(generators, a.numbers, self.device), temperature)
         latent = from_bins(index, a.bins).unflatten(1, (a.chunk, a.action_dim))
         return Sample(self.unnormalise(latent), latent, index[..., None])
 
-    @torch.no_grad()
-    def sample(self, context: Context, generators: Sequence[torch.Generator] | None) -> Sample:
-        """Draws each bin at temperature 1, or takes the likeliest; a function of its arguments alone.
-
-        At a given batch size a row does not depend, to the bit, on its neighbours or on its place.
-        """
-        return self._sample(context, generators, 1.0)
-
-    @torch.no_grad()
-    def explore(self, context: Context, generators: Sequence[torch.Generator], noise: float) -> Sample:
-        """Draws each bin at temperature `noise`; the trace is the bins [B, H A, 1], time-major."""
-        _check_temperature(noise)
-        return self._sample(context, generators, noise)
-
     def log_prob(self, context: Context, trace: Tensor, mask: Tensor, noise: float) -> LogProb:
         """Of a trace of bins [B, H A, 1] at temperature `noise`."""
-        _check_temperature(noise)
-        everything = (self.logits(context, trace[..., 0]) / noise).log_softmax(-1)
+        logp, entropy = likelihood(self.logits(context, trace[..., 0]), trace[..., 0], noise)
         executed = mask.bool().repeat_interleave(self.action_dim, 1)[..., None]
-        logp = everything.gather(-1, trace)
-        entropy = -(everything.exp() * everything).sum(-1, keepdim=True)
         return LogProb(logp * executed, entropy * executed, executed)
 
     def sft_loss(self, context: Context, actions: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
@@ -327,11 +303,6 @@ class OpenVLARegression(_OpenVLA):
 def _causal(real: Tensor) -> Tensor:
     """[B, 1, S, S] mask: a token sees the real ones [B, S] up to itself."""
     return real[:, None, None] & torch.ones(real.shape[1], real.shape[1], dtype=torch.bool, device=real.device).tril()
-
-
-def _check_temperature(noise: float) -> None:
-    if not noise > 0:
-        raise BenchError(f"noise: {noise}; a temperature must be above 0 (`sample` without generators is greedy)")
 
 
 def assemble(

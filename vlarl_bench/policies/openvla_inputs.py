@@ -8,10 +8,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
 from torch import Tensor
 
-from ..errors import BenchError
+from .vocabulary import parse_tokenizer
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and deviation of each colour, as DINOv2 was trained with; SigLIP's are 0.5."""
@@ -59,25 +58,13 @@ def _edges(bins: int) -> Tensor:
     return torch.from_numpy(np.linspace(-1, 1, bins))
 
 
-def draw_bins(logits: Tensor, uniform: Tensor) -> Tensor:
-    """[...] bins where the distribution function of `logits` [..., bins] passes `uniform` [...]."""
-    cumulative = logits.double().softmax(-1).cumsum(-1)
-    index = torch.searchsorted(cumulative, uniform.double()[..., None].contiguous(), right=True)
-    return index[..., 0].clamp_max(logits.shape[-1] - 1)
-
-
 class Prompts:
     """The published checkpoints' prompt, in their own tokenizer's ids."""
 
     def __init__(self, tokenizer: str) -> None:
         """Takes the text of a `tokenizer.json`. Raises BenchError if it is none."""
         self.json = tokenizer
-        try:
-            self._tokenizer = Tokenizer.from_str(tokenizer)
-        except Exception as error:  # tokenizers raises bare Exception
-            raise BenchError(f"tokenizer.json: not a tokenizer: {error}") from None
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
+        self._tokenizer = parse_tokenizer(tokenizer)
         self._encoded: dict[str, list[int]] = {}
 
     def encode(self, text: str) -> list[int]:

@@ -25,7 +25,7 @@ from ..suite import Embodiment, Observation
 from .adapt import learning
 from .base import Sample
 from .gemma import additive, block, keys_and_values, norm, repeated, rotation
-from .pi0_inputs import Batch, Rows, object_width, to_batch
+from .inputs import Batch, Rows, object_tokens, object_width, to_batch
 from .siglip import siglip
 from .standardised import Standardised
 from .steady import steady_rows
@@ -196,13 +196,10 @@ class Pi0(Standardised, StochasticFlow):
             patches = siglip(vlm.vision_tower, batch.images.flatten(0, 1).float() / 127.5 - 1)
             visible = vlm.multi_modal_projector(patches).view(len(batch), a.image_tokens, a.prefix_width)
             return mask, torch.cat((visible, embed(batch.words)), 1), mask.cumsum(-1) - 1
-        named = batch.names != 0
-        # An object shares its words with the instruction: that is what lets language point at it.
-        label = (embed(batch.names) * named[..., None]).sum(2) / named.sum(2, keepdim=True).clamp_min(1)
-        objects = self.object_out(F.silu(self.object_in(batch.objects))) + label
+        objects, real = object_tokens(batch, embed, self.object_in, self.object_out)
         # Objects are a set, so all stand at position 0; words follow in their order.
         positions = torch.cat((torch.zeros_like(batch.names[..., 0]), spoken.cumsum(-1)), 1)
-        return torch.cat((named.any(-1), spoken), 1), torch.cat((objects, embed(batch.words)), 1), positions
+        return torch.cat((real, spoken), 1), torch.cat((objects, embed(batch.words)), 1), positions
 
     def features(self, context: Context) -> Tensor:
         """[B, 2 D + P]: mean and maximum of the prefix's hidden states, and normalised proprio."""

@@ -32,12 +32,12 @@ from transformers.cache_utils import DynamicCache
 from ..errors import BenchError
 from ..suite import Embodiment, Observation
 from .adapt import learning
-from .base import LikelihoodPolicy, LogProb, Sample
+from .base import LogProb, Sample
 from .fast_tokens import FastTokenizer, windows
-from .openvla_inputs import draw_bins
-from .pi0_inputs import Batch, Rows, object_width, to_batch
+from .inputs import Batch, Rows, object_tokens, object_width, to_batch
 from .quantiles import Quantiles
 from .steady import steady_rows
+from .tokens import TokenPolicy, choose, likelihood, uniforms
 from .vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ class Context(Rows):
     """[B, P] normalised."""
 
 
-class Pi0Fast(Quantiles, LikelihoodPolicy):
+class Pi0Fast(Quantiles, TokenPolicy):
     """Scaled-down pi0-FAST. Its weights are random until some are loaded, its tokenizer plain until it is fitted."""
 
     capabilities: ClassVar[frozenset[str]] = frozenset({"sft", "likelihood", "tokens"})
@@ -236,10 +236,7 @@ class Pi0Fast(Quantiles, LikelihoodPolicy):
 
     def _objects(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Embeddings [B, M, D] of the objects, and which are real [B, M]."""
-        named = batch.names != 0
-        # An object shares its words with the instruction: that is what lets language point at it.
-        label = (self._embed(batch.names) * named[..., None]).sum(2) / named.sum(2, keepdim=True).clamp_min(1)
-        return self.object_out(F.silu(self.object_in(batch.objects))) + label, named.any(-1)
+        return object_tokens(batch, self._embed, self.object_in, self.object_out)
 
     def _embed(self, tokens: Tensor) -> Tensor:
         return self.network.model.language_model.embed_tokens(tokens)
@@ -304,7 +301,7 @@ class Pi0Fast(Quantiles, LikelihoodPolicy):
         ended = torch.zeros(len(context), dtype=torch.bool, device=real.device)
         for i in range(a.max_tokens):
             logits = self._read(x[:, -1])
-            token = logits.argmax(-1) if uniform is None else draw_bins(logits / temperature, uniform[:, i])
+            token = choose(logits, None if uniform is None else uniform[:, i], temperature)
             index[:, i] = token.masked_fill(ended, END)
             ended = ended | (token == END)
             if ended.all():
@@ -315,30 +312,14 @@ class Pi0Fast(Quantiles, LikelihoodPolicy):
             x = self._run(token, real[:, None, None], context.positions[:, -1:] + i + 1, slice(None), cache)
         return index
 
-    def _sample(self, context: Context, generators: Sequence[torch.Generator] | None, temperature: float) -> Sample:
-        a, uniform = self.architecture, None
-        if generators is not None:
-            draws = [torch.rand(a.max_tokens, generator=g, device=g.device, dtype=torch.float64) for g in generators]
-            uniform = torch.stack(draws).to(self.device)
-        index = self._decode(context, uniform, temperature)
+    def decode(self, context: Context, generators: Sequence[torch.Generator] | None, temperature: float) -> Sample:
+        """Tokens drawn at a temperature, or the likeliest; the trace is the tokens [B, max_tokens, 1], the end too."""
+        a = self.architecture
+        index = self._decode(context, uniforms(generators, a.max_tokens, self.device), temperature)
         tokens = [[i - 1 for i in itertools.takewhile(lambda i: i != END, row)] for row in index.tolist()]
         chunks, valid = self.fast.decode(tokens, a.chunk, a.action_dim)
         latent = torch.from_numpy(chunks).float().to(self.device)
         return Sample(self.unnormalise(latent), latent, index[..., None], torch.from_numpy(~valid))
-
-    @torch.no_grad()
-    def sample(self, context: Context, generators: Sequence[torch.Generator] | None) -> Sample:
-        """Draws each token at temperature 1, or takes the likeliest; a function of its arguments alone.
-
-        At a given batch size a row does not depend, to the bit, on its neighbours or on its place.
-        """
-        return self._sample(context, generators, 1.0)
-
-    @torch.no_grad()
-    def explore(self, context: Context, generators: Sequence[torch.Generator], noise: float) -> Sample:
-        """Draws each token at temperature `noise`; the trace is the action tokens [B, max_tokens, 1], the end too."""
-        _check_temperature(noise)
-        return self._sample(context, generators, noise)
 
     def log_prob(self, context: Context, trace: Tensor, mask: Tensor, noise: float) -> LogProb:
         """Of a trace of action tokens [B, max_tokens, 1] at temperature `noise`.
@@ -346,15 +327,12 @@ class Pi0Fast(Quantiles, LikelihoodPolicy):
         The end counts as a decision, what follows it does not. A token stands for frequencies, so all tokens decide
         every action: they count unless no action of the chunk was executed.
         """
-        _check_temperature(noise)
         index = trace[..., 0]
         before = (index == END).cumsum(1) - (index == END).long()
         counted = (before == 0) & mask.bool().any(1, keepdim=True)
         longest = int((before == 0).sum(1).max())
         index = index[:, :longest]
-        everything = (self.logits(context, index) / noise).log_softmax(-1)
-        logp = everything.gather(-1, index[..., None])
-        entropy = -(everything.exp() * everything).sum(-1, keepdim=True)
+        logp, entropy = likelihood(self.logits(context, index), index, noise)
         rest = (0, 0, 0, trace.shape[1] - longest)
         kept = counted[..., None]
         return LogProb(F.pad(logp, rest) * kept, F.pad(entropy, rest) * kept, kept)
@@ -391,11 +369,6 @@ class Pi0Fast(Quantiles, LikelihoodPolicy):
 def _prefix_mask(real: Tensor) -> Tensor:
     """[B, 1, S, S] mask: all of the prefix see what is real of it [B, S]."""
     return real[:, None, None].expand(-1, -1, real.shape[1], -1)
-
-
-def _check_temperature(noise: float) -> None:
-    if not noise > 0:
-        raise BenchError(f"noise: {noise}; a temperature must be above 0 (`sample` without generators is greedy)")
 
 
 def create(spec: PolicySpec, embodiment: Embodiment, vocabulary: Sequence[str], seed: int) -> Pi0Fast:

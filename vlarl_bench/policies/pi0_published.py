@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PI0Config, PI0ForConditionalGeneration
@@ -26,9 +25,10 @@ from transformers import PI0Config, PI0ForConditionalGeneration
 from ..errors import BenchError
 from ..suite import Observation
 from .base import Sample
+from .inputs import Batch
 from .pi0 import Context, Pi0, Pi0Architecture
-from .pi0_inputs import Batch
 from .steady import steady_rows
+from .vocabulary import parse_tokenizer
 
 PRECISE = ("vision_tower.", "multi_modal_projector.", "layernorm.", ".norm.", "embed_action_time.", "action_out_proj.")
 """What stays float32 where the rest is bfloat16, as in lerobot: images, norms and the projections of actions."""
@@ -68,12 +68,7 @@ class PaliGemmaPrompts:
     def __init__(self, tokenizer: str) -> None:
         """Takes the text of PaliGemma's `tokenizer.json`. Raises BenchError if it is none."""
         self.json = tokenizer
-        try:
-            self._tokenizer = Tokenizer.from_str(tokenizer)
-        except Exception as error:  # tokenizers raises bare Exception
-            raise BenchError(f"tokenizer.json: not a tokenizer: {error}") from None
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
+        self._tokenizer = parse_tokenizer(tokenizer)
         begin = self._tokenizer.token_to_id("<bos>")
         if begin is None:
             raise BenchError("tokenizer.json: has no token '<bos>'; it must be PaliGemma's")

@@ -1,7 +1,11 @@
-"""Word-level vocabulary: what turns instructions and object names into ids."""
+"""What turns instructions and object names into ids: a word-level vocabulary, or a published tokenizer."""
 
 import re
 from collections.abc import Iterable
+
+from tokenizers import Tokenizer
+
+from ..errors import BenchError
 
 PAD, UNKNOWN = "<pad>", "<unk>"
 
@@ -33,3 +37,14 @@ class Vocabulary:
         if text not in self._encoded:  # the same few instructions and names, at every step of every episode
             self._encoded[text] = [self._ids.get(word, 1) for word in words(text)]
         return list(self._encoded[text])
+
+
+def parse_tokenizer(text: str) -> Tokenizer:
+    """The tokenizer of a `tokenizer.json`, without padding and truncation. Raises BenchError if it is none."""
+    try:
+        tokenizer = Tokenizer.from_str(text)
+    except Exception as error:  # tokenizers raises bare Exception
+        raise BenchError(f"tokenizer.json: not a tokenizer: {error}") from None
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer

@@ -1,17 +1,18 @@
-"""What the policies see: observations as padded tensors.
+"""What the tiny policies see: observations as padded tensors, objects as tokens.
 
 Shapes: B observations, P proprio, M objects, W words a name, T words an instruction, C cameras.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Protocol, Self
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from ..errors import BenchError
 from ..suite import Observation
@@ -104,6 +105,18 @@ def to_batch(observations: Sequence[Observation], a: Sizes, vocabulary: Words, d
     objects = object_features(poses, hands) if state else np.zeros((n, 0, object_width(a)), np.float32)
     arrays = (proprio, words, objects, names, images)
     return Batch(*(torch.from_numpy(array).to(device) for array in arrays))
+
+
+def object_tokens(
+    batch: Batch, embed: Callable[[Tensor], Tensor], inward: nn.Module, outward: nn.Module
+) -> tuple[Tensor, Tensor]:
+    """Embeddings [B, M, D] of the objects, by two layers and an `embed` for words, and which are real [B, M].
+
+    An object shares its words with the instruction: that is what lets language point at it.
+    """
+    named = batch.names != 0
+    label = (embed(batch.names) * named[..., None]).sum(2) / named.sum(2, keepdim=True).clamp_min(1)
+    return outward(F.silu(inward(batch.objects))) + label, named.any(-1)
 
 
 def object_width(a: Sizes) -> int:
