@@ -42,6 +42,19 @@ def test_weights_decide_how_often_a_task_comes():
     assert jobs == plan.train_jobs(1, 1000, np.array([0.7, 0.3, 0.0]))
 
 
+def test_a_group_shares_its_initial_state():
+    plan = plan_run(config())
+    jobs = plan.train_jobs(1, 26, group=4)
+    groups = [jobs[i : i + 4] for i in range(0, 26, 4)]
+    assert [len(group) for group in groups] == [4, 4, 4, 4, 4, 4, 2]
+    for group in groups:
+        assert len({(job.task, job.init_state) for job in group}) == 1
+        assert len({job.seed for job in group}) == len({job.repeat for job in group}) == len(group)
+    assert [group[0].task for group in groups] == [*plan.tasks, *plan.tasks, plan.tasks[0]]
+    many = Counter((job.task, job.init_state, job.repeat) for job in plan.train_jobs(1, 1000, group=4))
+    assert set(many.values()) == {1}
+
+
 def test_a_prior_is_that_of_the_suite_s_benchmark():
     folders = {plan_run(config(suite=suite)).base for suite in ("libero_object", "aloha_insertion")}
     assert {folder.name for folder in folders} == {"libero", "aloha"}

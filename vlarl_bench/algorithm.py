@@ -25,6 +25,9 @@ class Algorithm(ABC):
     learns_from: ClassVar[Literal["rollouts", "demonstrations"]]
     Settings: ClassVar[type]
     """Frozen dataclass; each field has a default and a docstring with unit and source."""
+    group: int = 1
+    """Episodes that are collected from each initial state that is drawn, all from the very same one; methods that
+    compare an episode with its siblings set more than 1."""
 
     @abstractmethod
     def __init__(self, settings: Any, policy: Policy, budget: Budget, seed: int) -> None:

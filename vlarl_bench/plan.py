@@ -77,22 +77,24 @@ class Plan:
             for state in self.protocol.eval_states[: self.states]
         ]
 
-    def train_jobs(self, iteration: int, episodes: int, weights: np.ndarray | None = None) -> list[Job]:
+    def train_jobs(self, iteration: int, episodes: int, weights: np.ndarray | None = None, group: int = 1) -> list[Job]:
         """One round's episodes: tasks in turn, or drawn by `weights`; each over a fresh shuffle of the training
-        states."""
+        states, `group` episodes a state. Where `episodes` is no multiple of that, the last group is smaller."""
         rng = np.random.default_rng(episode_seed(self.config.seed, "train", iteration))
         order = {task: rng.permutation(self.protocol.train_states) for task in self.tasks}
+        groups = -(-episodes // group)
         if weights is None:
-            picks = [i % len(self.tasks) for i in range(episodes)]
+            picks = [i % len(self.tasks) for i in range(groups)]
         else:
-            picks = rng.choice(len(self.tasks), size=episodes, p=weights).tolist()
+            picks = rng.choice(len(self.tasks), size=groups, p=weights).tolist()
         jobs: list[Job] = []
         for i, pick in enumerate(picks):
             task, turn = self.tasks[pick], picks[:i].count(pick)
-            state, repeat = int(order[task][turn % len(order[task])]), turn // len(order[task])
-            seed = episode_seed(self.config.seed, "train", iteration, task.key, state, repeat)
-            jobs.append(Job(task, state, repeat, seed))
-        return jobs
+            state, first = int(order[task][turn % len(order[task])]), turn // len(order[task]) * group
+            for repeat in range(first, first + group):
+                seed = episode_seed(self.config.seed, "train", iteration, task.key, state, repeat)
+                jobs.append(Job(task, state, repeat, seed))
+        return jobs[:episodes]
 
 
 def plan_run(config: RunConfig) -> Plan:

@@ -270,10 +270,11 @@ def _train(
             line: dict[str, Any] = {"iteration": iteration}
             if demonstrations is None:
                 checkpoint = _hash(policy)
+                weights = algorithm.task_weights([task.key for task in plan.tasks])
                 episodes = run_episodes(
                     pool,
                     policy,
-                    plan.train_jobs(iteration, budget.episodes, algorithm.task_weights([t.key for t in plan.tasks])),
+                    plan.train_jobs(iteration, budget.episodes, weights, algorithm.group),
                     protocol,
                     config.slots,
                     act=algorithm.act,

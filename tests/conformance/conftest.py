@@ -25,7 +25,8 @@ class Bench:
     protocol: Any
     policy: Any
     rollout: Any
-    """Four episodes of three decisions; every other one counts as a success, so there is something to learn."""
+    """Four episodes of three decisions, two from each of two initial states; of each two one counts as a success, so
+    there is something to learn."""
     demonstrations: Any
     """Two of 12 environment steps."""
 
@@ -87,7 +88,7 @@ def _bench(policy_name):
     spec = registry.get("policy", policy_name)
     suite, protocol = stage(spec)
     task = suite.tasks[0]
-    jobs = [Job(task, state, 0, episode_seed(0, state)) for state in protocol.train_states[:4]]
+    jobs = [Job(task, protocol.train_states[i // 2], i % 2, episode_seed(0, i)) for i in range(4)]
     short = dataclasses.replace(protocol, horizon={task.suite: 3 * protocol.execute})
     single = dataclasses.replace(protocol, horizon={task.suite: 12}, execute=1)
     with Pool(suite, protocol, workers=1) as pool:
