@@ -64,7 +64,7 @@ class LiberoSuite(Suite):
         self.name, self.summary = name, summary
         self.members = members or (name,)
         # LIBERO-Object's episodes are still those of the first expert.
-        self.expert_version = 1 if name == "libero_object" else 3
+        self.expert_version = 1 if name == "libero_object" else 2
 
     @cached_property
     def tasks(self) -> tuple[Task, ...]:
