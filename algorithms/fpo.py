@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -178,6 +179,7 @@ class FPO(Algorithm):
     requires = frozenset({"flow"})
     learns_from = "rollouts"
     Settings = FPOSettings
+    search = MappingProxyType({"lr": (3e-5, 1e-4, 3e-4), "clip_eps": (0.02, 0.05, 0.1), "epochs": (2, 4, 8)})
 
     def __init__(self, settings: FPOSettings, policy: FlowPolicy, budget: Budget, seed: int) -> None:
         from vlarl_bench.critics import QEnsemble
