@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vlarl_bench.config import Budget
+    from vlarl_bench.decisions import Decisions
     from vlarl_bench.policies.base import DenoisingPolicy
     from vlarl_bench.rollout import Rollout
 else:
@@ -134,21 +135,13 @@ class FPOCFM(Algorithm):
         advantage, metrics = self.learner.judge(taken)
         if advantage is None:
             return metrics
-        latent, n = taken.latent, len(taken)
+        n = len(taken)
         tau = s.tau_min + (1 - s.tau_min) * torch.rand(n, s.draws, generator=generator)
-        eps = torch.randn(n, s.draws, *latent.shape[1:], generator=generator)
-
-        def score(i: Tensor) -> Score:
-            """What stands for log-probabilities: minus the losses, [B, draws] or of their mean [B, 1]."""
-            error = policy.draw_loss(taken.view(i), latent[i], tau[i], eps[i])
-            loss = chunk_loss(error[..., : policy.action_dim], taken.mask[i], s.numbers)
-            loss = loss if s.ratio == "sample" else loss.mean(1, keepdim=True)
-            return Score(-loss, torch.ones_like(loss, dtype=torch.bool), torch.zeros(()))
-
+        eps = torch.randn(n, s.draws, *taken.latent.shape[1:], generator=generator)
         with torch.no_grad():
-            old = torch.cat([score(i).logp for i in torch.arange(n).split(s.minibatch)])
+            old = torch.cat([self.score(policy, taken, i, tau, eps).logp for i in torch.arange(n).split(s.minibatch)])
         moved = ascend(
-            score,
+            lambda i: self.score(policy, taken, i, tau, eps),
             advantage,
             s.clip_eps,
             self.learner.optimizer,
@@ -162,6 +155,14 @@ class FPOCFM(Algorithm):
         )
         del moved["entropy"]  # a loss has none
         return metrics | moved | {"cfm_loss": -old.mean().item()}
+
+    def score(self, policy: DenoisingPolicy, taken: Decisions, i: Tensor, tau: Tensor, eps: Tensor) -> Score:
+        """What stands for log-probabilities at stored tau [N, K] and eps [N, K, H, A]: minus the losses [B, K], or
+        minus their mean [B, 1]. Numbers that only pad a latent do not count."""
+        error = policy.draw_loss(taken.view(i), taken.latent[i], tau[i], eps[i])[..., : policy.action_dim]
+        loss = chunk_loss(error, taken.mask[i], self.settings.numbers)
+        loss = loss if self.settings.ratio == "sample" else loss.mean(1, keepdim=True)
+        return Score(-loss, torch.ones_like(loss, dtype=torch.bool), torch.zeros(()))
 
     def state_dict(self) -> dict[str, Any]:
         """Optimiser, critic and generator."""
