@@ -44,13 +44,9 @@ CASES = {
         {"lr": 1e-2, "noise": 0.3, "clip_eps": 0.1, "clip_base": 0.01},
     ),
     "fpo": (FPO, flow, {"lr": 2e-2}),
-    "fpo-cfm": (FPOCFM, flow, {"lr": 1e-2}),
-    "fpo-cfm-mean": (FPOCFM, flow, {"lr": 1e-2, "ratio": "mean"}),
-    "fpo-cfm-spo": (FPOCFM, flow, {"lr": 1e-2, "objective": "spo"}),
-    "fpo-cfm-aspo": (FPOCFM, flow, {"lr": 1e-2, "objective": "aspo"}),
+    "fpo-cfm": (FPOCFM, flow, {"lr": 2e-2}),
     "reinflow": (ReinFlow, stochastic, {"lr": 1e-2, "noise_least": 0.1, "noise_most": 0.3}),
     "flow-sde": (FlowSDE, stochastic, {"lr": 1e-2}),
-    "flow-sde-all": (FlowSDE, stochastic, {"lr": 1e-2, "hybrid": False}),
     "flow-noise": (FlowNoise, stochastic, {"lr": 1e-2, "noise_least": 0.1, "noise_most": 0.3}),
 }
 
