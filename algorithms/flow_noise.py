@@ -33,7 +33,7 @@ else:
 class FlowNoiseSettings:
     """Settings; where the authors' (pi0) differ, theirs are named."""
 
-    lr: float = 2e-5
+    lr: float = 1e-5
     """Learning rate of actor and noise network (Adam); authors 5e-6 on 300 M parameters."""
     epochs: int = 4
     """Passes over an iteration's decisions (authors')."""
