@@ -11,6 +11,7 @@ from vlarl_bench.algorithms.grpo import GRPO, GRPOSettings
 from vlarl_bench.config import BUDGETS
 from vlarl_bench.decisions import decisions
 from vlarl_bench.errors import BenchError
+from vlarl_bench.policy_gradient import Score, ascend, group_advantages
 
 BUDGET = BUDGETS["smoke"]
 
@@ -123,6 +124,59 @@ def test_a_chains_steps_are_judged_by_their_mean_density(monkeypatch):
             density = torch.distributions.Normal(mean, 0.3).log_prob(after)[:2]  # the first action was executed
             assert got.logp[row, step].item() == pytest.approx(density.mean().item(), abs=1e-5)
     assert got.entropy.item() == pytest.approx(0.5 * math.log(2 * math.pi * math.e * 0.09), rel=1e-5)
+
+
+def formula(n, *shape):
+    return torch.sin(torch.arange(math.prod(shape), dtype=torch.float64) * 1.7 + n).view(shape)
+
+
+OUTCOME = torch.tensor([1.0, 0, 0, 1, 1, 0, 1, 1, 0, 1])
+GROUP = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 3, 3])
+
+
+def second_step(advantage, units, mask, move, clip, clip_high=None):
+    """Gradient of `ascend`'s loss by a shift of each unit, where the policy has moved by `move` formula(2)."""
+    theta = torch.zeros(units, dtype=torch.float64, requires_grad=True)
+    moves = iter([0.0, 0.0, move])  # the old policy, the first step, the second
+
+    def score(i):
+        logp = -1.5 + formula(1, 10, units) + next(moves) * formula(2, 10, units) + theta * formula(3, 10, units)
+        return Score(logp[i], mask[i], torch.zeros(()))
+
+    optimizer, generator = torch.optim.SGD([theta], lr=0.0), torch.Generator().manual_seed(0)
+    ascend(score, advantage, clip, optimizer, generator, 2, 100, clip_high=clip_high, grad_norm=1e9)
+    return theta.grad.tolist()
+
+
+def test_simple_vla_rls_numbers():
+    """`compute_grpo_outcome_advantage` and `compute_policy_loss` of PRIME-RL/SimpleVLA-RL at 7c51662,
+    verl/trainer/ppo/core_algos.py, run on `formula`'s numbers: 10 episodes of one decision, 5 tokens, of which those
+    with formula(9) > -0.7 count, clip ratios 0.2 and 0.28. There a group of one has its outcome for an advantage."""
+    half, third = [0.8660238981246948, -0.8660238981246948], [0.5773492455482483, -1.1546986103057861]
+    theirs = [*half, half[1], half[0], *third, third[0], 0.9999990463256836, -0.7071057558059692, 0.7071057558059692]
+    ours = group_advantages(OUTCOME, GROUP, "grpo")
+    assert ours[GROUP != 2].tolist() == pytest.approx(theirs[:7] + theirs[8:], rel=1e-5)
+    assert ours[7] == 0
+    advantage = torch.tensor(theirs, dtype=torch.float64)
+    got = second_step(advantage, 5, formula(9, 10, 5) > -0.7, 0.3, 0.2, 0.28)
+    expected = [0.12013180366074974, -0.027281085872395146, -0.01927969606449155, -0.027257079679047478]
+    assert got == pytest.approx([*expected, 0.1069430895119445], rel=1e-5)
+
+
+def test_flow_grpos_numbers():
+    """`PerPromptStatTracker(global_std=False).update` of yifan123/flow_grpo at ac4c86e and the policy loss of its
+    scripts/train_sd3.py (lines 881 to 893), run on the same, 4 steps, clip range 0.01. It divides by the deviation over
+    n plus 1e-4, we by that over n - 1 plus 1e-6. Its log-probability is checked in tests/policies."""
+    half, third = [0.9998000399920016, -0.9998000399920016], [0.7069568129996042, -1.4139136259992082]
+    theirs = torch.tensor([*half, half[1], half[0], *third, third[0], 0, half[1], half[0]], dtype=torch.float64)
+    ours = group_advantages(OUTCOME, GROUP, "grpo").double()
+    for number in (0, 1, 3):
+        group = number == GROUP
+        scale = (OUTCOME[group].std() + 1e-6) / (OUTCOME[group].std(correction=0) + 1e-4)
+        assert (ours[group] * scale).tolist() == pytest.approx(theirs[group].tolist(), rel=1e-5)
+    got = second_step(theirs, 4, torch.ones(10, 4, dtype=torch.bool), 0.02, 0.01)
+    expected = [0.009247280996255781, 0.043519170841803415, 0.05242199114154611, 0.01680492105777601]
+    assert got == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(
