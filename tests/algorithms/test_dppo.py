@@ -126,7 +126,7 @@ def test_the_authors_numbers(monkeypatch):
 
 def test_only_the_critic_learns_while_it_warms_up():
     policy = ToyChain(0, inputs=2)
-    algorithm = DPPO(settings(warmup=2), policy, BUDGET, 0)
+    algorithm = DPPO(settings(warmup=2), policy, BUDGETS["quick"], 0)
     start = policy.w.detach().clone()
     for number in range(3):
         assert torch.equal(policy.w, start)

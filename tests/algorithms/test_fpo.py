@@ -347,3 +347,12 @@ def test_a_task_that_always_fails_is_not_pushed_away():
         moved[centre] = seen["advantage"][24:].mean().item()
     assert moved["task"] == pytest.approx(0.0, abs=1e-5)
     assert moved["batch"] < -0.3
+
+
+@pytest.mark.parametrize("changes", [{"explore_steps": 2}, {"ratio": "none"}], ids=str)
+def test_what_follows_a_velocity_needs_a_policy_that_has_one(changes):
+    policy = ToyFlow(1)
+    policy.capabilities = frozenset({"denoising", "diffusion"})
+    FPO(settings(), policy, BUDGET, 0)
+    with pytest.raises(BenchError, match=f"^algo.{next(iter(changes))}: .* only flow policies have"):
+        FPO(settings(**changes), policy, BUDGET, 0)

@@ -4,11 +4,15 @@ import dataclasses
 
 import pytest
 import torch
-from toy import ToyChain, ToyFlow, ToyTokens, rate, train
+from toy import ToyChain, ToyFlow, ToyStochasticFlow, ToyTokens, rate, train
 from vlarl_bench.algorithms.ar_ppo import ARPPO
 from vlarl_bench.algorithms.dppo import DPPO
+from vlarl_bench.algorithms.flow_noise import FlowNoise
+from vlarl_bench.algorithms.flow_sde import FlowSDE
 from vlarl_bench.algorithms.fpo import FPO
+from vlarl_bench.algorithms.fpo_cfm import FPOCFM
 from vlarl_bench.algorithms.grpo import GRPO
+from vlarl_bench.algorithms.reinflow import ReinFlow
 from vlarl_bench.algorithms.rwfm import RWFM
 from vlarl_bench.algorithms.tpo import TPO
 
@@ -19,9 +23,9 @@ BUDGET = dataclasses.replace(BUDGETS["smoke"], iterations=ROUNDS)
 SMALL = {"minibatch": 64, "critic_steps": 50, "critic_width": 32}
 
 
-def flow(seed):
+def flow(seed, kind=ToyFlow):
     """A flow whose samples are narrow enough to pass a stage now and then, and in the wrong place."""
-    policy = ToyFlow(seed, inputs=2)
+    policy = kind(seed, inputs=2)
     with torch.no_grad():
         policy.w.copy_(0.9 * torch.eye(4))
         for parameter in (policy.u, policy.b, policy.v):
@@ -41,6 +45,12 @@ IMITATION = {"lr": 1e-2, "steps": 40, "window": 2, "explore_size": 0.8}
 LEVEL = {"rwfm": 0.9, "rwfm-filtered": 0.9}
 """Imitating one's successes levels off at 0.93 to 0.95 here: successful episodes have failed tries in them, too."""
 
+
+def stochastic(seed):
+    """The same flow, with steps that can draw."""
+    return flow(seed, ToyStochasticFlow)
+
+
 CASES = {
     "ar-ppo": (ARPPO, tokens, {"lr": 3e-2}),
     "ar-ppo-chunk": (ARPPO, tokens, {"lr": 3e-2, "ratio": "chunk"}),
@@ -49,10 +59,15 @@ CASES = {
     "grpo": (GRPO, tokens, {"lr": 3e-2}),
     "grpo-rloo": (GRPO, tokens, {"lr": 3e-2, "baseline": "rloo"}),
     "grpo-chain": (GRPO, chain, {"lr": 1e-2, "noise": 0.3, "clip_chain": 0.1}),
+    "grpo-flow": (GRPO, stochastic, {"lr": 1e-2, "clip_chain": 0.1}),
     "tpo": (TPO, tokens, {"lr": 3e-2}),
     "tpo-surrogate": (TPO, flow, {"lr": 2e-2}),
     "rwfm": (RWFM, flow, {**IMITATION, "alpha": 6.0}),
     "rwfm-filtered": (RWFM, flow, {**IMITATION, "weight": "filtered"}),
+    "fpo-cfm": (FPOCFM, flow, {"lr": 2e-2}),
+    "reinflow": (ReinFlow, stochastic, {"lr": 1e-2, "noise_least": 0.1, "noise_most": 0.3}),
+    "flow-sde": (FlowSDE, stochastic, {"lr": 1e-2}),
+    "flow-noise": (FlowNoise, stochastic, {"lr": 1e-2, "noise_least": 0.1, "noise_most": 0.3}),
 }
 
 
