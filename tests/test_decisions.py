@@ -45,8 +45,17 @@ def test_rows_by_hand():
     assert taken.ended.tolist() == [False, False, True, True, False, True]
     assert taken.task.tolist() == [0, 0, 0, 1, 0, 0]
     assert taken.episode.tolist() == [0, 0, 0, 1, 2, 2]
+    assert taken.start.tolist() == [0, 0, 0, 1, 0, 0]
     assert taken.returns(0.5).tolist() == [0.25, 0.5, 1, 0, 0, 0]
     assert taken.view(torch.tensor([5, 2])).proprio.tolist() == [[21], [2]]
+
+
+def test_groups_share_task_and_initial_state():
+    """In the order of first appearance; the same state of another task is another group."""
+    jobs = [(B, 7), (A, 7), (B, 7), (B, 0), (A, 7)]
+    made = [episode(task, i, [2] * (1 + i % 2), False) for i, (task, _) in enumerate(jobs)]
+    made = [dataclasses.replace(e, job=Job(e.job.task, s, 0, 0)) for e, (_, s) in zip(made, jobs, strict=True)]
+    assert decisions(ToyFlow(), Rollout(made, max_decisions=4)).start.tolist() == [0, 1, 1, 0, 2, 2, 1]
 
 
 def test_without_traces():

@@ -8,7 +8,17 @@ import torch
 
 from vlarl_bench.config import BUDGETS
 from vlarl_bench.errors import BenchError
-from vlarl_bench.policy_gradient import ActorCritic, Score, advantages, ascend, clipped_surrogate, gae, standardise
+from vlarl_bench.policy_gradient import (
+    ActorCritic,
+    Score,
+    advantages,
+    ascend,
+    clipped_surrogate,
+    gae,
+    group_advantages,
+    mixed,
+    standardise,
+)
 
 
 def brute_force(rewards, values, next_values, terminated, ended, gamma, lam):
@@ -82,6 +92,29 @@ def test_standardise_by_hand():
     assert got.tolist() == pytest.approx([-(2**0.5), 2**0.5, 0, 0])
     assert standardise(torch.tensor([0.5, 0.51]), task[:2]).tolist() == pytest.approx([-0.1, 0.1], rel=1e-4)  # floored
     assert standardise(torch.tensor([0.7]), task[:1]).tolist() == [0.0]  # one decision has no deviation
+
+
+OUTCOME = torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0])
+GROUP = torch.tensor([4, 4, 9, 4, 9, 2, 7, 7])  # 1 of 3, 2 of 2, 0 of 1, 1 of 2
+
+
+def test_mixed_groups_by_hand():
+    assert mixed(OUTCOME, GROUP).tolist() == [True, True, False, True, False, False, True, True]
+    assert mixed(OUTCOME, GROUP, low=0.4).tolist() == [False] * 6 + [True] * 2
+    assert mixed(OUTCOME, GROUP, high=0.4).tolist() == [True, True, False, True] + [False] * 4
+    tenth, group = torch.tensor([1.0] + [0.0] * 9), torch.zeros(10)
+    assert mixed(tenth, group, 0.1, 0.9).all()  # the bounds belong to the range
+    assert mixed(1 - tenth, group, 0.1, 0.9).all()
+
+
+def test_group_advantages_by_hand():
+    third = 3**0.5 / 3  # deviation over n - 1 of one success in three
+    got = group_advantages(OUTCOME, GROUP, "grpo").tolist()
+    half = 0.5 / (0.5**0.5 + 1e-6)
+    expected = [2 / 3 / (third + 1e-6), -1 / 3 / (third + 1e-6), 0, -1 / 3 / (third + 1e-6), 0, 0, half, -half]
+    assert got == pytest.approx(expected, rel=1e-6)
+    got = group_advantages(OUTCOME, GROUP, "rloo").tolist()
+    assert got == pytest.approx([1, -0.5, 0, -0.5, 0, 0, 1, -1])
 
 
 class Categorical:

@@ -45,6 +45,8 @@ class Decisions:
     """[N] number of its task, counted from 0 in the order of first appearance."""
     episode: Tensor
     """[N] number of its episode."""
+    start: Tensor
+    """[N] number of its group: the episodes that share task and initial state."""
 
     def __len__(self) -> int:
         return len(self.row)
@@ -67,6 +69,8 @@ def decisions(policy: Policy, rollout: Rollout) -> Decisions:
     """Encodes a round's observations, without gradients, and lines up what was decided."""
     episodes = rollout.episodes
     tasks = list(dict.fromkeys(episode.job.task for episode in episodes))
+    starts = [(episode.job.task, episode.job.init_state) for episode in episodes]
+    groups = list(dict.fromkeys(starts))
     first = 0
     time: list[float] = []
     row: list[int] = []
@@ -97,4 +101,5 @@ def decisions(policy: Policy, rollout: Rollout) -> Decisions:
         ended=torch.tensor(last),
         task=torch.tensor([tasks.index(episode.job.task) for episode in episodes for _ in episode.latents]),
         episode=torch.tensor([number for number, episode in enumerate(episodes) for _ in episode.latents]),
+        start=torch.tensor([groups.index(start) for start, e in zip(starts, episodes, strict=True) for _ in e.latents]),
     )

@@ -1,8 +1,8 @@
 """What policy-gradient methods share: advantages over decisions, PPO's clipped surrogate and its epochs, and what a
 method with a learned state value keeps.
 
-Shapes: N decisions of a round, B of a minibatch, U units that a decision's likelihood is judged in (tokens, denoising
-steps, or 1 for the whole chunk).
+Shapes: E episodes and N decisions of a round, B of a minibatch, U units that a decision's likelihood is judged in
+(tokens, denoising steps, or 1 for the whole chunk).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -88,6 +88,36 @@ def standardise(advantage: torch.Tensor, task: torch.Tensor, floor: float = 0.05
     for number in task.unique():
         advantage[task == number] -= advantage[task == number].mean()
     return advantage / advantage.std(correction=0).clamp_min(floor)
+
+
+def mixed(outcome: torch.Tensor, start: torch.Tensor, low: float = 0.0, high: float = 1.0) -> torch.Tensor:
+    """[E] bool of episodes with outcomes [E] (1 success, 0 failure) and groups `start` [E]: whether an episode's group
+    has both outcomes, and a share of successes from `low` to `high`. Other groups have nothing to compare."""
+    kept = torch.zeros(len(outcome), dtype=torch.bool)
+    for number in start.unique():
+        group = start == number
+        share = outcome[group].mean()
+        kept[group] = (share > 0) & (share < 1) & (share >= low) & (share <= high)
+    return kept
+
+
+def group_advantages(outcome: torch.Tensor, start: torch.Tensor, baseline: Literal["grpo", "rloo"]) -> torch.Tensor:
+    """[E] advantage of each episode within its group `start` [E], 0 in a group of one.
+
+    `grpo`: (R - mean) / (deviation + 1e-6), the deviation over n - 1 (Shao et al., 2024, as SimpleVLA-RL computes it).
+    `rloo`: R - mean of the others (Ahmadian et al., 2024).
+    """
+    advantage = torch.zeros_like(outcome)
+    for number in start.unique():
+        group = start == number
+        found = outcome[group]
+        if len(found) == 1:
+            continue
+        if baseline == "rloo":
+            advantage[group] = found - (found.sum() - found) / (len(found) - 1)
+        else:
+            advantage[group] = (found - found.mean()) / (found.std() + 1e-6)
+    return advantage
 
 
 def only_actor_learns(policy: Policy) -> list[torch.nn.Parameter]:

@@ -11,7 +11,10 @@ from vlarl_bench.algorithms.flow_noise import FlowNoise
 from vlarl_bench.algorithms.flow_sde import FlowSDE
 from vlarl_bench.algorithms.fpo import FPO
 from vlarl_bench.algorithms.fpo_cfm import FPOCFM
+from vlarl_bench.algorithms.grpo import GRPO
 from vlarl_bench.algorithms.reinflow import ReinFlow
+from vlarl_bench.algorithms.rwfm import RWFM
+from vlarl_bench.algorithms.tpo import TPO
 
 from vlarl_bench.config import BUDGETS
 
@@ -30,20 +33,37 @@ def flow(seed, kind=ToyFlow):
     return policy
 
 
+def tokens(seed):
+    return ToyTokens(seed, inputs=2, scale=0.1)
+
+
+def chain(seed):
+    return ToyChain(seed, inputs=2, scale=0.1)
+
+
+IMITATION = {"lr": 1e-2, "steps": 40, "window": 2, "explore_size": 0.8}
+LEVEL = {"rwfm": 0.9, "rwfm-filtered": 0.9}
+"""Imitating one's successes levels off at 0.93 to 0.95 here: successful episodes have failed tries in them, too."""
+
+
 def stochastic(seed):
     """The same flow, with steps that can draw."""
     return flow(seed, ToyStochasticFlow)
 
 
 CASES = {
-    "ar-ppo": (ARPPO, lambda seed: ToyTokens(seed, inputs=2, scale=0.1), {"lr": 3e-2}),
-    "ar-ppo-chunk": (ARPPO, lambda seed: ToyTokens(seed, inputs=2, scale=0.1), {"lr": 3e-2, "ratio": "chunk"}),
-    "dppo": (
-        DPPO,
-        lambda seed: ToyChain(seed, inputs=2, scale=0.1),
-        {"lr": 1e-2, "noise": 0.3, "clip_eps": 0.1, "clip_base": 0.01},
-    ),
+    "ar-ppo": (ARPPO, tokens, {"lr": 3e-2}),
+    "ar-ppo-chunk": (ARPPO, tokens, {"lr": 3e-2, "ratio": "chunk"}),
+    "dppo": (DPPO, chain, {"lr": 1e-2, "noise": 0.3, "clip_eps": 0.1, "clip_base": 0.01}),
     "fpo": (FPO, flow, {"lr": 2e-2}),
+    "grpo": (GRPO, tokens, {"lr": 3e-2}),
+    "grpo-rloo": (GRPO, tokens, {"lr": 3e-2, "baseline": "rloo"}),
+    "grpo-chain": (GRPO, chain, {"lr": 1e-2, "noise": 0.3, "clip_chain": 0.1}),
+    "grpo-flow": (GRPO, stochastic, {"lr": 1e-2, "clip_chain": 0.1}),
+    "tpo": (TPO, tokens, {"lr": 3e-2}),
+    "tpo-surrogate": (TPO, flow, {"lr": 2e-2}),
+    "rwfm": (RWFM, flow, {**IMITATION, "alpha": 6.0}),
+    "rwfm-filtered": (RWFM, flow, {**IMITATION, "weight": "filtered"}),
     "fpo-cfm": (FPOCFM, flow, {"lr": 2e-2}),
     "reinflow": (ReinFlow, stochastic, {"lr": 1e-2, "noise_least": 0.1, "noise_most": 0.3}),
     "flow-sde": (FlowSDE, stochastic, {"lr": 1e-2}),
@@ -59,7 +79,9 @@ def test_it_learns(case):
     for shuffled in (False, True):
         policy = make(0)
         assert rate(policy) < 0.4
-        algorithm = cls(cls.Settings(**SMALL, **changes), policy, BUDGET, 0)
+        known = {field.name for field in dataclasses.fields(cls.Settings)}
+        small = {name: value for name, value in SMALL.items() if name in known}
+        algorithm = cls(cls.Settings(**small, **changes), policy, BUDGET, 0)
         reached[shuffled] = train(algorithm, policy, ROUNDS, shuffled=shuffled)
-    assert reached[False] >= 0.95, reached
+    assert reached[False] >= LEVEL.get(case, 0.95), reached
     assert reached[True] < 0.8

@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 import torch
 from toy import TASK, ToyFlow
+from vlarl_bench.algorithms.pi0_fast import Pi0Fast
 from vlarl_bench.algorithms.sft import SFT, SFTSettings, chunks
 
+from vlarl_bench import registry
 from vlarl_bench.config import BUDGETS
+from vlarl_bench.errors import BenchError
 from vlarl_bench.suite import Demonstration, Observation
 
 
@@ -36,6 +39,15 @@ def test_the_gradient_steps_are_those_of_the_budget_and_the_rate_never_turns_neg
         algorithm.update(policy, demonstrations())
     assert len(rates) == steps
     assert rates == pytest.approx([1e-3 * (1 - i / steps) for i in range(steps)])
+
+
+def test_pi0_fast_is_sft_on_the_policies_whose_tokens_are_fasts():
+    for name in registry.names("policy"):
+        policy = registry.get("policy", name)
+        assert registry.runs_on("pi0-fast", name) == policy.family.endswith("pi0_fast"), name
+    assert set(Pi0Fast.__dict__) & {"update", "state_dict", "load_state_dict", "act", "Settings"} == set()
+    with pytest.raises(BenchError, match=r"'pi0-tiny' lacks fast, .* runs on: pi0-fast-tiny, pi0-fast-tiny-pixels;"):
+        registry.check_compatible("pi0-fast", "pi0-tiny")
 
 
 def test_windows_end_with_the_demonstration():

@@ -209,13 +209,14 @@ TRIES = 3
 
 
 @torch.no_grad()
-def two_stages(policy, episodes, seed, act=None, shuffled=False):
+def two_stages(policy, episodes, seed, act=None, shuffled=False, group=1):
     """A world whose best success rate is 1: two tasks, two stages each. A stage is passed if both numbers of the first
     action are within 0.6 of (side / 2, stage - 1/2); the second action of a chunk is never executed. Three tries for
-    the two stages. `shuffled` deals the outcomes out among the episodes anew: nothing is left to be learned.
+    the two stages. `shuffled` deals the outcomes out among the episodes anew: nothing is left to be learned. Each
+    `group` episodes in a row share their task and initial state.
     """
-    sides = [(-1.0, 1.0)[number % 2] for number in range(episodes)]
-    made = [Episode(Job(SIDES[side], 0, number, number)) for number, side in enumerate(sides)]
+    sides = [(-1.0, 1.0)[number // group % 2] for number in range(episodes)]
+    made = [Episode(Job(SIDES[side], number // group, number, number)) for number, side in enumerate(sides)]
     generators = [torch.Generator().manual_seed(seed * 100_000 + number) for number in range(episodes)]
     stage = [0] * episodes
 
@@ -250,7 +251,7 @@ def two_stages(policy, episodes, seed, act=None, shuffled=False):
 def train(algorithm, policy, rounds, episodes=64, shuffled=False):
     """Success rate of the policy's own samples after so many rounds."""
     for number in range(rounds):
-        algorithm.update(policy, two_stages(policy, episodes, number, algorithm.act, shuffled))
+        algorithm.update(policy, two_stages(policy, episodes, number, algorithm.act, shuffled, algorithm.group))
     return rate(policy)
 
 

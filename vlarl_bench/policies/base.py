@@ -52,7 +52,7 @@ class Policy(nn.Module):
     """`sft`: has `sft_loss`. `denoising`: has `draw_loss`, and either `flow`: has `velocity` and `flow_loss`, or
     `diffusion`: has `denoising_steps` and `denoising_loss`. `likelihood`: has `explore` and `log_prob`, and either
     `tokens`: what it draws are tokens, or `chain`: they are the steps of a denoising chain. `flow` with `likelihood`: a
-    `StochasticFlow`."""
+    `StochasticFlow`. `fast`: its tokens are FAST's."""
     chunk: int
     """H, actions a chunk."""
     action_dim: int

@@ -112,7 +112,7 @@ class Context(Rows):
 class Pi0Fast(Quantiles, TokenPolicy):
     """Scaled-down pi0-FAST. Its weights are random until some are loaded, its tokenizer plain until it is fitted."""
 
-    capabilities: ClassVar[frozenset[str]] = frozenset({"sft", "likelihood", "tokens"})
+    capabilities: ClassVar[frozenset[str]] = frozenset({"sft", "likelihood", "tokens", "fast"})
     spelled: Tensor
     """[V + 1] coefficients that each action token spells."""
 

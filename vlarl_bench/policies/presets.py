@@ -135,14 +135,14 @@ PI0_FAST = "vlarl_bench.policies.pi0_fast"
 PI0_FAST_TINY = PolicySpec(
     name="pi0-fast-tiny",
     summary="pi0-FAST scaled down to 0.7 M parameters: instruction, object poses (privileged state), proprioception",
-    capabilities=frozenset({"sft", "likelihood", "tokens"}),
+    capabilities=frozenset({"sft", "likelihood", "tokens", "fast"}),
     observation="state",
     family=PI0_FAST,
 )
 PI0_FAST_TINY_PIXELS = PolicySpec(
     name="pi0-fast-tiny-pixels",
     summary="pi0-FAST scaled down to 1.2 M parameters: instruction, cameras (64 x 64) and proprioception",
-    capabilities=frozenset({"sft", "likelihood", "tokens"}),
+    capabilities=frozenset({"sft", "likelihood", "tokens", "fast"}),
     observation="pixels",
     image_size=64,
     family=PI0_FAST,

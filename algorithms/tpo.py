@@ -1,0 +1,198 @@
+"""TPO: trajectory-wise preference optimisation, as GRAPE does it (Zhang et al., 2024, arXiv 2411.19309).
+
+Direct preference optimisation on whole episodes: of two that share task and initial state, the one that succeeded is to
+become likelier than the one that failed, relative to the base policy. Token policies name an episode's log-probability.
+Flow and diffusion policies don't: there minus half of the squared denoising error at stored draws stands in for it, as
+in Diffusion-DPO (Wallace et al., 2024, eq. 14). That is a surrogate, and metrics call it so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vlarl_bench.algorithm import Algorithm
+from vlarl_bench.decisions import decisions
+from vlarl_bench.errors import BenchError
+from vlarl_bench.lazy import lazy_import
+from vlarl_bench.policy_gradient import mixed, only_actor_learns
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from vlarl_bench.config import Budget
+    from vlarl_bench.decisions import Decisions
+    from vlarl_bench.policies.base import DenoisingPolicy, LikelihoodPolicy, Sample
+    from vlarl_bench.rollout import Rollout
+else:
+    torch = lazy_import("torch")
+
+
+@dataclass(frozen=True)
+class TPOSettings:
+    """Settings; where GRAPE's value differs, it is named."""
+
+    lr: float = 1e-4
+    """Actor learning rate (Adam); GRAPE 2e-5 with LoRA on 7.5 B parameters."""
+    epochs: int = 4
+    """Passes over an iteration's groups; a gradient step takes all pairs of one group."""
+    beta: float = 0.1
+    """How much a nat of an episode's log-ratio counts (GRAPE); small values let the policy go far from the base."""
+    group_size: int = 8
+    """Episodes from each initial state; each success is paired with each failure."""
+    temperature: float = 1.0
+    """Softmax temperature of token policies while collecting, and in the likelihood."""
+    draws: int = 4
+    """Stored (t, noise) pairs a decision, for the surrogate of flow and diffusion policies."""
+    grad_norm: float = 1.0
+    """Largest gradient norm; longer gradients are scaled down to it."""
+
+    def check(self) -> None:
+        """Raises BenchError on a value out of range."""
+        for name in ("lr", "beta", "temperature", "grad_norm"):
+            if getattr(self, name) <= 0:
+                raise BenchError(f"algo.{name}: {getattr(self, name)}; it must be above 0")
+        for name in ("epochs", "draws"):
+            if getattr(self, name) < 1:
+                raise BenchError(f"algo.{name}: {getattr(self, name)}; it must be at least 1")
+        if self.group_size < 2:
+            raise BenchError(f"algo.group_size: {self.group_size}; it must be at least 2, or there are no pairs")
+
+
+def preference_loss(won: Tensor, lost: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """Scalar loss from log-ratios to the reference of S successes [S] and F failures [F]: the mean over all pairs of
+    -log sigmoid(beta (won - lost)). Also the margins [S, F], beta (won - lost)."""
+    margin = beta * (won[:, None] - lost[None])
+    return -torch.nn.functional.logsigmoid(margin).mean(), margin
+
+
+class TPO(Algorithm):
+    """Preferences between whole episodes from one initial state; the reference is the base policy."""
+
+    name = "tpo"
+    summary = "Trajectory-wise preference optimisation (GRAPE): DPO on episodes that share task and initial state"
+    requires = frozenset({"likelihood"})
+    learns_from = "rollouts"
+    Settings = TPOSettings
+
+    def __init__(self, settings: TPOSettings, policy: Any, budget: Budget, seed: int) -> None:
+        self.settings, self.group = settings, settings.group_size
+        self.tokens = "tokens" in policy.capabilities
+        if not self.tokens and "denoising" not in policy.capabilities:
+            raise BenchError(f"policy: {policy.config['policy']!r} has neither tokens nor a denoising loss")
+        self.generator = torch.Generator().manual_seed(seed)
+        self.actor = only_actor_learns(policy)
+        self.reference = [parameter.detach().clone() for parameter in self.actor]
+        self.optimizer = torch.optim.Adam(self.actor, lr=settings.lr)
+
+    def act(self, policy: LikelihoodPolicy, context: Any, generators: Sequence[torch.Generator] | None) -> Sample:
+        """Draws tokens at the collecting temperature and keeps them; the policy's own sampling where there are none."""
+        if not self.tokens:
+            return policy.sample(context, generators)
+        assert generators is not None
+        return policy.explore(context, generators, self.settings.temperature)
+
+    def update(self, policy: Any, rollout: Rollout) -> dict[str, float]:
+        """Gradient steps on the pairs of each group that has any; none, and nothing is done."""
+        s = self.settings
+        taken = decisions(policy, rollout)
+        outcome, start = taken.reward[taken.ended], taken.start[taken.ended]
+        groups = start[mixed(outcome, start)].unique()
+        metrics = {"groups_used": len(groups) / len(start.unique())}
+        if not len(groups):
+            return metrics
+        score = self._likelihood(policy, taken) if self.tokens else self._surrogate(policy, taken)
+        rows = {int(group): (taken.start == group).nonzero()[:, 0] for group in groups}
+        if not self.tokens:
+            with torch.no_grad():
+                numbers = torch.cat([taken.mask[i].sum(1) * policy.action_dim for i in rows.values()])
+                metrics["cfm_loss"] = float((-2 * torch.cat([score(i) for i in rows.values()]) / numbers).mean())
+        with self._at_reference(), torch.no_grad():
+            reference = {group: score(i) for group, i in rows.items()}
+        seen: dict[str, list[float]] = {"loss": [], "preferred": [], "won": [], "lost": []}
+        for _ in range(s.epochs):
+            for group in groups[torch.randperm(len(groups), generator=self.generator)].tolist():
+                i = rows[group]
+                ratio = torch.zeros(len(outcome)).index_add(0, taken.episode[i], score(i) - reference[group])
+                won, lost = (ratio[(start == group) & (outcome == value)] for value in (1, 0))
+                loss, margin = preference_loss(won, lost, s.beta)
+                self._step(loss)
+                seen["loss"].append(loss.item())
+                seen["preferred"].append((margin > 0).float().mean().item())
+                seen["won"].append(won.mean().item())
+                seen["lost"].append(lost.mean().item())
+        mean = {name: float(np.mean(values)) for name, values in seen.items()}
+        kind = "tpo" if self.tokens else "tpo_surrogate"
+        return metrics | {
+            f"{kind}_loss": mean["loss"],
+            "preference_accuracy": mean["preferred"],
+            f"{kind}_log_ratio_won": mean["won"],
+            f"{kind}_log_ratio_lost": mean["lost"],
+        }
+
+    def _likelihood(self, policy: LikelihoodPolicy, taken: Decisions) -> Callable[[Tensor], Tensor]:
+        """[B] log-probability of the executed chunks of the decisions i [B]: the sum over their tokens."""
+        trace = taken.trace
+        assert trace is not None
+
+        def score(i: Tensor) -> Tensor:
+            found = policy.log_prob(taken.view(i), trace[i], taken.mask[i], self.settings.temperature)
+            return found.logp.flatten(1).sum(1)
+
+        return score
+
+    def _surrogate(self, policy: DenoisingPolicy, taken: Decisions) -> Callable[[Tensor], Tensor]:
+        """[B] minus half of the squared denoising error of the executed chunks i [B], summed over their numbers and
+        averaged over draws that stay the same: up to a constant the log-density of what the network is asked to predict
+        under a Gaussian of deviation 1."""
+        n, k = len(taken), self.settings.draws
+        t = torch.rand(n, k, generator=self.generator)
+        noise = torch.randn(n, k, *taken.latent.shape[1:], generator=self.generator)
+
+        def score(i: Tensor) -> Tensor:
+            error = policy.draw_loss(taken.view(i), taken.latent[i], t[i], noise[i])[..., : policy.action_dim]
+            return -0.5 * (error * taken.mask[i][:, None, :, None]).sum((2, 3)).mean(1)
+
+        return score
+
+    @contextmanager
+    def _at_reference(self) -> Iterator[None]:
+        """Lends the actor the base policy's weights."""
+        now = [parameter.detach().clone() for parameter in self.actor]
+        try:
+            self._put(self.reference)
+            yield
+        finally:
+            self._put(now)
+
+    def _put(self, weights: Sequence[Tensor]) -> None:
+        with torch.no_grad():
+            for parameter, weight in zip(self.actor, weights, strict=True):
+                parameter.copy_(weight)
+
+    def _step(self, loss: Tensor) -> None:
+        self.optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.actor, self.settings.grad_norm)
+        if not norm.isfinite():
+            raise BenchError(f"gradient: {norm.item()}; the policy has gone too far: lower algo.lr or raise algo.beta")
+        self.optimizer.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Reference, optimiser and generator."""
+        return {
+            "reference": [weight.clone() for weight in self.reference],
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues where `state_dict` was taken."""
+        self.reference = [weight.clone() for weight in state["reference"]]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
