@@ -89,7 +89,12 @@ def standardise(advantage: torch.Tensor, task: torch.Tensor, floor: float = 0.05
 
 
 def only_actor_learns(policy: Policy) -> list[torch.nn.Parameter]:
-    """The actor's parameters, and no other of the policy's requires a gradient any more."""
+    """The actor's parameters, and no other of the policy's requires a gradient any more.
+
+    Raises BenchError for a policy that came with its noise steered: what it steers is not to change under it.
+    """
+    if policy.steered:
+        raise BenchError("base: a steered policy, whose weights stay as they are; start from what it steers")
     for parameter in policy.parameters():
         parameter.requires_grad_(False)
     actor = policy.actor_parameters()
