@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from vlarl_bench.config import Budget
     from vlarl_bench.decisions import Decisions
-    from vlarl_bench.policies.base import FlowPolicy, Sample
+    from vlarl_bench.policies.base import DenoisingPolicy, FlowPolicy, Sample
     from vlarl_bench.rollout import Rollout
 else:
     torch = lazy_import("torch")
@@ -127,13 +127,13 @@ class FPOSettings:
             raise BenchError(f"algo.clip_eps: {self.clip_eps}; it must be in [0, 1), 0 turns clipping off")
 
 
-def chunk_loss(policy: FlowPolicy, context: Any, latent: Tensor, mask: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+def chunk_loss(policy: DenoisingPolicy, context: Any, latent: Tensor, mask: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     """[B, K] CFM losses: squared error averaged over the executed steps (mask [B, H]) and all action dimensions.
 
     A sum, or a mean that counts padding or steps that were never executed, scales the ratio away from 1 (methods of
     McAllister et al. and their replications fail on this).
     """
-    error = policy.flow_loss(context, latent, t, noise)
+    error = policy.draw_loss(context, latent, t, noise)
     return (error * mask[:, None, :, None]).sum((2, 3)) / (mask.sum(1, keepdim=True) * error.shape[-1])
 
 
@@ -175,13 +175,20 @@ class FPO(Algorithm):
 
     name = "fpo"
     summary = "Flow policy optimisation (Lyu et al.): PPO on CFM-loss ratios, Q-ensemble, latent exploration"
-    requires = frozenset({"flow"})
+    requires = frozenset({"denoising"})
     learns_from = "rollouts"
     Settings = FPOSettings
 
-    def __init__(self, settings: FPOSettings, policy: FlowPolicy, budget: Budget, seed: int) -> None:
+    def __init__(self, settings: FPOSettings, policy: DenoisingPolicy, budget: Budget, seed: int) -> None:
+        """Raises BenchError if the settings need a velocity and the policy has none."""
         from vlarl_bench.critics import QEnsemble
 
+        needs_velocity = {"explore_steps": settings.explore_steps > 1, "ratio": settings.ratio == "none"}
+        for name, needed in needs_velocity.items():
+            if needed and "flow" not in policy.capabilities:
+                raise BenchError(
+                    f"algo.{name}: {getattr(settings, name)!r}; it follows a velocity, which only flow policies have"
+                )
         self.settings = settings
         self.iterations, self.updates = budget.iterations, 0
         self.generator = torch.Generator().manual_seed(seed)
@@ -194,20 +201,20 @@ class FPO(Algorithm):
         self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=settings.critic_lr)
         self.replay: list[dict[str, Tensor]] = []
 
-    def act(self, policy: FlowPolicy, context: Any, generators: Sequence[torch.Generator] | None) -> Sample:
+    def act(self, policy: DenoisingPolicy, context: Any, generators: Sequence[torch.Generator] | None) -> Sample:
         """Samples a chunk and refines it K - 1 times (eq. 7): x <- x + eta v, in pi0's sign x <- x - eta v."""
         from vlarl_bench.policies.base import Sample
 
         sample = policy.sample(context, generators)
         if self.settings.explore_steps == 1:
             return sample
-        x = sample.latent
+        x, flow = sample.latent, cast("FlowPolicy", policy)
         t = torch.full((len(x), 1), self.settings.explore_time)
         for _ in range(self.settings.explore_steps - 1):
-            x = x - self.settings.explore_size * policy.velocity(context, x[:, None], t)[:, 0]
+            x = x - self.settings.explore_size * flow.velocity(context, x[:, None], t)[:, 0]
         return Sample(actions=policy.unnormalise(x), latent=x)
 
-    def update(self, policy: FlowPolicy, rollout: Rollout) -> dict[str, float]:
+    def update(self, policy: DenoisingPolicy, rollout: Rollout) -> dict[str, float]:
         """Critic steps on the replay window, then clipped actor epochs on this rollout."""
         s = self.settings
         left = 1 - self.updates / self.iterations if s.anneal_lr else 1.0
@@ -228,10 +235,10 @@ class FPO(Algorithm):
         # Floored: near 100 % (or 0 %) success the spread is noise, and dividing by it would amplify that noise.
         advantage = (advantage - advantage.mean()) / advantage.std().clamp_min(0.05)
         if s.ratio == "none":
-            return metrics | self._ascend_critic(policy, taken, data)
+            return metrics | self._ascend_critic(cast("FlowPolicy", policy), taken, data)
         return metrics | self._ascend_surrogate(policy, taken, advantage)
 
-    def _data(self, policy: FlowPolicy, taken: Decisions) -> dict[str, Tensor]:
+    def _data(self, policy: DenoisingPolicy, taken: Decisions) -> dict[str, Tensor]:
         """What the critics need of each decision; `fresh` chunks are the present policy's own."""
         s = self.settings
         with torch.no_grad():
@@ -304,7 +311,7 @@ class FPO(Algorithm):
         )
         return torch.from_numpy(advantages.astype(np.float32))
 
-    def _ascend_surrogate(self, policy: FlowPolicy, taken: Decisions, advantage: Tensor) -> dict[str, float]:
+    def _ascend_surrogate(self, policy: DenoisingPolicy, taken: Decisions, advantage: Tensor) -> dict[str, float]:
         """Eq. 4 over stored (tau, eps): the same draws score the old and the new policy, in every epoch."""
         s = self.settings
         latent, mask, n = taken.latent, taken.mask, len(taken)

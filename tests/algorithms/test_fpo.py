@@ -298,13 +298,13 @@ def test_the_learning_rate_falls_to_zero_over_the_run_also_across_a_resume():
 @pytest.mark.parametrize("low", [0.0, 0.2, 0.6])
 def test_no_tau_below_the_smallest(low):
     policy, seen = ToyFlow(1), []
-    inner = policy.flow_loss
+    inner = policy.draw_loss
 
     def watched(context, latent, t, noise):
         seen.append(t)
         return inner(context, latent, t, noise)
 
-    policy.flow_loss = watched
+    policy.draw_loss = watched
     FPO(settings(tau_min=low, draws=16), policy, BUDGET, 0).update(policy, rollout(policy, wants, 64, 0))
     drawn = torch.cat([t.flatten() for t in seen])
     assert low <= float(drawn.min()) < low + 0.05

@@ -32,7 +32,7 @@ class ToyContext:
 class ToyFlow(FlowPolicy, NoisePolicy):
     """velocity = x W + t u + b + proprio V, on H = 2 steps of A = 2 actions."""
 
-    capabilities = frozenset({"flow", "sft", "noise"})
+    capabilities = frozenset({"denoising", "flow", "sft", "noise"})
     chunk, action_dim = 2, 2
 
     def __init__(self, seed=0, dtype=torch.float32, inputs=1):

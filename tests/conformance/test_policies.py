@@ -20,6 +20,7 @@ from .narrow import SAME
 POLICIES = registry.names("policy")
 METHODS = {
     "sft": ("sft_loss",),
+    "denoising": ("draw_loss",),
     "flow": ("velocity", "flow_loss"),
     "likelihood": ("explore", "log_prob"),
     "diffusion": ("denoising_loss",),

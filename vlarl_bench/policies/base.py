@@ -27,7 +27,7 @@ class Sample:
     actions: Tensor
     """[B, H, A] in environment units."""
     latent: Tensor
-    """[B, H, A] normalised: what `flow_loss` scores."""
+    """[B, H, A] normalised: what `draw_loss` scores."""
     trace: Tensor | None = None
     """[B, ...] everything that was drawn on the way, which is what `log_prob` scores; None where nothing scores it."""
     invalid: Tensor | None = None
@@ -51,10 +51,10 @@ class Policy(nn.Module):
     """A policy with weights. Evaluation and every algorithm go through these methods only."""
 
     capabilities: ClassVar[frozenset[str]]
-    """`sft`: has `sft_loss`. `flow`: has `velocity` and `flow_loss`. `likelihood`: has `explore` and `log_prob`, and
-    either `tokens`: what it draws are tokens, or `chain`: they are the steps of a denoising chain. `diffusion`: has
-    `denoising_steps` and `denoising_loss`. `flow` with `likelihood`: a `StochasticFlow`. `noise`: has `decode`, and
-    may be steered."""
+    """`sft`: has `sft_loss`. `denoising`: has `draw_loss`, and either `flow`: has `velocity` and `flow_loss`, or
+    `diffusion`: has `denoising_steps` and `denoising_loss`. `likelihood`: has `explore` and `log_prob`, and either
+    `tokens`: what it draws are tokens, or `chain`: they are the steps of a denoising chain. `flow` with `likelihood`: a
+    `StochasticFlow`. `noise`: has `decode`, and may be steered."""
     chunk: int
     """H, actions a chunk."""
     action_dim: int
@@ -156,7 +156,17 @@ class NoisePolicy(Policy):
         return self.decode(context, self.start(context, generators))
 
 
-class FlowPolicy(Policy):
+class DenoisingPolicy(Policy):
+    """A policy that learns to take noise off a chunk, by flow matching or by diffusion."""
+
+    @abstractmethod
+    def draw_loss(self, context: Any, latent: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """[B, K, H, A] squared errors of what the network is trained to predict, at stored draws: times t [B, K] in
+        [0, 1], where 1 is all noise, and noises [B, K, H, A]; latent is [B, H, A]. No reduction: the caller decides
+        which elements count."""
+
+
+class FlowPolicy(DenoisingPolicy):
     """A policy that decodes by integrating a velocity field, pi0's convention:
     x_t = t noise + (1 - t) latent, velocity target = noise - latent, t = 1 is noise (Black et al., 2024, eq. 1-2)."""
 
@@ -170,6 +180,9 @@ class FlowPolicy(Policy):
         target = noise - latent[:, None]
         x = latent[:, None] + t[..., None, None] * target
         return (self.velocity(context, x, t) - target) ** 2
+
+    def draw_loss(self, context: Any, latent: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        return self.flow_loss(context, latent, t, noise)
 
 
 class LikelihoodPolicy(Policy):
@@ -188,7 +201,7 @@ class LikelihoodPolicy(Policy):
         that were executed."""
 
 
-class DiffusionPolicy(LikelihoodPolicy, NoisePolicy):
+class DiffusionPolicy(DenoisingPolicy, LikelihoodPolicy, NoisePolicy):
     """A policy that decodes by removing noise step by step (Ho et al., 2020, eq. 4, 11 and 14). Steps count down from
     `denoising_steps` - 1 to 0; at step t a chunk is x_t = sqrt(a_t) latent + sqrt(1 - a_t) noise, with a_t the share
     of the signal's variance that the schedule has left, and the network predicts the noise. S = `denoising_steps`,

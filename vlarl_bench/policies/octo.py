@@ -76,7 +76,9 @@ class Context(Rows):
 class Octo(Standardised, DiffusionPolicy):
     """Octo behind the diffusion seam. Its weights are random until some are loaded."""
 
-    capabilities: ClassVar[frozenset[str]] = frozenset({"sft", "likelihood", "chain", "diffusion", "noise"})
+    capabilities: ClassVar[frozenset[str]] = frozenset(
+        {"sft", "likelihood", "chain", "denoising", "diffusion", "noise"}
+    )
     sft_draws: ClassVar[int] = 4
     """Draws of (t, noise) an observation in `sft_loss`: the transformer runs once, so more draws are cheap."""
 
@@ -273,6 +275,16 @@ class Octo(Standardised, DiffusionPolicy):
         kept = self.kept[t][..., None, None]
         return (self.predict(context, kept.sqrt() * clean + (1 - kept).sqrt() * noise, t) - noise) ** 2
 
+    def draw_loss(self, context: Context, latent: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """[B, K, H, A] errors of what the head predicts, at step floor(t `denoising_steps`)."""
+        step = (t * self.denoising_steps).long().clamp_max(self.denoising_steps - 1)
+        return self._head_loss(context, latent, step, noise)
+
+    def _head_loss(self, context: Context, latent: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """[B, K, H, A] `denoising_loss`, of the velocity where the head predicts that."""
+        errors = self.denoising_loss(context, latent, t, noise)
+        return errors / self.kept[t][..., None, None] if self.architecture.predicts == "velocity" else errors
+
     def sft_loss(self, context: Context, actions: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
         """Mean over real steps of the error of what the head predicts, at uniform steps (Ho et al., 2020, eq. 14).
 
@@ -282,10 +294,7 @@ class Octo(Standardised, DiffusionPolicy):
         shape = (len(latent), self.sft_draws)
         t = torch.randint(self.denoising_steps, shape, generator=generator, device=generator.device).to(latent.device)
         noise = torch.randn(*shape, *latent.shape[1:], generator=generator, device=generator.device).to(latent)
-        errors = self.denoising_loss(context, latent, t, noise)
-        if self.architecture.predicts == "velocity":
-            errors = errors / self.kept[t][..., None, None]
-        errors = errors.mean((1, 3))
+        errors = self._head_loss(context, latent, t, noise).mean((1, 3))
         return (errors * mask).sum() / mask.sum()
 
     def actor_parameters(self) -> list[nn.Parameter]:

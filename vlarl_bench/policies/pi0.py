@@ -100,7 +100,7 @@ class Frame:
 class Pi0(Standardised, StochasticFlow, NoisePolicy):
     """Scaled-down pi0 behind the flow and likelihood seams. Its weights are random until some are loaded."""
 
-    capabilities: ClassVar[frozenset[str]] = frozenset({"sft", "flow", "likelihood", "chain", "noise"})
+    capabilities: ClassVar[frozenset[str]] = frozenset({"sft", "denoising", "flow", "likelihood", "chain", "noise"})
     sft_draws: ClassVar[int] = 4
     """Draws of (t, noise) an observation in `sft_loss`: the prefix is encoded once, so more draws are cheap."""
 
