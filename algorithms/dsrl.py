@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 else:
     torch = lazy_import("torch")
 
+LEARNERS = ("optimizer", "critic", "target", "critic_optimizer", "temperature_optimizer")
+
 
 @dataclass(frozen=True)
 class DSRLSettings:
@@ -147,9 +149,7 @@ class DSRL(Algorithm):
         value = self.critic(batch["features"], action).amin(0)
         actor_loss = (temperature * logp - value).mean()
         self._descend(self.optimizer, actor_loss)
-        with torch.no_grad():
-            for slow, fast in zip(self.target.parameters(), self.critic.parameters(), strict=True):
-                slow.lerp_(fast, s.polyak)
+        self.target.follow(self.critic, s.polyak)
         return {
             "critic_loss": critic_loss.item(),
             "actor_loss": actor_loss.item(),
@@ -196,24 +196,17 @@ class DSRL(Algorithm):
     def state_dict(self) -> dict[str, Any]:
         """Optimisers, critics, temperature, replay and generator; the actor is a part of the policy."""
         return {
-            "optimizer": self.optimizer.state_dict(),
-            "critic": self.critic.state_dict(),
-            "target": self.target.state_dict(),
-            "critic_optimizer": self.critic_optimizer.state_dict(),
+            **{name: getattr(self, name).state_dict() for name in LEARNERS},
             "log_temperature": self.log_temperature.detach().clone(),
-            "temperature_optimizer": self.temperature_optimizer.state_dict(),
             "replay": dict(self.replay),
             "generator": self.generator.get_state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues where `state_dict` was taken."""
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.critic.load_state_dict(state["critic"])
-        self.target.load_state_dict(state["target"])
-        self.critic_optimizer.load_state_dict(state["critic_optimizer"])
+        for name in LEARNERS:
+            getattr(self, name).load_state_dict(state[name])
         with torch.no_grad():
             self.log_temperature.copy_(state["log_temperature"])
-        self.temperature_optimizer.load_state_dict(state["temperature_optimizer"])
         self.replay = dict(state["replay"])
         self.generator.set_state(state["generator"])
