@@ -176,8 +176,7 @@ class FPO(Algorithm):
             if not fits and "flow" not in policy.capabilities:
                 value = getattr(settings, name)
                 raise BenchError(f"algo.{name}: {value!r}; it follows a velocity, which only flow policies have")
-        self.settings = settings
-        self.iterations, self.updates = budget.iterations, 0
+        self.settings, self.iterations, self.updates = settings, budget.iterations, 0
         self.generator = torch.Generator().manual_seed(seed)
         self.actor = only_actor_learns(policy)
         self.optimizer = torch.optim.Adam(self.actor, lr=settings.lr)
@@ -278,8 +277,9 @@ class FPO(Algorithm):
         with torch.no_grad():
             values = self.critic(data["features"], data["value_chunk"]).amin(0)
             next_values = self.critic(data["next_features"], data["next_value_chunk"]).amin(0)
-        known = (data["reward"], values, next_values, data["terminated"], data["ended"])
-        found = gae(*(x.numpy() for x in known), self.settings.gamma, self.settings.gae_lambda)
+        reward, terminated, ended = (data[key].numpy() for key in ("reward", "terminated", "ended"))
+        s = self.settings
+        found = gae(reward, values.numpy(), next_values.numpy(), terminated, ended, s.gamma, s.gae_lambda)
         return torch.from_numpy(found.astype(np.float32))
 
     def _ascend_surrogate(self, policy: DenoisingPolicy, taken: Decisions, advantage: Tensor) -> dict[str, float]:

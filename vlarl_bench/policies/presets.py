@@ -6,13 +6,13 @@ import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, cast
 
 from ..errors import BenchError
 
 if TYPE_CHECKING:
     from ..suite import Embodiment
-    from .base import Policy
+    from .base import NoisePolicy, Policy
 
 PRIORS = Path(__file__).parent / "priors"
 """The shipped weights, `<policy>/<benchmark>/`."""
@@ -58,7 +58,7 @@ class PolicySpec:
             raise BenchError(f"policy: {folder} holds {config.get('policy')!r}, not {self.name!r}")
         policy: Policy = importlib.import_module(self.family).restore(config)
         if "steering" in config:
-            steer(policy, config["steering"])
+            steer(cast("NoisePolicy", policy), config["steering"])
         load_weights(policy, tensors, folder)
         return policy
 
