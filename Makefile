@@ -7,7 +7,7 @@ STAMP := $(VENV)/.setup-done
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint type bench bench-sim bench-policies clean
+.PHONY: help setup demo test lint type bench bench-sim bench-policies bench-updates clean
 
 help: ## show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ bench-sim: $(STAMP) ## speed of LIBERO and ALOHA against the stock environments 
 
 bench-policies: $(STAMP) ## speed of the policies, and of pi0 against transformers' own sampler
 	$(BIN)/python -m pytest tests/benchmarks/test_policy_speed.py --benchmark-only --benchmark-columns=min,median,rounds -s
+
+bench-updates: $(STAMP) ## cost of each method's update, and of FPO's draws with and without a shared prefix
+	$(BIN)/python -m pytest tests/benchmarks/test_update_speed.py --benchmark-only --benchmark-columns=min,rounds -s
 
 clean: ## remove .venv and caches (runs, demonstrations and results stay)
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis

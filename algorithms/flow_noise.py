@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from vlarl_bench.algorithm import Algorithm
@@ -96,6 +97,7 @@ class FlowNoise(Algorithm):
     requires = frozenset({"flow", "likelihood"})
     learns_from = "rollouts"
     Settings = FlowNoiseSettings
+    search = MappingProxyType({"lr": (3e-6, 1e-5, 3e-5), "clip_eps": (0.1, 0.2, 0.3), "epochs": (2, 4, 8)})
 
     def __init__(self, settings: FlowNoiseSettings, policy: StochasticFlow, budget: Budget, seed: int) -> None:
         from vlarl_bench.policies.noise import LearnedNoise

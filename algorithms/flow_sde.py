@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from vlarl_bench.algorithm import Algorithm
@@ -86,6 +87,7 @@ class FlowSDE(Algorithm):
     requires = frozenset({"flow", "likelihood"})
     learns_from = "rollouts"
     Settings = FlowSDESettings
+    search = MappingProxyType({"lr": (3e-6, 1e-5, 3e-5), "noise": (0.3, 0.5, 0.8), "epochs": (2, 4, 8)})
 
     def __init__(self, settings: FlowSDESettings, policy: StochasticFlow, budget: Budget, seed: int) -> None:
         self.settings = settings

@@ -10,7 +10,9 @@ works here and why. Equations are numbered as in the paper.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 else:
     torch = lazy_import("torch")
 
+LEARNERS = ("optimizer", "critic", "target", "critic_optimizer")
+
 
 @dataclass(frozen=True)
 class FPOSettings:
@@ -42,8 +46,7 @@ class FPOSettings:
     lr: float = 1e-4
     """Actor learning rate (Adam) of the first iteration."""
     anneal_lr: bool = True
-    """Whether the learning rate falls linearly towards 0 over the budget's iterations, so that the last updates settle
-    what the first ones found."""
+    """Whether the learning rate falls linearly towards 0 over the budget's iterations: the last updates then settle."""
     epochs: int = 4
     """Passes over an iteration's decisions."""
     minibatch: int = 128
@@ -51,9 +54,8 @@ class FPOSettings:
     draws: int = 4
     """Stored (tau, eps) pairs a decision."""
     tau_min: float = 0.2
-    """Smallest tau drawn (1 = noise); the paper draws from all of [0, 1]. Near 0 the noised chunk is the chunk itself
-    and the loss only asks for eps, which nothing can know: draws there are most of the gradient's noise, and a decoder
-    of n Euler steps never looks below 1/n."""
+    """Smallest tau drawn (1 = noise); the paper draws from all of [0, 1]. Near 0 the loss asks for an eps that nothing
+    can know, which is most of the gradient's noise, and a decoder of n Euler steps never looks below 1/n."""
     clip_eps: float = 0.05
     """Clip range e of eq. 4; 0 turns clipping off (ablation)."""
     ratio: Literal["difference", "scaled", "standardised", "none"] = "difference"
@@ -73,8 +75,7 @@ class FPOSettings:
     gae_lambda: float = 0.3
     """Lambda of the advantage estimator."""
     advantage_centre: Literal["task", "batch"] = "task"
-    """What the mean advantage is taken over before standardising: each task, or the whole batch, in which a hard task
-    is nothing but bad examples and is unlearned."""
+    """What the mean advantage is taken over: each task, or the batch, where a hard task is nothing but bad examples."""
     critics: int = 2
     """Members of the Q-ensemble (eq. 5-6); 1 is the paper's single-critic ablation."""
     critic_lr: float = 1e-3
@@ -104,37 +105,27 @@ class FPOSettings:
 
     def check(self) -> None:
         """Raises BenchError on a value out of range."""
-        for name in ("lr", "beta", "std_floor", "critic_lr", "explore_size"):
-            if getattr(self, name) <= 0:
-                raise BenchError(f"algo.{name}: {getattr(self, name)}; it must be above 0")
         counts = ("epochs", "minibatch", "draws", "critics", "critic_batch", "critic_width", "window", "explore_steps")
-        for name in counts:
-            if getattr(self, name) < 1:
-                raise BenchError(f"algo.{name}: {getattr(self, name)}; it must be at least 1")
-        for name in ("critic_steps", "drift_penalty"):
-            if getattr(self, name) < 0:
-                raise BenchError(f"algo.{name}: {getattr(self, name)}; it must be at least 0")
-        for name in ("gamma", "gae_lambda", "polyak", "explore_time"):
-            if not 0 < getattr(self, name) <= 1:
-                raise BenchError(f"algo.{name}: {getattr(self, name)}; it must be in (0, 1]")
+        for names, fits, right in (
+            (("lr", "beta", "std_floor", "critic_lr", "explore_size"), lambda x: x > 0, "above 0"),
+            (counts, lambda x: x >= 1, "at least 1"),
+            (("critic_steps", "drift_penalty"), lambda x: x >= 0, "at least 0"),
+            (("gamma", "gae_lambda", "polyak", "explore_time"), lambda x: 0 < x <= 1, "in (0, 1]"),
+            (("tau_min",), lambda x: 0 <= x < 1, "in [0, 1)"),
+            (("clip_eps",), lambda x: 0 <= x < 1, "in [0, 1), 0 turns clipping off"),
+        ):
+            for name in names:
+                if not fits(getattr(self, name)):
+                    raise BenchError(f"algo.{name}: {getattr(self, name)}; it must be {right}")
         if self.bootstrap_time_limit and self.critic_target == "return":
-            raise BenchError(
-                "algo.bootstrap_time_limit: True; with algo.critic_target 'return' running out of time is learned as a "
-                "failure; take 'td'"
-            )
-        if not 0 <= self.tau_min < 1:
-            raise BenchError(f"algo.tau_min: {self.tau_min}; it must be in [0, 1)")
-        if not 0 <= self.clip_eps < 1:
-            raise BenchError(f"algo.clip_eps: {self.clip_eps}; it must be in [0, 1), 0 turns clipping off")
+            raise BenchError("algo.bootstrap_time_limit: True; it must go with algo.critic_target 'td'")
 
 
 def chunk_loss(policy: DenoisingPolicy, context: Any, latent: Tensor, mask: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     """[B, K] CFM losses: squared error averaged over the executed steps (mask [B, H]) and all action dimensions,
     without the numbers that only pad a latent.
 
-    A sum, or a mean that counts padding or steps that were never executed, scales the ratio away from 1 (methods of
-    McAllister et al. and their replications fail on this).
-    """
+    A sum, or a mean that counts steps that were never executed, scales the ratio away from 1."""
     error = policy.draw_loss(context, latent, t, noise)[..., : policy.action_dim]
     return (error * mask[:, None, :, None]).sum((2, 3)) / (mask.sum(1, keepdim=True) * error.shape[-1])
 
@@ -142,11 +133,9 @@ def chunk_loss(policy: DenoisingPolicy, context: Any, latent: Tensor, mask: Tens
 def cfm_ratio(difference: Tensor, settings: FPOSettings) -> Tensor:
     """rho of eq. 3 from dl = old loss - new loss, any shape; statistics are over all elements and not differentiated.
 
-    The exponent is clamped to [-3, 3] so that one wild draw cannot overflow.
-    """
-    if settings.ratio == "difference":
-        exponent = difference
-    else:
+    The exponent is clamped to [-3, 3] so that one wild draw cannot overflow."""
+    exponent = difference
+    if settings.ratio != "difference":
         centre = difference.mean().detach() if settings.ratio == "standardised" else 0.0
         exponent = (difference - centre) / difference.std(unbiased=False).detach().clamp_min(settings.std_floor)
     return torch.exp((settings.beta * exponent).clamp(-3.0, 3.0))
@@ -186,28 +175,22 @@ class FPO(Algorithm):
         """Raises BenchError if the settings need a velocity and the policy has none."""
         from vlarl_bench.critics import QEnsemble
 
-        needs_velocity = {"explore_steps": settings.explore_steps > 1, "ratio": settings.ratio == "none"}
-        for name, needed in needs_velocity.items():
-            if needed and "flow" not in policy.capabilities:
-                raise BenchError(
-                    f"algo.{name}: {getattr(settings, name)!r}; it follows a velocity, which only flow policies have"
-                )
-        self.settings = settings
-        self.iterations, self.updates = budget.iterations, 0
+        for name, fits in (("explore_steps", settings.explore_steps == 1), ("ratio", settings.ratio != "none")):
+            if not fits and "flow" not in policy.capabilities:
+                value = getattr(settings, name)
+                raise BenchError(f"algo.{name}: {value!r}; it follows a velocity, which only flow policies have")
+        self.settings, self.iterations, self.updates = settings, budget.iterations, 0
         self.generator = torch.Generator().manual_seed(seed)
         self.actor = only_actor_learns(policy)
         self.optimizer = torch.optim.Adam(self.actor, lr=settings.lr)
-        shape = (policy.feature_dim + 1, policy.chunk * policy.latent_dim)
-        self.critic = QEnsemble(settings.critics, *shape, settings.critic_width, self.generator)
-        self.target = QEnsemble(settings.critics, *shape, settings.critic_width, self.generator)
+        shape = (settings.critics, policy.feature_dim + 1, policy.chunk * policy.latent_dim, settings.critic_width)
+        self.critic, self.target = (QEnsemble(*shape, self.generator) for _ in range(2))
         self.target.load_state_dict(self.critic.state_dict())
         self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=settings.critic_lr)
         self.replay: list[dict[str, Tensor]] = []
 
     def act(self, policy: DenoisingPolicy, context: Any, generators: Sequence[torch.Generator] | None) -> Sample:
         """Samples a chunk and refines it K - 1 times (eq. 7): x <- x + eta v, in pi0's sign x <- x - eta v."""
-        from vlarl_bench.policies.base import Sample
-
         sample = policy.sample(context, generators)
         if self.settings.explore_steps == 1:
             return sample
@@ -215,17 +198,16 @@ class FPO(Algorithm):
         t = torch.full((len(x), 1), self.settings.explore_time)
         for _ in range(self.settings.explore_steps - 1):
             x = x - self.settings.explore_size * flow.velocity(context, x[:, None], t)[:, 0]
-        return Sample(actions=policy.unnormalise(x), latent=x)
+        return dataclasses.replace(sample, actions=policy.unnormalise(x), latent=x)
 
     def update(self, policy: DenoisingPolicy, rollout: Rollout) -> dict[str, float]:
         """Critic steps on the replay window, then clipped actor epochs on this rollout."""
         s = self.settings
-        left = 1 - self.updates / self.iterations if s.anneal_lr else 1.0
-        for group in self.optimizer.param_groups:
-            group["lr"] = s.lr * max(left, 0.0)
+        if s.anneal_lr:
+            for group in self.optimizer.param_groups:
+                group["lr"] = s.lr * max(1 - self.updates / self.iterations, 0.0)
         self.updates += 1
-        taken = decisions(policy, rollout)
-        data = self._data(policy, taken)
+        data = self._data(policy, taken := decisions(policy, rollout))
         # Judged before these episodes are learned from, or it would say how well they are remembered.
         metrics = {"explained_variance": self._explained_variance(data)} if self.replay else {}
         self.replay = [*self.replay, data][-s.window :]
@@ -244,29 +226,26 @@ class FPO(Algorithm):
     def _data(self, policy: DenoisingPolicy, taken: Decisions) -> dict[str, Tensor]:
         """What the critics need of each decision; `fresh` chunks are the present policy's own."""
         s = self.settings
+        seeds = torch.randint(2**62, (len(taken.context),), generator=self.generator).tolist()
         with torch.no_grad():
-            fresh = policy.sample(taken.context, self._generators(len(taken.context))).latent
-        now, later = fresh[taken.row], fresh[taken.row + 1]
-        data = {
+            fresh = policy.sample(taken.context, [torch.Generator().manual_seed(seed) for seed in seeds]).latent
+        value, following = fresh[taken.row], fresh[taken.row + 1]
+        next_value = following
+        if s.value_chunk == "stored":
+            value = taken.latent
+            next_value = torch.where(taken.ended[:, None, None], following, taken.latent.roll(-1, 0))
+        return {
             "features": taken.features,
             "latent": taken.latent,
             "reward": taken.reward,
             "ended": taken.ended,
             "terminated": taken.reward > 0 if s.bootstrap_time_limit else taken.ended,
             "returns": taken.returns(s.gamma),
-            "value_chunk": now,
+            "value_chunk": value,
             "next_features": taken.next_features,
-            "next_chunk": later,
-            "next_value_chunk": later,
+            "next_chunk": following,
+            "next_value_chunk": next_value,
         }
-        if s.value_chunk == "stored":
-            following_chunk = torch.where(taken.ended[:, None, None], later, taken.latent.roll(-1, 0))
-            data |= {"value_chunk": taken.latent, "next_value_chunk": following_chunk}
-        return data
-
-    def _generators(self, count: int) -> list[torch.Generator]:
-        seeds = torch.randint(2**62, (count,), generator=self.generator).tolist()
-        return [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def _fit_critic(self) -> dict[str, float]:
         """Eq. 5-6: regression to the bootstrapped minimum of the target ensemble, or to returns."""
@@ -287,9 +266,7 @@ class FPO(Algorithm):
             self.critic_optimizer.zero_grad()
             loss.backward()
             self.critic_optimizer.step()
-            with torch.no_grad():
-                for slow, fast in zip(self.target.parameters(), self.critic.parameters(), strict=True):
-                    slow.lerp_(fast, s.polyak)
+            self.target.follow(self.critic, s.polyak)
         return {"critic_loss": loss.item()}
 
     def _explained_variance(self, data: dict[str, Tensor]) -> float:
@@ -303,16 +280,10 @@ class FPO(Algorithm):
         with torch.no_grad():
             values = self.critic(data["features"], data["value_chunk"]).amin(0)
             next_values = self.critic(data["next_features"], data["next_value_chunk"]).amin(0)
-        advantages = gae(
-            data["reward"].numpy(),
-            values.numpy(),
-            next_values.numpy(),
-            data["terminated"].numpy(),
-            data["ended"].numpy(),
-            self.settings.gamma,
-            self.settings.gae_lambda,
-        )
-        return torch.from_numpy(advantages.astype(np.float32))
+        reward, terminated, ended = (data[key].numpy() for key in ("reward", "terminated", "ended"))
+        s = self.settings
+        found = gae(reward, values.numpy(), next_values.numpy(), terminated, ended, s.gamma, s.gae_lambda)
+        return torch.from_numpy(found.astype(np.float32))
 
     def _ascend_surrogate(self, policy: DenoisingPolicy, taken: Decisions, advantage: Tensor) -> dict[str, float]:
         """Eq. 4 over stored (tau, eps): the same draws score the old and the new policy, in every epoch."""
@@ -326,41 +297,37 @@ class FPO(Algorithm):
 
         with torch.no_grad():
             old = torch.cat([losses(i) for i in torch.arange(n).split(s.minibatch)])
-        metrics = {"cfm_loss": float(old.mean())}
-        clipped: list[float] = []
-        moved: list[float] = []
-        drift: list[float] = []
-        for epoch in range(s.epochs):
-            for i in torch.randperm(n, generator=self.generator).split(s.minibatch):
-                new = losses(i)
-                loss, ratio = actor_loss(new, old[i], advantage[i], s)
-                off = (ratio.detach() - 1).abs()
-                if not moved and not float(off.max()) <= 1e-3:  # also when it is not a number
-                    raise RuntimeError(f"fpo: the ratio is off 1 by {float(off.max()):.2g} before the first update")
-                self._step(loss)
-                clipped.append(float((off > s.clip_eps).float().mean()))
-                moved.append(float(off.mean()))
-                if epoch == s.epochs - 1:
-                    drift.append(float((new.detach() - old[i]).mean()))
-        return metrics | {
-            "clip_fraction": float(np.mean(clipped)),
-            "ratio_off_one": float(np.mean(moved)),
-            "cfm_drift": float(np.mean(drift)),
-        }
+        seen: dict[str, list[float]] = {"clip_fraction": [], "ratio_off_one": [], "cfm_drift": []}
+        for i in self._minibatches(n):
+            new = losses(i)
+            loss, ratio = actor_loss(new, old[i], advantage[i], s)
+            off = (ratio.detach() - 1).abs()
+            if not seen["cfm_drift"] and not float(off.max()) <= 1e-3:  # also when it is not a number
+                raise BenchError(f"ratio: off 1 by {float(off.max()):.2g} before the first update")
+            self._step(loss)
+            seen["clip_fraction"].append(float((off > s.clip_eps).float().mean()))
+            seen["ratio_off_one"].append(float(off.mean()))
+            seen["cfm_drift"].append(float((new.detach() - old[i]).mean()))
+        seen["cfm_drift"] = seen["cfm_drift"][-math.ceil(n / s.minibatch) :]  # how far the last epoch was
+        return {"cfm_loss": float(old.mean())} | {name: float(np.mean(values)) for name, values in seen.items()}
 
     def _ascend_critic(self, policy: FlowPolicy, taken: Decisions, data: dict[str, Tensor]) -> dict[str, float]:
         """The ablation without the CFM ratio: the chunk itself climbs min Q, through ten Euler steps of the flow."""
         values = []
-        for _ in range(self.settings.epochs):
-            for i in torch.randperm(len(taken), generator=self.generator).split(self.settings.minibatch):
-                x = torch.randn(data["latent"][i].shape, generator=self.generator)[:, None]
-                view = taken.view(i)
-                for step in range(10):
-                    x = x - 0.1 * policy.velocity(view, x, torch.full((len(i), 1), 1 - 0.1 * step))
-                value = self.critic(data["features"][i], x[:, 0]).amin(0).mean()
-                self._step(-value)
-                values.append(value.item())
+        for i in self._minibatches(len(taken)):
+            x = torch.randn(data["latent"][i].shape, generator=self.generator)[:, None]
+            view = taken.view(i)
+            for step in range(10):
+                x = x - 0.1 * policy.velocity(view, x, torch.full((len(i), 1), 1 - 0.1 * step))
+            value = self.critic(data["features"][i], x[:, 0]).amin(0).mean()
+            self._step(-value)
+            values.append(value.item())
         return {"chunk_value": float(np.mean(values))}
+
+    def _minibatches(self, n: int) -> Iterator[Tensor]:
+        """Numbers of decisions, every epoch in another order."""
+        for _ in range(self.settings.epochs):
+            yield from torch.randperm(n, generator=self.generator).split(self.settings.minibatch)
 
     def _step(self, loss: Tensor) -> None:
         self.optimizer.zero_grad()
@@ -371,10 +338,7 @@ class FPO(Algorithm):
     def state_dict(self) -> dict[str, Any]:
         """Optimisers, critics, replay window and generator."""
         return {
-            "optimizer": self.optimizer.state_dict(),
-            "critic": self.critic.state_dict(),
-            "target": self.target.state_dict(),
-            "critic_optimizer": self.critic_optimizer.state_dict(),
+            **{name: getattr(self, name).state_dict() for name in LEARNERS},
             "generator": self.generator.get_state(),
             "replay": list(self.replay),
             "updates": self.updates,
@@ -382,10 +346,8 @@ class FPO(Algorithm):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues where `state_dict` was taken."""
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.critic.load_state_dict(state["critic"])
-        self.target.load_state_dict(state["target"])
-        self.critic_optimizer.load_state_dict(state["critic_optimizer"])
+        for name in LEARNERS:
+            getattr(self, name).load_state_dict(state[name])
         self.generator.set_state(state["generator"])
         self.replay = list(state["replay"])
         self.updates = state["updates"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from vlarl_bench.algorithm import Algorithm
@@ -91,6 +92,7 @@ class GRPO(Algorithm):
     requires = frozenset({"likelihood"})
     learns_from = "rollouts"
     Settings = GRPOSettings
+    search = MappingProxyType({"lr": (3e-5, 1e-4, 3e-4), "temperature": (0.8, 1.0, 1.3), "epochs": (2, 4, 8)})
 
     def __init__(self, settings: GRPOSettings, policy: LikelihoodPolicy, budget: Budget, seed: int) -> None:
         self.settings, self.group = settings, settings.group_size

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -114,6 +115,7 @@ class RWFM(Algorithm):
     requires = frozenset({"denoising"})
     learns_from = "rollouts"
     Settings = RWFMSettings
+    search = MappingProxyType({"lr": (3e-5, 1e-4, 3e-4), "alpha": (1.0, 3.0, 6.0), "steps": (30, 60, 120)})
 
     def __init__(self, settings: RWFMSettings, policy: DenoisingPolicy, budget: Budget, seed: int) -> None:
         self.settings = settings

@@ -38,6 +38,12 @@ class QEnsemble(nn.Module):
             self.mean.copy_(features.mean(0))
             self.std.copy_(features.std(0, unbiased=False).clamp_min(1e-2))
 
+    @torch.no_grad()
+    def follow(self, other: "QEnsemble", step: float) -> None:
+        """Moves every weight by `step` of the way to the other's: what slow targets do."""
+        for slow, fast in zip(self.parameters(), other.parameters(), strict=True):
+            slow.lerp_(fast, step)
+
     def forward(self, features: Tensor, chunks: Tensor) -> Tensor:
         """[M, B] values of features [B, F] and chunks [B, ...]."""
         inputs = torch.cat([(features - self.mean) / self.std, chunks.flatten(1)], dim=1)

@@ -121,7 +121,12 @@ def group_advantages(outcome: torch.Tensor, start: torch.Tensor, baseline: Liter
 
 
 def only_actor_learns(policy: Policy) -> list[torch.nn.Parameter]:
-    """The actor's parameters, and no other of the policy's requires a gradient any more."""
+    """The actor's parameters, and no other of the policy's requires a gradient any more.
+
+    Raises BenchError for a policy that came with its noise steered: what it steers is not to change under it.
+    """
+    if policy.steered:
+        raise BenchError("base: a steered policy, whose weights stay as they are; start from what it steers")
     for parameter in policy.parameters():
         parameter.requires_grad_(False)
     actor = policy.actor_parameters()
@@ -234,8 +239,8 @@ def ascend(
     `log_ratio_limit` counts as that, so that no outlier overflows; its gradient passes as if it did not. `old` is what
     all score before, where that is known. Stops before the first step at which the policy is `target_kl` from where it
     began (mean over units, estimator k3 of Schulman, 2020). Metrics are means over the steps taken; `kl` is over the
-    last epoch's, and says how far the policy went. Raises BenchError if the first ratio is not 1, for then `score` gives
-    the same policy two scores.
+    last epoch's, and says how far the policy went. Raises BenchError if the first ratio is not 1, for then `score`
+    gives the same policy two scores.
     """
     n, parameters = len(advantage), [p for group in optimizer.param_groups for p in group["params"]]
     if old is None:

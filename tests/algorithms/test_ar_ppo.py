@@ -1,6 +1,7 @@
 """AR-PPO against closed forms and cases by hand."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from vlarl_bench.algorithms.ar_ppo import ARPPO, ARPPOSettings
 from vlarl_bench.config import BUDGETS
 from vlarl_bench.decisions import decisions
 from vlarl_bench.errors import BenchError
+from vlarl_bench.policy_gradient import Score, ascend
 
 QUICK = {"critic_steps": 5, "critic_width": 8}
 
@@ -61,6 +63,54 @@ def test_ratio_of_a_token_or_of_the_chunk():
     torch.testing.assert_close(chunk.logp[:, 0], tokens.logp[:, 0] + tokens.logp[:, 1])
     assert chunk.mask.all()
     torch.testing.assert_close(chunk.entropy, tokens.entropy)
+
+
+def formula(n, *shape):
+    return torch.sin(torch.arange(math.prod(shape), dtype=torch.float64) * 1.7 + n).view(shape).float()
+
+
+def test_the_authors_numbers():
+    """`forward` of GuanxingLu/vlarl at 31abc0b and the loss of its training loop, run on `formula`'s logits: 4 chunks
+    of 4 tokens out of 5, temperature 1.5. The gradient is of pg_loss by a shift of the logits; their approxkl is
+    another estimator (0.03210 here), so `kl` is held against mean(exp(d) - 1 - d) of their log-ratios."""
+    algorithm, policy = start(ratio="chunk", temperature=1.5)
+    tokens = torch.tensor([[4, 3, 0, 2], [4, 2, 0, 3], [4, 1, 0, 4], [3, 0, 1, 4]])
+    theta, moved = torch.zeros(2, requires_grad=True), iter([0.0, 0.0, 0.0, 0.15])  # asked, old, first step, second
+    taken = decisions(policy, two_stages(policy, 4, 0, algorithm.act))
+    taken = dataclasses.replace(taken, trace=tokens[..., None], mask=torch.ones(4, 2), row=torch.arange(4))
+
+    def logits(context):
+        found = 2 * formula(2, 4, 4, 5) + next(moved) * formula(3, 4, 4, 5)
+        return found + theta[0] * formula(4, 4, 4, 5) + theta[1] * formula(5, 4, 4, 5)
+
+    policy.logits = logits
+    expected = [
+        *(-1.4213440418243408, -1.6485165357589722, -1.8811438083648682, -2.7674272060394287),
+        *(-3.029129981994629, -3.1099328994750977, -1.4803712368011475, -2.565861463546753),
+        *(-0.9395129680633545, -3.2300517559051514, -2.89491605758667, -0.9842285513877869),
+        *(-0.8096017241477966, -2.6196699142456055, -2.507786273956299, -3.0319221019744873),
+    ]
+    order = torch.arange(4)
+    by_token = ARPPO.score(start(temperature=1.5)[0], policy, taken, order)
+    assert by_token.logp.flatten().tolist() == pytest.approx(expected, rel=1e-5)
+    metrics = ascend(
+        lambda i: in_order(algorithm.score(policy, taken, order), i),  # the formula's logits know no other order
+        formula(6, 4),
+        0.2,
+        torch.optim.SGD([theta], lr=0.0),
+        torch.Generator().manual_seed(0),
+        epochs=2,
+        minibatch=4,
+        grad_norm=1e9,
+    )
+    assert theta.grad.tolist() == pytest.approx([0.06355977803468704, -0.3302110433578491], rel=1e-5)
+    assert metrics["kl"] == pytest.approx(0.025742709636688232, rel=1e-5)
+    # Theirs counts a ratio as clipped where that changes the loss (1 of 4), ours where it is out of range (2 of 4).
+    assert metrics["clip_fraction"] == pytest.approx(0.5 / 2)  # mean of both steps
+
+
+def in_order(score, i):
+    return Score(score.logp[i], score.mask[i], score.entropy)
 
 
 def test_curriculum_by_hand():

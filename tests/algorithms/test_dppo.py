@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 from toy import ToyChain, two_stages
@@ -12,7 +13,10 @@ from vlarl_bench.config import BUDGETS
 from vlarl_bench.decisions import Decisions, decisions
 from vlarl_bench.errors import BenchError
 from vlarl_bench.policies.base import LogProb
-from vlarl_bench.policy_gradient import ascend
+from vlarl_bench.policies.octo import Octo
+from vlarl_bench.policies.presets import OCTO_TINY
+from vlarl_bench.policy_gradient import ascend, gae
+from vlarl_bench.suite import Embodiment
 
 BUDGET = BUDGETS["smoke"]
 QUICK = {"critic_steps": 5, "critic_width": 8}
@@ -122,6 +126,81 @@ def test_the_authors_numbers(monkeypatch):
     assert metrics["kl"] == pytest.approx(0.00011083459614015985, rel=1e-5)
     expected = [-0.0013126983735348464, 0.0020719335882918213, 0.0005618661496376923, -0.0016992812115973529]
     assert (-theta.grad).tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_authors_densities_and_loss():
+    """`get_logprobs` and `loss` of the same code, with a chain that its `p_mean_var` made: 6 cosine steps of which the
+    last 4 count, a network that predicts 0.5 sin(x) + 0.05 t + theta_0 cos(2x) + 0.3 theta_1 x, predicted latents
+    clipped at 5, 3 actions of which 2 count, gamma_denoising 0.9, clip 0.005 to 0.03. Each step of the chain drew
+    1.5 * formula deviations."""
+    embodiment = Embodiment(2, 0, (), chunk=3)
+    tiny = OCTO_TINY.create(embodiment, ["go"])
+    policy = Octo("octo-tiny", dataclasses.replace(tiny.architecture, denoising_steps=6), tiny.vocabulary)
+    theta = torch.zeros(2, requires_grad=True)
+    policy.predict = lambda context, x, t: (
+        0.5 * x.sin() + 0.05 * t[..., None, None] + theta[0] * (2 * x).cos() + 0.3 * theta[1] * x
+    )
+    x = 1.2 * formula(1, 3, 5, 3, 2).float()[:, 0]
+    trace = [torch.zeros_like(x)] * 2 + [x]  # the first two steps are not scored
+    with torch.no_grad():
+        for k, deviation in enumerate(policy.deviations(0.1)[2:]):
+            mean = policy.means(None, x[:, None], torch.full((3, 1), 3 - k))[:, 0]
+            x = mean + deviation * 1.5 * formula(2 + k, 3, 3, 2).float()
+            trace.append(x)
+    algorithm, _, taken = scored(noise=0.1, steps=4, gamma_denoising=0.9, clip_base=0.005, clip_eps=0.03)
+    order = torch.arange(3)
+    mask = torch.tensor([[1.0, 1.0, 0.0]] * 3)
+    taken = dataclasses.replace(taken, trace=torch.stack(trace, 1), mask=mask, row=order)
+    old = algorithm.score(policy, taken, order, 4)
+    expected = [
+        *(-1.0032528638839722, -0.589013397693634, 0.020719483494758606, 0.7636334896087646),
+        *(-0.9605526924133301, -0.5264959931373596, -0.07401368021965027, 0.7799615859985352),
+        *(-0.8714063167572021, -0.6007790565490723, -0.1013345718383789, 0.876983642578125),
+    ]
+    assert old.logp.flatten().tolist() == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    moved = iter([(0.0, 0.0)] * 2 + [(0.02, -0.03)])
+
+    def score(i):
+        with torch.no_grad():
+            theta.copy_(torch.tensor(next(moved)))
+        return algorithm.score(policy, taken, i, 4)
+
+    metrics = ascend(
+        score,
+        formula(4, 3).float()[:, None] * 0.9 ** torch.arange(3, -1, -1),
+        clip_schedule(4, 0.005, 0.03, 3.0),
+        torch.optim.SGD([theta], lr=0.0),
+        torch.Generator().manual_seed(0),
+        epochs=2,
+        minibatch=3,
+        grad_norm=1e9,
+    )
+    assert metrics["clip_fraction"] == pytest.approx(0.5 / 2)  # theirs is of the second step, ours the mean of both
+    assert metrics["kl"] == pytest.approx(0.00021106128406245261, rel=1e-3)  # a difference of float32 numbers near 1
+    assert theta.grad.tolist() == pytest.approx([0.03465481847524643, -0.16248580813407898], rel=1e-5)
+
+
+def test_advantages_where_the_authors_end_an_episode_and_where_they_do_not():
+    """Their loop, lifted out of `train_ppo_diffusion_agent.py` and run: gamma 0.9, lambda 0.8, one environment, two
+    episodes of 3 decisions. Where the first one terminates ours are the same. Where it runs out of time theirs go on
+    into the second one: -0.0012 for its first decision, and its future is worth the 0.2 of another episode's start."""
+    values = np.array([0.3, 0.5, 0.7, 0.2, 0.4, 0.6])
+    following, last = np.append(values[1:], 0.25), np.array([False, False, True, False, False, False])
+
+    def ours(reward, next_values, terminated):
+        return gae(np.array(reward), values, next_values, terminated, last, 0.9, 0.8).tolist()
+
+    theirs = [0.39912, 0.346, 0.3, 0.06639999691009524, -0.1300000042915344, -0.37500000596046446]
+    assert ours([0, 0, 1.0, 0, 0, 0], following, last) == pytest.approx(theirs, rel=1e-5)
+    cut = [-0.0011843339533007535, -0.20997824160180661, -0.47219200222473134]
+    none = np.zeros(6, bool)
+    seen = np.where(last, 0.9, following)  # what was seen last is worth 0.9
+    delta = [0.9 * 0.5 - 0.3, 0.9 * 0.7 - 0.5, 0.9 * 0.9 - 0.7]
+    by_hand = [delta[0] + 0.72 * (delta[1] + 0.72 * delta[2]), delta[1] + 0.72 * delta[2], delta[2]]
+    found = ours([0.0] * 6, seen, none)
+    assert found[:3] == pytest.approx(by_hand)
+    assert found[3:] == pytest.approx(theirs[3:], rel=1e-5)
+    assert max(abs(a - b) for a, b in zip(found, cut, strict=False)) > 0.3
 
 
 def test_only_the_critic_learns_while_it_warms_up():

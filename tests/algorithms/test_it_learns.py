@@ -7,6 +7,7 @@ import torch
 from toy import ToyChain, ToyFlow, ToyStochasticFlow, ToyTokens, rate, train
 from vlarl_bench.algorithms.ar_ppo import ARPPO
 from vlarl_bench.algorithms.dppo import DPPO
+from vlarl_bench.algorithms.dsrl import DSRL
 from vlarl_bench.algorithms.flow_noise import FlowNoise
 from vlarl_bench.algorithms.flow_sde import FlowSDE
 from vlarl_bench.algorithms.fpo import FPO
@@ -55,6 +56,20 @@ CASES = {
     "ar-ppo": (ARPPO, tokens, {"lr": 3e-2}),
     "ar-ppo-chunk": (ARPPO, tokens, {"lr": 3e-2, "ratio": "chunk"}),
     "dppo": (DPPO, chain, {"lr": 1e-2, "noise": 0.3, "clip_eps": 0.1, "clip_base": 0.01}),
+    "dsrl": (
+        DSRL,
+        flow,
+        {
+            "bound": 2.0,
+            "utd": 0.2,
+            "batch": 64,
+            "lr": 3e-3,
+            "width": 32,
+            "critic_lr": 3e-3,
+            "polyak": 0.02,
+            "temperature": 0.02,
+        },
+    ),
     "fpo": (FPO, flow, {"lr": 2e-2}),
     "grpo": (GRPO, tokens, {"lr": 3e-2}),
     "grpo-rloo": (GRPO, tokens, {"lr": 3e-2, "baseline": "rloo"}),

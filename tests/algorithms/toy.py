@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from vlarl_bench.policies.base import FlowPolicy, LikelihoodPolicy, LogProb, Sample
+from vlarl_bench.policies.adapt import learning
+from vlarl_bench.policies.base import FlowPolicy, LikelihoodPolicy, LogProb, NoisePolicy, Sample
 from vlarl_bench.policies.stochastic_flow import StochasticFlow
 from vlarl_bench.rollout import Episode, Job, Rollout
 from vlarl_bench.suite import Observation, Task
@@ -29,10 +30,10 @@ class ToyContext:
         return self
 
 
-class ToyFlow(FlowPolicy):
+class ToyFlow(FlowPolicy, NoisePolicy):
     """velocity = x W + t u + b + proprio V, on H = 2 steps of A = 2 actions."""
 
-    capabilities = frozenset({"denoising", "flow", "sft"})
+    capabilities = frozenset({"denoising", "flow", "sft", "noise"})
     chunk, action_dim, euler_steps = 2, 2, 10
 
     def __init__(self, seed=0, dtype=torch.float32, inputs=1):
@@ -65,9 +66,8 @@ class ToyFlow(FlowPolicy):
         return (self.prefix * out).view_as(x)
 
     @torch.no_grad()
-    def sample(self, context, generators):
-        shape = (self.chunk, self.action_dim)
-        x = torch.stack([torch.randn(shape, generator=g, dtype=self.w.dtype) for g in generators])
+    def decode(self, context, noise):
+        x = noise.to(self.w.dtype)
         for step in range(self.euler_steps):
             t = torch.full((len(x), 1), 1 - step / self.euler_steps, dtype=x.dtype)
             x = x - self.velocity(context, x[:, None], t)[:, 0] / self.euler_steps
@@ -85,7 +85,7 @@ class ToyFlow(FlowPolicy):
         return latent
 
     def actor_parameters(self):
-        return [self.w, self.u, self.b, self.v]
+        return learning(self, [self.w, self.u, self.b, self.v])
 
 
 class ToyStochasticFlow(ToyFlow, StochasticFlow):

@@ -22,7 +22,7 @@ from .narrow import SAME
 ALGORITHMS = registry.names("algorithm")
 WARM = 3
 """Updates after which a policy has moved at the latest: critics may learn alone first."""
-SHORT = {"critic_steps": 10}
+SHORT = {"critic_steps": 10, "utd": 0.5}
 """Settings that only cost time here, for those methods that have them; all others are at their defaults."""
 PAIRS = [(a, p) for a in ALGORITHMS for p in registry.names("policy") if registry.runs_on(a, p) and p not in SAME]
 
@@ -138,7 +138,8 @@ def updated(request, bench, budget):
     stage = bench(policy_name)
     algorithm, policy = start(name, stage, budget)
     trainable = {key for key, parameter in policy.named_parameters() if parameter.requires_grad}
-    data, before, metrics = stage.data(algorithm, policy), stage.policy.state_dict(), []
+    data, before, metrics = stage.data(algorithm, policy), copy.deepcopy(policy.state_dict()), []
+    assert not moved(stage.policy, before), "making an algorithm changes the policy"
     while not moved(policy, before) and len(metrics) < WARM:
         metrics.append(algorithm.update(policy, data))
     return Updated(name, stage, before, trainable, algorithm, policy, metrics, data)
@@ -156,12 +157,14 @@ def test_update_trains_and_returns_finite_metrics(updated):
 
 
 def test_update_leaves_the_frozen_part_alone(updated):
-    """Buffers, and every parameter that the algorithm does not train; from rollouts that is all but the actor."""
+    """Buffers, and every parameter that the algorithm does not train; from rollouts that is all but the actor. A
+    steering module, where the method gave the policy one, is the actor, with its scales."""
     actor = {id(parameter) for parameter in updated.policy.actor_parameters()}
     for key, parameter in updated.policy.named_parameters():
         if updated.algorithm.learns_from == "rollouts" and id(parameter) not in actor:
             assert key not in updated.trainable
-    assert moved(updated.policy, updated.before) <= updated.trainable
+    steering = {key for key in updated.before if key.startswith("steering.")}
+    assert moved(updated.policy, updated.before) <= updated.trainable | steering
 
 
 def test_seed_and_checkpoint_decide_what_follows(updated, budget, tmp_path):

@@ -24,6 +24,7 @@ METHODS = {
     "flow": ("velocity", "flow_loss"),
     "likelihood": ("explore", "log_prob"),
     "diffusion": ("denoising_loss",),
+    "noise": ("decode",),
 }
 
 
@@ -237,6 +238,21 @@ def test_draw_loss_takes_k_draws_at_times_from_0_to_1(policy, context):
     actor = {id(parameter) for parameter in policy.actor_parameters()}
     for name, parameter in policy.named_parameters():
         assert (parameter.grad is not None) == (id(parameter) in actor), name
+
+
+def test_decode_is_a_function_of_its_noise(policy, context):
+    needs(policy, "noise")
+    before = torch.get_rng_state()
+    noise = torch.randn(4, policy.chunk, policy.latent_dim, generator=torch.Generator().manual_seed(0))
+    first = policy.decode(context, noise)
+    assert first.latent.shape == noise.shape
+    assert torch.equal(first.latent, policy.decode(context, noise).latent)
+    assert torch.equal(torch.get_rng_state(), before), "uses torch's global generator"
+    torch.testing.assert_close(policy.unnormalise(first.latent), first.actions)
+    others = policy.decode(context, torch.cat((noise[:1], -noise[1:])))
+    assert torch.equal(first.latent[0], others.latent[0])
+    assert not torch.equal(first.latent[1:], others.latent[1:])
+    assert not first.latent.requires_grad
 
 
 def test_explore_is_a_function_of_its_arguments(policy, context):

@@ -43,7 +43,10 @@ def within(name: str, part: str) -> bool:
 
 
 def learning(policy: Policy, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    """Those of `parameters` that may learn: not frozen, and only adapters where the policy has any."""
+    """Those of `parameters` that may learn: not frozen, and only adapters where the policy has any. Of a steered policy
+    it is the steering, and nothing else."""
+    if policy.steering is not None:
+        return list(policy.steering.parameters())
     names = {id(p): name for name, p in policy.named_parameters()}
     adapted = any(".lora_" in name for name in names.values())
     kept = [p for p in parameters if not any(within(names[id(p)], part) for part in policy.frozen)]
@@ -58,8 +61,10 @@ def add_lora(
     Without `targets` that is every linear layer of a transformer's blocks, and where the actor has none, such as Octo's
     head, every linear layer. An adapter adds alpha / rank B A x, with B zero at first, in float32; alpha is the rank
     unless given.
-    Raises BenchError if peft is not installed, or if the actor has no such layer.
+    Raises BenchError if peft is not installed, if the actor has no such layer, or if the policy is steered.
     """
+    if policy.steering is not None:
+        raise BenchError("lora: the base is a steered policy, whose weights stay as they are; leave it out")
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:

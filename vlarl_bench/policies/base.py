@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..suite import Observation
+from .steady import steady_rows
+from .steering import Steering
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Policy(nn.Module):
     """`sft`: has `sft_loss`. `denoising`: has `draw_loss`, and either `flow`: has `velocity` and `flow_loss`, or
     `diffusion`: has `denoising_steps` and `denoising_loss`. `likelihood`: has `explore` and `log_prob`, and either
     `tokens`: what it draws are tokens, or `chain`: they are the steps of a denoising chain. `flow` with `likelihood`: a
-    `StochasticFlow`. `fast`: its tokens are FAST's."""
+    `StochasticFlow`. `fast`: its tokens are FAST's. `noise`: has `decode`, and may be steered."""
     chunk: int
     """H, actions a chunk."""
     action_dim: int
@@ -65,6 +67,16 @@ class Policy(nn.Module):
     """Parts, by dotted name, that nothing trains (`adapt.freeze`)."""
     checkpointed: bool = False
     """Whether gradients recompute each layer's activations instead of keeping them; small policies need not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steering: Steering | None = None
+        """Chooses the noise that decoding starts from, where some does (`steering.steer`): then it is the actor."""
+
+    @property
+    def steered(self) -> bool:
+        """Whether a steering module chooses the noise that it decodes from."""
+        return self.steering is not None and self.steering.ready
 
     @property
     def latent_dim(self) -> int:
@@ -115,6 +127,35 @@ class Policy(nn.Module):
         """What RL trains: the action expert, without the (frozen) vision-language prefix."""
 
 
+class NoisePolicy(Policy):
+    """A policy that can decode without drawing: the noise that it starts from alone decides the chunk."""
+
+    @abstractmethod
+    def decode(self, context: Any, noise: Tensor) -> Sample:
+        """The chunks that noise [B, H, A] becomes. Nothing is drawn, and gradients are not kept."""
+
+    @torch.no_grad()
+    @steady_rows
+    def start(self, context: Any, generators: Sequence[torch.Generator] | None) -> Tensor:
+        """[B, H, A] noise that `sample` decodes from: N(0, I), or what the steering module makes of that. None is zero,
+        or the steering module's mean."""
+        shape, device = (self.chunk, self.latent_dim), next(self.parameters()).device
+        if generators is None:
+            noise = torch.zeros(len(context), *shape, device=device)
+        else:
+            noise = torch.stack([torch.randn(shape, generator=g, device=g.device) for g in generators]).to(device)
+        if self.steering is None or not self.steering.ready:
+            return noise
+        return self.steering(self.features(context), noise)[0]
+
+    def sample(self, context: Any, generators: Sequence[torch.Generator] | None) -> Sample:
+        """Decodes from `start`; a function of its arguments alone.
+
+        At a given batch size a row does not depend, to the bit, on its neighbours or on its place.
+        """
+        return self.decode(context, self.start(context, generators))
+
+
 class DenoisingPolicy(Policy):
     """A policy that learns to take noise off a chunk, by flow matching or by diffusion."""
 
@@ -160,7 +201,7 @@ class LikelihoodPolicy(Policy):
         that were executed."""
 
 
-class DiffusionPolicy(DenoisingPolicy, LikelihoodPolicy):
+class DiffusionPolicy(DenoisingPolicy, LikelihoodPolicy, NoisePolicy):
     """A policy that decodes by removing noise step by step (Ho et al., 2020, eq. 4, 11 and 14). Steps count down from
     `denoising_steps` - 1 to 0; at step t a chunk is x_t = sqrt(a_t) latent + sqrt(1 - a_t) noise, with a_t the share
     of the signal's variance that the schedule has left, and the network predicts the noise. S = `denoising_steps`,

@@ -5,6 +5,8 @@ sampler of the authors' code: x <- (x - b_t / sqrt(1 - a_t) * predicted noise) /
 b_t except at step 0, then clipped. `explore` gives every step at least some deviation, the last one too, so that the
 chain has a density (Ren et al., 2024, DPPO, arXiv:2409.00588, sec. 4.3); what a step drew is stored before clipping.
 
+`decode`, which draws nothing, takes DDIM's steps instead. A steered policy samples by `decode`.
+
 The tiny presets keep the architecture and differ in this: sizes, 10 denoising steps instead of 20, words from a table
 that is trained along instead of frozen T5, padding words masked, no goal image, a window of one timestep, and
 proprioception as Octo's low-dimensional tokens. In `state` mode one token an object takes the place of the images.
@@ -74,7 +76,9 @@ class Context(Rows):
 class Octo(Standardised, DiffusionPolicy):
     """Octo behind the diffusion seam. Its weights are random until some are loaded."""
 
-    capabilities: ClassVar[frozenset[str]] = frozenset({"sft", "likelihood", "chain", "denoising", "diffusion"})
+    capabilities: ClassVar[frozenset[str]] = frozenset(
+        {"sft", "likelihood", "chain", "denoising", "diffusion", "noise"}
+    )
     sft_draws: ClassVar[int] = 4
     """Draws of (t, noise) an observation in `sft_loss`: the transformer runs once, so more draws are cheap."""
 
@@ -199,7 +203,7 @@ class Octo(Standardised, DiffusionPolicy):
 
     @torch.no_grad()
     @steady_rows
-    def _decode(self, context: Context, generators: Sequence[torch.Generator] | None, least: float) -> Sample:
+    def _denoise(self, context: Context, generators: Sequence[torch.Generator] | None, least: float) -> Sample:
         shape = (self.denoising_steps + 1, self.chunk, self.action_dim)
         if generators is None:
             noise = torch.zeros(len(context), *shape, device=self.device)
@@ -215,17 +219,37 @@ class Octo(Standardised, DiffusionPolicy):
         return Sample(self.unnormalise(x), x, torch.stack(trace, 1))
 
     def sample(self, context: Context, generators: Sequence[torch.Generator] | None) -> Sample:
-        """DDPM; with None, all noise is zero. A function of its arguments alone.
+        """DDPM, and with None all noise is zero; or, steered, `decode`. A function of its arguments alone.
 
         At a given batch size a row does not depend, to the bit, on its neighbours or on its place.
         """
-        sample = self._decode(context, generators, 0.0)
+        if self.steered:
+            return super().sample(context, generators)
+        sample = self._denoise(context, generators, 0.0)
         return Sample(sample.actions, sample.latent)
+
+    @torch.no_grad()
+    @steady_rows
+    def decode(self, context: Context, noise: Tensor) -> Sample:
+        """DDIM (Song et al., 2021, arXiv:2010.02502, eq. 12 with sigma = 0) over the same steps.
+
+        With DDPM's steps, their draws left out, the chain would hardly listen to the noise it starts from; DDIM takes
+        N(0, I) to the policy's own distribution.
+        """
+        x, limit = noise, self.architecture.max_latent
+        for step in range(self.denoising_steps - 1, -1, -1):
+            kept, before = self.kept[step], self.before[step]
+            t = torch.full((len(context), 1), step, device=self.device)
+            latent = (x - (1 - kept).sqrt() * self.predict(context, x[:, None], t)[:, 0]) / kept.sqrt()
+            latent = latent.clamp(-limit, limit)
+            direction = (x - kept.sqrt() * latent) / (1 - kept).sqrt()  # the noise that the clipped latent leaves
+            x = before.sqrt() * latent + (1 - before).sqrt() * direction
+        return Sample(self.unnormalise(x), x)
 
     def explore(self, context: Context, generators: Sequence[torch.Generator], noise: float) -> Sample:
         """`sample`, but no step draws with a deviation below `noise` (of the latent, so in standard deviations)."""
         _check_noise(noise)
-        return self._decode(context, generators, noise)
+        return self._denoise(context, generators, noise)
 
     def log_prob(self, context: Context, trace: Tensor, mask: Tensor, noise: float) -> LogProb:
         """[B, S, H A] log-densities of what each step drew, given what the step before it drew.

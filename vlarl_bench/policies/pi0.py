@@ -23,7 +23,7 @@ from transformers.cache_utils import DynamicCache
 from ..errors import BenchError
 from ..suite import Embodiment, Observation
 from .adapt import learning
-from .base import Sample
+from .base import NoisePolicy, Sample
 from .gemma import additive, block, keys_and_values, norm, repeated, rotation
 from .inputs import Batch, Rows, object_tokens, object_width, to_batch
 from .siglip import siglip
@@ -97,10 +97,10 @@ class Frame:
     """[B, 1, width] the state token."""
 
 
-class Pi0(Standardised, StochasticFlow):
+class Pi0(Standardised, StochasticFlow, NoisePolicy):
     """Scaled-down pi0 behind the flow and likelihood seams. Its weights are random until some are loaded."""
 
-    capabilities: ClassVar[frozenset[str]] = frozenset({"sft", "denoising", "flow", "likelihood", "chain"})
+    capabilities: ClassVar[frozenset[str]] = frozenset({"sft", "denoising", "flow", "likelihood", "chain", "noise"})
     sft_draws: ClassVar[int] = 4
     """Draws of (t, noise) an observation in `sft_loss`: the prefix is encoded once, so more draws are cheap."""
 
@@ -255,19 +255,10 @@ class Pi0(Standardised, StochasticFlow):
 
     @torch.no_grad()
     @steady_rows
-    def sample(self, context: Context, generators: Sequence[torch.Generator] | None) -> Sample:
-        """Integrates from t = 1 (noise) to 0 in `euler_steps` Euler steps; a function of its arguments alone.
-
-        At a given batch size a row does not depend, to the bit, on its neighbours or on its place.
-        """
-        a, n = self.architecture, len(context)
-        if generators is None:
-            x = torch.zeros(n, a.chunk, a.action_dim, device=self.device)
-        else:
-            noise = [torch.randn(a.chunk, a.action_dim, generator=g, device=g.device) for g in generators]
-            x = torch.stack(noise).to(self.device)
+    def decode(self, context: Context, noise: Tensor) -> Sample:
+        """Integrates from t = 1 (noise) to 0 in `euler_steps` Euler steps."""
         with torch.inference_mode():  # what it makes can never learn, so the caller gets a copy from outside
-            x = self._integrate(self._frame(context, 1), x[:, None])
+            x = self._integrate(self._frame(context, 1), noise[:, None])
         latent = x[:, 0].clone()
         return Sample(self.unnormalise(latent), latent)
 

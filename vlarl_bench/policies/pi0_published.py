@@ -87,7 +87,7 @@ class PublishedPi0(Pi0):
     """pi0 at its published size behind the flow seam. Its weights are random until some are loaded."""
 
     architecture: PublishedPi0Architecture
-    capabilities = frozenset({"sft", "denoising", "flow", "likelihood", "chain"})
+    capabilities = frozenset({"sft", "denoising", "flow", "likelihood", "chain", "noise"})
 
     def _build(self, name: str, architecture: Any, vocabulary: Any) -> None:
         self.name, self.architecture, self.vocabulary = name, architecture, vocabulary
@@ -227,16 +227,9 @@ class PublishedPi0(Pi0):
         return normed.float()
 
     @torch.no_grad()
-    def sample(self, context: Context, generators: Sequence[torch.Generator] | None) -> Sample:
-        """Integrates from t = 1 (noise) to 0 in `euler_steps` Euler steps; a function of its arguments alone.
-
-        At a given batch size a row does not depend, to the bit, on its neighbours or on its place.
-        """
-        steps, shape = self.architecture.euler_steps, (self.chunk, self.latent_dim)
-        if generators is None:
-            x = torch.zeros(len(context), *shape, device=self.device)
-        else:
-            x = torch.stack([torch.randn(shape, generator=g, device=g.device) for g in generators]).to(self.device)
+    def decode(self, context: Context, noise: Tensor) -> Sample:
+        """Integrates from t = 1 (noise) to 0 in `euler_steps` Euler steps."""
+        steps, x = self.architecture.euler_steps, noise
         for step in range(steps):
             t = torch.full((len(x), 1), 1 - step / steps, device=self.device)
             x = x - self.velocity(context, x[:, None], t)[:, 0] / steps

@@ -6,13 +6,13 @@ import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, cast
 
 from ..errors import BenchError
 
 if TYPE_CHECKING:
     from ..suite import Embodiment
-    from .base import Policy
+    from .base import NoisePolicy, Policy
 
 PRIORS = Path(__file__).parent / "priors"
 """The shipped weights, `<policy>/<benchmark>/`."""
@@ -50,12 +50,15 @@ class PolicySpec:
 
     def load(self, folder: Path | str) -> Policy:
         """The policy stored in `folder`. Raises BenchError if it is damaged, or another policy's."""
+        from .steering import steer
         from .store import load_weights, read_policy
 
         config, tensors = read_policy(folder)
         if config.get("policy") != self.name:
             raise BenchError(f"policy: {folder} holds {config.get('policy')!r}, not {self.name!r}")
         policy: Policy = importlib.import_module(self.family).restore(config)
+        if "steering" in config:
+            steer(cast("NoisePolicy", policy), config["steering"])
         load_weights(policy, tensors, folder)
         return policy
 
@@ -121,13 +124,13 @@ OPENVLA_7B = PublishedSpec(
 PI0_TINY = PolicySpec(
     name="pi0-tiny",
     summary="pi0 scaled down to 0.9 M parameters: instruction, object poses (privileged state) and proprioception",
-    capabilities=frozenset({"sft", "denoising", "flow", "likelihood", "chain"}),
+    capabilities=frozenset({"sft", "denoising", "flow", "likelihood", "chain", "noise"}),
     observation="state",
 )
 PI0_TINY_PIXELS = PolicySpec(
     name="pi0-tiny-pixels",
     summary="pi0 scaled down to 1.4 M parameters: instruction, cameras (64 x 64) and proprioception",
-    capabilities=frozenset({"sft", "denoising", "flow", "likelihood", "chain"}),
+    capabilities=frozenset({"sft", "denoising", "flow", "likelihood", "chain", "noise"}),
     observation="pixels",
     image_size=64,
 )
@@ -151,14 +154,14 @@ OCTO = "vlarl_bench.policies.octo"
 OCTO_TINY = PolicySpec(
     name="octo-tiny",
     summary="Octo scaled down to 2.5 M parameters: instruction, object poses (privileged state) and proprioception",
-    capabilities=frozenset({"sft", "likelihood", "chain", "denoising", "diffusion"}),
+    capabilities=frozenset({"sft", "likelihood", "chain", "denoising", "diffusion", "noise"}),
     observation="state",
     family=OCTO,
 )
 OCTO_TINY_PIXELS = PolicySpec(
     name="octo-tiny-pixels",
     summary="Octo scaled down to 2.9 M parameters: instruction, cameras (64 x 64) and proprioception",
-    capabilities=frozenset({"sft", "likelihood", "chain", "denoising", "diffusion"}),
+    capabilities=frozenset({"sft", "likelihood", "chain", "denoising", "diffusion", "noise"}),
     observation="pixels",
     image_size=64,
     family=OCTO,
@@ -166,7 +169,7 @@ OCTO_TINY_PIXELS = PolicySpec(
 OCTO_SMALL = PublishedSpec(
     name="octo-small-1.5",
     summary="Octo-Small 1.5 (27 M parameters and T5-base), from the published checkpoint: two cameras at 256 x 256",
-    capabilities=frozenset({"sft", "likelihood", "chain", "denoising", "diffusion"}),
+    capabilities=frozenset({"sft", "likelihood", "chain", "denoising", "diffusion", "noise"}),
     observation="pixels",
     cameras=("agentview", "robot0_eye_in_hand"),
     image_size=256,
@@ -176,7 +179,7 @@ OCTO_SMALL = PublishedSpec(
 OCTO_BASE = PublishedSpec(
     name="octo-base-1.5",
     summary="Octo-Base 1.5 (93 M parameters and T5-base), from the published checkpoint: two cameras at 256 x 256",
-    capabilities=frozenset({"sft", "likelihood", "chain", "denoising", "diffusion"}),
+    capabilities=frozenset({"sft", "likelihood", "chain", "denoising", "diffusion", "noise"}),
     observation="pixels",
     cameras=("agentview", "robot0_eye_in_hand"),
     image_size=256,
@@ -186,7 +189,7 @@ OCTO_BASE = PublishedSpec(
 PI0_BASE = PublishedSpec(
     name="pi0-base",
     summary="pi0 (3.5 B parameters) from a published folder: instruction, two cameras (224 x 224) and proprioception",
-    capabilities=frozenset({"sft", "denoising", "flow", "likelihood", "chain"}),
+    capabilities=frozenset({"sft", "denoising", "flow", "likelihood", "chain", "noise"}),
     observation="pixels",
     cameras=("agentview", "robot0_eye_in_hand"),
     image_size=224,

@@ -26,9 +26,12 @@ CONFIG, WEIGHTS, HASHES, CARD = "config.json", "model.safetensors", "hashes.json
 def content_hash(policy: Policy) -> str:
     """First 12 hex digits of the SHA-256 of the configuration and of every tensor: equal means the same policy.
 
-    Adapters count as what they make of the weights beside them, so merging them changes no hash."""
-    digest = hashlib.sha256(json.dumps(policy.config, sort_keys=True, separators=(",", ":")).encode())
+    Adapters count as what they make of the weights beside them, so merging them changes no hash; steering counts once
+    it steers."""
+    digest = hashlib.sha256(json.dumps(_config(policy), sort_keys=True, separators=(",", ":")).encode())
     for key, tensor in merged_state(policy):
+        if not _counts(policy, key):
+            continue
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
         # As bytes: NumPy has no bfloat16.
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
@@ -43,7 +46,7 @@ def save_policy(folder: Path | str, policy: Policy, card: Mapping[str, Any], hal
     folder holds something else or cannot be written.
     """
     folder = Path(folder)
-    clash = sorted(set(card) & set(policy.config))
+    clash = sorted(set(card) & set(_config(policy)))
     if clash:
         raise BenchError(f"card: {', '.join(clash)} belong to the policy's own configuration")
     if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / CONFIG).is_file())):
@@ -52,9 +55,10 @@ def save_policy(folder: Path | str, policy: Policy, card: Mapping[str, Any], hal
     tensors = {
         key: (tensor.detach().half() if key in halved else tensor.detach()).cpu().contiguous()
         for key, tensor in policy.state_dict().items()
+        if _counts(policy, key)
     }
     files = {
-        CONFIG: (json.dumps({**policy.config, **card}, indent=1, sort_keys=True) + "\n").encode(),
+        CONFIG: (json.dumps({**_config(policy), **card}, indent=1, sort_keys=True) + "\n").encode(),
         WEIGHTS: to_safetensors(tensors),
     }
     hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
@@ -106,6 +110,18 @@ def load_weights(policy: Policy, tensors: Mapping[str, Tensor], folder: Path | s
             found, right = f"{tensor.dtype} {list(tensor.shape)}", f"{own[key].dtype} {list(own[key].shape)}"
             raise BenchError(f"policy: {file}: {key} is {found}, should be {right}")
     policy.load_state_dict(dict(tensors))
+
+
+def _config(policy: Policy) -> dict[str, Any]:
+    """The policy's configuration, with its steering once that steers."""
+    if policy.steering is None or not policy.steering.ready:
+        return policy.config
+    return {**policy.config, "steering": policy.steering.config}
+
+
+def _counts(policy: Policy, key: str) -> bool:
+    """Whether a tensor is part of the policy: all but those of steering that does not steer yet."""
+    return policy.steered or not key.startswith("steering.")
 
 
 def _some(keys: set[str]) -> str:
