@@ -41,6 +41,7 @@ def seen(n, latent=None, trace=None):
         ended=nothing,
         task=nothing,
         episode=nothing,
+        start=nothing,
     )
 
 
