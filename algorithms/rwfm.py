@@ -37,7 +37,7 @@ class RWFMSettings:
 
     lr: float = 1e-4
     """Actor learning rate (Adam)."""
-    steps: int = 60
+    gradient_steps: int = 60
     """Gradient steps an iteration."""
     minibatch: int = 128
     """Decisions a gradient step."""
@@ -59,7 +59,7 @@ class RWFMSettings:
         for name in ("lr", "grad_norm"):
             if getattr(self, name) <= 0:
                 raise BenchError(f"algo.{name}: {getattr(self, name)}; it must be above 0")
-        for name in ("steps", "minibatch", "draws", "window"):
+        for name in ("gradient_steps", "minibatch", "draws", "window"):
             if getattr(self, name) < 1:
                 raise BenchError(f"algo.{name}: {getattr(self, name)}; it must be at least 1")
         if self.explore_size < 0:
@@ -150,8 +150,8 @@ class RWFM(Algorithm):
         batch, latent, mask, outcome = gather(policy, window)
         weight = outcome if s.weight == "filtered" else torch.exp(s.alpha * (outcome - outcome.max()))
         weight = weight / weight.mean()
-        losses = []
-        for _ in range(s.steps):
+        losses: list[float] = []
+        for _ in range(s.gradient_steps):
             i = torch.randint(len(weight), (s.minibatch,), generator=self.generator)
             loss = (weight[i] * self._losses(policy, batch.index(i), latent[i], mask[i])).mean()
             self.optimizer.zero_grad()
