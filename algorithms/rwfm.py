@@ -38,7 +38,7 @@ class RWFMSettings:
 
     lr: float = 1e-4
     """Actor learning rate (Adam)."""
-    steps: int = 60
+    gradient_steps: int = 60
     """Gradient steps an iteration."""
     minibatch: int = 128
     """Decisions a gradient step."""
@@ -60,7 +60,7 @@ class RWFMSettings:
         for name in ("lr", "grad_norm"):
             if getattr(self, name) <= 0:
                 raise BenchError(f"algo.{name}: {getattr(self, name)}; it must be above 0")
-        for name in ("steps", "minibatch", "draws", "window"):
+        for name in ("gradient_steps", "minibatch", "draws", "window"):
             if getattr(self, name) < 1:
                 raise BenchError(f"algo.{name}: {getattr(self, name)}; it must be at least 1")
         if self.explore_size < 0:
@@ -115,7 +115,7 @@ class RWFM(Algorithm):
     requires = frozenset({"denoising"})
     learns_from = "rollouts"
     Settings = RWFMSettings
-    search = MappingProxyType({"lr": (3e-5, 1e-4, 3e-4), "alpha": (1.0, 3.0, 6.0), "steps": (30, 60, 120)})
+    search = MappingProxyType({"lr": (3e-5, 1e-4, 3e-4), "alpha": (1.0, 3.0, 6.0), "gradient_steps": (30, 60, 120)})
 
     def __init__(self, settings: RWFMSettings, policy: DenoisingPolicy, budget: Budget, seed: int) -> None:
         self.settings = settings
@@ -152,8 +152,8 @@ class RWFM(Algorithm):
         batch, latent, mask, outcome = gather(policy, window)
         weight = outcome if s.weight == "filtered" else torch.exp(s.alpha * (outcome - outcome.max()))
         weight = weight / weight.mean()
-        losses = []
-        for _ in range(s.steps):
+        losses: list[float] = []
+        for _ in range(s.gradient_steps):
             i = torch.randint(len(weight), (s.minibatch,), generator=self.generator)
             loss = (weight[i] * self._losses(policy, batch.index(i), latent[i], mask[i])).mean()
             self.optimizer.zero_grad()

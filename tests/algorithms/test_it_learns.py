@@ -42,9 +42,9 @@ def chain(seed):
     return ToyChain(seed, inputs=2, scale=0.1)
 
 
-IMITATION = {"lr": 1e-2, "steps": 40, "window": 2, "explore_size": 0.8}
+IMITATION = {"lr": 1e-2, "gradient_steps": 40, "window": 2, "explore_size": 0.8}
 LEVEL = {"rwfm": 0.9, "rwfm-filtered": 0.9}
-"""Imitating one's successes levels off at 0.93 to 0.95 here: successful episodes have failed tries in them, too."""
+"""Imitating one's successes levels off at about 0.95 here: successful episodes have failed tries in them, too."""
 
 
 def stochastic(seed):
