@@ -244,6 +244,27 @@ def _table(args: list[str]) -> int:
     return 0
 
 
+def _power(args: list[str]) -> int:
+    from .options import Power, parse
+    from .power import check_rates, episodes_needed, pairs_needed, seeds_needed, z_test_power
+
+    asked = parse(Power, args, "vlarl-bench power")
+    test = (asked.first, asked.second, asked.power, asked.alpha)
+    check_rates(*test)
+    n, pairs = episodes_needed(*test), pairs_needed(*test, asked.agreement)
+    seeds = seeds_needed(asked.first, asked.second, asked.episodes, asked.seed_sd, asked.power, asked.alpha)
+    print(
+        f"{asked.first:g} against {asked.second:g}, two-sided alpha {asked.alpha:g}, power {asked.power:g}; for each:\n"
+        f"  two policies      {n:,} episodes, all independent "
+        f"(z-test; exact power {z_test_power(asked.first, asked.second, n, asked.alpha):.3f})\n"
+        f"  the same, paired  {pairs.n:,} pairs of episodes whose outcomes correlate by {asked.agreement:g} "
+        f"(exact McNemar test; power {pairs.power:.3f})\n"
+        f"  two methods       {seeds.n:,} seeds with {asked.episodes:,} episodes each and a deviation of "
+        f"{asked.seed_sd:g} between seeds (t-test; power {seeds.power:.3f})"
+    )
+    return 0
+
+
 def _list(args: list[str]) -> int:
     as_json = _flag(args, "list", "--json", "print JSON")
     found: dict[registry.Kind, dict[str, Any]] = {kind: {} for kind in registry.GROUPS}
@@ -301,6 +322,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "demos": (_demos, "make demonstrations with the suite's scripted expert"),
     "video": (_video, "film one episode of a policy or of the scripted expert"),
     "table": (_table, "print one table of several runs, from their rows on disk"),
+    "power": (_power, "say how many episodes and seeds tell two success rates apart"),
     "list": (_list, "show what is installed: algorithms, policies, suites, and which run on which"),
     "doctor": (_doctor, "say what this machine has, and what to do about what is missing"),
 }

@@ -174,6 +174,26 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Power:
+    """How many episodes and seeds tell two success rates apart."""
+
+    first: tyro.conf.Positional[float]
+    """One success rate, between 0 and 1."""
+    second: tyro.conf.Positional[float]
+    """The other."""
+    power: float = 0.8
+    """Chance to see the difference."""
+    alpha: float = 0.05
+    """Chance to see one where there is none; two-sided."""
+    agreement: float = 0.0
+    """Correlation of the two outcomes of one initial state, for paired episodes."""
+    seed_sd: float = 0.05
+    """Standard deviation of the success rate between training seeds."""
+    episodes: int = 150
+    """Episodes played of each seed."""
+
+
+@dataclass(frozen=True)
 class NoSettings:
     """Stands in for an algorithm's settings where --help is asked without --algo."""
 
