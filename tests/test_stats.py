@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import expit
 from scipy.stats import brunnermunzel, permutation_test, ttest_1samp
+from scipy.stats import t as student
 
 from vlarl_bench import stats
 from vlarl_bench.stats import (
@@ -210,10 +211,8 @@ def test_the_chance_to_improve_is_brunner_and_munzels_on_one_task():
     x, y = rng.normal(0.3, 1, 12), rng.normal(0, 2, 9)
     found = stats.seeds_estimate(stats.probability_of_improvement, x[:, None], y[:, None], bounds=(-9, 9))
     oracle = brunnermunzel(y, x)  # its statistic is (chance - 1/2) / standard error
-    freedom_free = (found.value - 0.5) / oracle.statistic
-    half = (found.high - found.low) / 2
-    # Student's quantile at Satterthwaite's degrees of freedom lies between those of 8 and 19
-    assert 2.09 < half / freedom_free < 2.31
+    error = (found.value - 0.5) / oracle.statistic
+    assert found.high - found.value == pytest.approx(student.ppf(0.975, 8) * error)
 
 
 @pytest.mark.parametrize(("seeds", "estimator"), [(3, stats.mean), (5, stats.iqm), (10, stats.optimality_gap)])
