@@ -162,6 +162,7 @@ def test_seeds_interval_by_hand():
     assert p == pytest.approx(0.0742, abs=1e-4)
     assert seeds_interval([0.1]) is None
     assert seeds_interval([0.1, 0.1]) is None
+    assert seeds_interval([0.1 + 0.2, 0.3, 0.3]) is None  # equal but for rounding
 
 
 GOLDEN = json.loads((Path(__file__).parent / "stats_golden.json").read_text())["cases"]

@@ -21,7 +21,8 @@ from .errors import BenchError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns the exit status: 0, 1 (doctor), 2 (a mistake, told in one line) or 130 (Ctrl-C)."""
+    """Runs one command and returns the exit status: 0, 1 (doctor or lint found something), 2 (a mistake, told in one
+    line) or 130 (Ctrl-C)."""
     args = list(sys.argv[1:] if argv is None else argv)
     if sys.stdout is None:  # closed by the caller, as `>&-` does
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the life of the process)
@@ -231,17 +232,42 @@ def _table(args: list[str]) -> int:
     options = parse(Table, args, "vlarl-bench table")
     if not options.runs:
         raise BenchError("runs: missing; name one or more run folders")
-    from .report.render import print_table, to_csv, to_json, to_markdown
+    if options.published and options.layout != "paper":
+        raise BenchError(f"published: published numbers go with --layout paper, not {options.layout}")
+    if not 0 < options.threshold <= 1:
+        raise BenchError(f"threshold: {options.threshold:g}; it must be above 0 and at most 1, such as 0.8")
+    from .report.paper import aggregate_table, paper_table
+    from .report.published import read_published
+    from .report.render import print_table, to_csv, to_json, to_latex, to_markdown
     from .report.runs import read_runs
     from .report.table import comparison_table, summary_table
 
     runs = read_runs(options.runs)
-    table = comparison_table(runs[0]) if len(runs) == 1 else summary_table(runs)
+    if options.layout == "paper":
+        table = paper_table(runs, read_published(options.published) if options.published else ())
+    elif options.layout == "aggregate":
+        table = aggregate_table(runs, options.threshold)
+    else:
+        table = comparison_table(runs[0]) if len(runs) == 1 else summary_table(runs)
     if options.format == "text":
         print_table(table)
     else:
-        print({"markdown": to_markdown, "csv": to_csv, "json": to_json}[options.format](table), end="")
+        written = {"markdown": to_markdown, "csv": to_csv, "latex": to_latex, "json": to_json}
+        print(written[options.format](table), end="")
     return 0
+
+
+def _lint(args: list[str]) -> int:
+    from .options import Lint, parse
+
+    options = parse(Lint, args, "vlarl-bench lint")
+    if not options.paths:
+        raise BenchError("paths: missing; name run folders, tables (.json) or published numbers (.toml)")
+    from .report.lint import lint
+
+    findings = lint(options.paths)
+    print("\n".join(findings) or "nothing found")
+    return 1 if findings else 0
 
 
 def _power(args: list[str]) -> int:
@@ -322,6 +348,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "demos": (_demos, "make demonstrations with the suite's scripted expert"),
     "video": (_video, "film one episode of a policy or of the scripted expert"),
     "table": (_table, "print one table of several runs, from their rows on disk"),
+    "lint": (_lint, "say what is wrong with results, in rows, tables and published numbers"),
     "power": (_power, "say how many episodes and seeds tell two success rates apart"),
     "list": (_list, "show what is installed: algorithms, policies, suites, and which run on which"),
     "doctor": (_doctor, "say what this machine has, and what to do about what is missing"),

@@ -169,8 +169,24 @@ class Table:
 
     runs: tyro.conf.Positional[tuple[str, ...]]
     """Run folders: one shows each task, several one line a run and suite."""
-    format: Literal["text", "markdown", "csv", "json"] = "text"
-    """How to print it; csv and json carry full precision."""
+    format: Literal["text", "markdown", "csv", "latex", "json"] = "text"
+    """How to print it; csv and json carry full precision, latex needs booktabs."""
+    layout: Literal["runs", "paper", "aggregate"] = "runs"
+    """runs: a line a run, or a task of one; paper: methods down, suites across; aggregate: mean, IQM, optimality gap,
+    chance to improve, ranks and sample efficiency over seeds and tasks."""
+    published: str = ""
+    """Folder of numbers that others published, such as results/published: shown below the measured ones of a paper
+    layout, never mixed with them."""
+    threshold: float = 0.8
+    """Success rate in training whose steps the aggregate layout counts."""
+
+
+@dataclass(frozen=True)
+class Lint:
+    """Say what is wrong with results: rows, tables in JSON, and numbers that others published. Exit status 1 if any."""
+
+    paths: tyro.conf.Positional[tuple[str, ...]]
+    """Run folders; .json files of `table --format json`; .toml files of published numbers, or folders of such."""
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,7 @@ def difference_interval(
 def seeds_interval(differences: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float, float] | None:
     """(low, high, p) of Student's t over training seeds, two-sided against no change; None for fewer than two seeds
     or when all are equal, where t is undefined."""
-    if len(set(differences)) < 2:
+    if len(differences) < 2 or np.ptp(differences) < 1e-12:  # what rounding leaves of equal seeds is no spread
         return None
     test = ttest_1samp(differences, 0.0)
     interval = test.confidence_interval(confidence)
