@@ -1,4 +1,4 @@
-"""The command line: `vlarl-bench run | eval | demos | video | table | list | doctor`.
+"""The command line: `vlarl-bench COMMAND`; `COMMANDS` has them all.
 
 Whatever is heavy is imported by the command that needs it; `list` and the overview import next to nothing.
 """
@@ -257,6 +257,26 @@ def _table(args: list[str]) -> int:
     return 0
 
 
+def _leaderboard(args: list[str]) -> int:
+    from .options import Leaderboard, parse
+
+    options = parse(Leaderboard, args, "vlarl-bench leaderboard")
+    if not options.out:
+        raise BenchError("out: ''; it must not be empty")
+    from .report.leaderboard import find_runs, write_leaderboard
+    from .report.published import read_published
+    from .report.runs import read_run
+
+    runs = [read_run(folder) for folder in dict.fromkeys(options.runs)] if options.runs else find_runs("results")
+    published = read_published(options.published) if options.published else []
+    if not runs and not published:
+        raise BenchError("runs: none given and none in results/; name at least one run folder")
+    path = Path(options.out) / "index.html"
+    size = write_leaderboard(path, runs, published)
+    print(f"{path}: {len(runs)} runs, {len(published)} published results, {size / 1e6:.2f} MB")
+    return 0
+
+
 def _lint(args: list[str]) -> int:
     from .options import Lint, parse
 
@@ -348,6 +368,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "demos": (_demos, "make demonstrations with the suite's scripted expert"),
     "video": (_video, "film one episode of a policy or of the scripted expert"),
     "table": (_table, "print one table of several runs, from their rows on disk"),
+    "leaderboard": (_leaderboard, "write the leaderboard, one HTML page of all runs"),
     "lint": (_lint, "say what is wrong with results, in rows, tables and published numbers"),
     "power": (_power, "say how many episodes and seeds tell two success rates apart"),
     "list": (_list, "show what is installed: algorithms, policies, suites, and which run on which"),
@@ -405,7 +426,7 @@ def _described(policy: Any) -> str:
 
 
 def _overview() -> str:
-    rows = [f"  {name:<8}{meaning}" for name, (_, meaning) in COMMANDS.items()]
+    rows = [f"  {name:<13}{meaning}" for name, (_, meaning) in COMMANDS.items()]
     head = "usage: vlarl-bench COMMAND [OPTIONS]\n\nCompare RL fine-tuning methods for vision-language-action policies."
     return "\n".join([head, "", *rows, "", "vlarl-bench COMMAND --help shows its options, their defaults and units."])
 

@@ -182,6 +182,18 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Leaderboard:
+    """Write the leaderboard: one HTML page of all runs, that loads nothing from elsewhere."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Run folders; empty takes those in results/."""
+    published: str = "results/published"
+    """Folder of numbers that others published; empty leaves them out."""
+    out: str = "site"
+    """Folder that index.html goes to."""
+
+
+@dataclass(frozen=True)
 class Lint:
     """Say what is wrong with results: rows, tables in JSON, and numbers that others published. Exit status 1 if any."""
 

@@ -62,7 +62,7 @@ def test_best_is_marked_only_when_it_is_separated(folders):
     differences, p = separation(methods, "suite_a")
     assert differences[1, 2] == pytest.approx(0.5) and differences[2, 1] == pytest.approx(-0.5)
     # every seed differs by exactly 0.5, so Student's t is undefined and nothing is claimed
-    assert p[1, 2] == 1.0 and best(methods, "suite_a") is None
+    assert p[1, 2] == 1.0 and best(methods, "suite_a") == []
 
 
 def test_best_is_found_where_seeds_vary(make_run):
@@ -72,7 +72,7 @@ def test_best_is_found_where_seeds_vary(make_run):
         for name, limit in zip(("strong", "weak"), limits, strict=True)
     ]
     methods = compared_methods(read_runs(folders))
-    assert best(methods, "suite_a") == 1
+    assert best(methods, "suite_a") == [1]
     table = paper_table(read_runs(folders))
     marked = [line for line in table.lines if line[-1].endswith(" *")]
     assert [line[0] for line in marked] == ["strong"]
@@ -80,7 +80,7 @@ def test_best_is_found_where_seeds_vary(make_run):
     assert f"\\textbf{{{marked[0][-1]}}}" in to_latex(table)
     assert [each["best"] for each in json.loads(to_json(table))["cells"]] == [False, True, False]
     # one seed cannot separate, however large the gap
-    assert best(compared_methods(read_runs(folders[:2])), "suite_a") is None
+    assert best(compared_methods(read_runs(folders[:2])), "suite_a") == []
 
 
 def test_row_order_and_duplicates_change_nothing(folders):

@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,14 +36,19 @@ class Method:
     @property
     def label(self) -> str:
         """Name and settings, long lists in short; says so where it is a control."""
-        control = " CONTROL" if any(run.config.get("rewards") == "shuffled" for run in self.runs) else ""
+        control = " CONTROL" if self.is_control else ""
         short = re.sub(r"\[[^\]]{40,}\]", lambda found: f"[{found[0].count(',') + 1} named]", self.settings)
-        return f"{self.name}{'' if self.is_base else control}" + (f" ({short})" if short else "")
+        return f"{self.name}{control}" + (f" ({short})" if short else "")
 
     @property
     def is_base(self) -> bool:
         """Whether nothing was trained."""
         return self.name == BASE
+
+    @property
+    def is_control(self) -> bool:
+        """Whether it was made not to learn, to show what learning adds."""
+        return not self.is_base and any(run.config.get("rewards") == "shuffled" for run in self.runs)
 
     def budget(self) -> dict[str, float]:
         """What the average run spent on training: episodes and environment steps, counted from rows, and what the
@@ -183,6 +188,33 @@ def cell(method: Method, suite: str) -> dict[str, Any]:
     return found
 
 
+def change(method: Method, base: Method, suite: str) -> dict[str, Any] | None:
+    """How a method changed its base policy on shared episodes, with interval and p: over seeds where several are
+    shared (Student's t), else over initial states. None without shared episodes."""
+    before, after = ({key: s for key, s in m.outcomes.items() if key[1] == suite} for m in (base, method))
+    shared = before.keys() & after.keys()
+    if not shared:
+        return None
+    paired = paired_result(before, after)
+    found: dict[str, Any] = {
+        "value": paired.difference, "base": sum(before[key] for key in shared) / len(shared), "low": None, "high": None,
+        "p": None, "resamples": "seeds",
+    }  # fmt: skip
+    by_seed = _changes_by_seed(before, after)
+    if len(by_seed) > 1:
+        over_seeds = seeds_interval(by_seed)
+        return found if over_seeds is None else found | dict(zip(("low", "high", "p"), over_seeds, strict=True))
+    return found | {"low": paired.low, "high": paired.high, "p": paired.p_value, "resamples": "initial states"}
+
+
+def _changes_by_seed(before: Mapping[Episode, bool], after: Mapping[Episode, bool]) -> list[float]:
+    """Mean change of each seed's shared episodes."""
+    changes: dict[Any, list[int]] = {}
+    for key in before.keys() & after.keys():
+        changes.setdefault(key[0], []).append(int(after[key]) - int(before[key]))
+    return [float(np.mean(each)) for each in changes.values()]
+
+
 def separation(methods: Sequence[Method], suite: str) -> tuple[np.ndarray, np.ndarray]:
     """Differences of rates [M, M] (row minus column) on shared episodes, and Holm-corrected p-values.
 
@@ -198,21 +230,22 @@ def separation(methods: Sequence[Method], suite: str) -> tuple[np.ndarray, np.nd
         one, two = ({key: success for key, success in methods[k].outcomes.items() if key[1] == suite} for k in (i, j))
         paired = paired_result(two, one)
         differences[i, j], differences[j, i] = paired.difference, -paired.difference
-        by_seed: dict[Any, list[int]] = {}
-        for key in one.keys() & two.keys():
-            by_seed.setdefault(key[0], []).append(int(one[key]) - int(two[key]))
-        over_seeds = seeds_interval([float(np.mean(changes)) for changes in by_seed.values()])
+        over_seeds = seeds_interval(_changes_by_seed(two, one))
         raw.append(1.0 if over_seeds is None else max(paired.p_value, over_seeds[2]))
     for (i, j), value in zip(pairs, holm(raw), strict=True):
         p[i, j] = p[j, i] = value
     return differences, p
 
 
-def best(methods: Sequence[Method], suite: str) -> int | None:
-    """The method that is separated above all others; none where there is no such."""
-    differences, p = separation(methods, suite)
-    for i in range(len(methods)):
-        others = [j for j in range(len(methods)) if j != i]
-        if others and all(differences[i, j] > 0 and p[i, j] < 1 - CONFIDENCE for j in others):
-            return i
-    return None
+def best(methods: Sequence[Method], suite: str) -> list[int]:
+    """Those methods that are separated above all others that were judged on the same tasks; controls do not count."""
+    found = []
+    for tasks in {tuple(planned_tasks(method, suite)): None for method in methods}:
+        rivals = [
+            i for i, method in enumerate(methods)
+            if tasks and tuple(planned_tasks(method, suite)) == tasks and not method.is_control
+        ]  # fmt: skip
+        differences, p = separation([methods[i] for i in rivals], suite)
+        above = (differences > 0) & (p < 1 - CONFIDENCE)
+        found += [i for k, i in enumerate(rivals) if len(rivals) > 1 and above[k].sum() == len(rivals) - 1]
+    return found

@@ -37,7 +37,7 @@ def paper_table(runs: Sequence[RunFolder], published: Sequence[Published] = ()) 
     winners = {suite: best(methods, suite) for suite in suites}
     lines, cells = [], []
     for i, method in enumerate(methods):
-        mine = [cell(method, suite) | {"best": winners[suite] == i, **method.budget()} for suite in suites]
+        mine = [cell(method, suite) | {"best": i in winners[suite], **method.budget()} for suite in suites]
         texts = [_cell_text(each) for each in mine]
         if len(suites) > 1:
             rates = [each["rate"] for each in mine]
@@ -54,9 +54,9 @@ def paper_table(runs: Sequence[RunFolder], published: Sequence[Published] = ()) 
         "Cells: success rate in per cent, 95% interval, successes/episodes. Intervals resample training seeds "
         "(Student's t), with one seed episodes (Wilson); tasks and initial states are taken as they are. A base "
         "policy's seeds are those of the noise it was played with.",
-        f"{BEST.strip()}: separated above every other measured line, p < 0.05 after Holm's correction; p is the larger "
-        "of the exact sign-flip test paired by (task, initial state, seed) and Student's t over seeds, so it takes at "
-        "least two seeds.",
+        f"{BEST.strip()}: separated above every other measured line on the same tasks, controls aside: p < 0.05 after "
+        "Holm's correction, p being the larger of the exact sign-flip test paired by (task, initial state, seed) and "
+        "Student's t over seeds, so it takes at least two seeds.",
         *(("Average: of the suites, each counting the same.",) if len(suites) > 1 else ()),
         *((_COPIED,) if copied else ()),
         *(f"LINT: {finding}." for finding in lint_runs(runs)),
