@@ -66,6 +66,7 @@ function shown() {
   });
   const column = COLUMNS.find((c) => c.key === state.sort), sign = state.order === "ascending" ? 1 : -1;
   return kept.sort((a, b) => {
+    if (a.kind !== b.kind) return a.kind === "measured" ? -1 : 1; // never one among the other
     const x = column.of(a), y = column.of(b);
     if (x === null || y === null) return (x === null) - (y === null); // what is missing comes last either way
     return sign * (x < y ? -1 : x > y ? 1 : 0) || a.id.localeCompare(b.id);
@@ -81,10 +82,18 @@ function draw() {
     header.firstChild.textContent = COLUMNS.find((c) => c.key === header.dataset.key).name + arrow;
   }
   const found = shown();
-  find("#table tbody").replaceChildren(...found.map(row));
   const measured = found.filter((cell) => cell.kind === "measured").length;
+  const group = (text, some) => (some.length ? [heading(text), ...some.map(row)] : []);
+  find("#table tbody").replaceChildren(
+    ...group("Measured here", found.slice(0, measured)),
+    ...group("Copied: printed by others, measured by nobody here", found.slice(measured)));
   find("#count").textContent =
     `${found.length} of ${data.cells.length} scores: ${measured} measured, ${found.length - measured} copied`;
+}
+
+function heading(text) {
+  return element("tr", { role: "row", class: "group" },
+    element("th", { role: "rowheader", scope: "rowgroup", colspan: COLUMNS.length }, text));
 }
 
 function row(cell) {
