@@ -2,6 +2,7 @@
 
     python scripts/coverage.py                       # 10,000 experiments a line
     python scripts/coverage.py --experiments 400     # a look
+    python scripts/coverage.py --only over_seeds     # one part
 
 Seeds are clusters: logit p = task + seed + seed-and-task, the last two normal with deviations 0.4 and 0.3, and 50
 episodes are played for each seed and task. A truth is what infinitely many seeds would give on the same ten tasks. The
@@ -31,9 +32,13 @@ def main() -> None:
     """One line an interval and setting."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--experiments", type=int, default=10_000)
+    parts = (single_policies, before_and_after, over_seeds, efficiency, ranks, bootstraps)
+    parser.add_argument("--only", choices=[part.__name__ for part in parts])
     options = parser.parse_args()
     print("| interval | setting | coverage |\n| --- | --- | --- |")
-    for part in (single_policies, before_and_after, over_seeds, efficiency, ranks, bootstraps):
+    for part in parts:
+        if options.only not in (None, part.__name__):
+            continue
         for interval, setting, coverage in part(options.experiments):
             print(f"| {interval} | {setting} | {100 * coverage:.1f}% |", flush=True)
 

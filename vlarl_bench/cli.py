@@ -257,6 +257,22 @@ def _table(args: list[str]) -> int:
     return 0
 
 
+def _figures(args: list[str]) -> int:
+    from .options import Figures, parse
+
+    options = parse(Figures, args, "vlarl-bench figures")
+    if not options.runs:
+        raise BenchError("runs: missing; name one or more run folders")
+    if not options.out:
+        raise BenchError("out: ''; it must not be empty")
+    from .report.figures import write_figures
+    from .report.runs import read_runs
+
+    for path in write_figures(options.out, read_runs(options.runs)):
+        print(path)
+    return 0
+
+
 def _leaderboard(args: list[str]) -> int:
     from .options import Leaderboard, parse
 
@@ -368,6 +384,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "demos": (_demos, "make demonstrations with the suite's scripted expert"),
     "video": (_video, "film one episode of a policy or of the scripted expert"),
     "table": (_table, "print one table of several runs, from their rows on disk"),
+    "figures": (_figures, "draw several runs: learning curves, tasks, profiles, gain against cost"),
     "leaderboard": (_leaderboard, "write the leaderboard, one HTML page of all runs"),
     "lint": (_lint, "say what is wrong with results, in rows, tables and published numbers"),
     "power": (_power, "say how many episodes and seeds tell two success rates apart"),

@@ -182,6 +182,16 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Figures:
+    """Draw runs under one protocol: learning curves, tasks, performance profiles, gain against cost."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    """Run folders."""
+    out: str = "figures"
+    """Folder that the SVG and PNG files go to."""
+
+
+@dataclass(frozen=True)
 class Leaderboard:
     """Write the leaderboard: one HTML page of all runs, that loads nothing from elsewhere."""
 

@@ -209,7 +209,7 @@ function episodes(cell) {
 }
 
 function curve(cell) {
-  const W = 640, H = 260, left = 44, right = 12, top = 12, bottom = 36;
+  const W = 640, H = 260, left = 64, right = 12, top = 12, bottom = 36;
   const most = Math.max(...cell.curves.flatMap((c) => c.steps));
   const x = (steps) => left + ((W - left - right) * steps) / most, y = (rate) => H - bottom - (H - top - bottom) * rate;
   const path = (c) => c.steps.map((s, i) => `${i ? "L" : "M"}${x(s).toFixed(1)} ${y(c.rates[i]).toFixed(1)}`).join("");
