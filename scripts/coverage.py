@@ -163,12 +163,13 @@ def ranks(experiments: int) -> Iterator[Line]:
 def bootstraps(experiments: int) -> Iterator[Line]:
     """Percentiles of bootstraps, for comparison: no table shows them."""
     rng = np.random.default_rng(6)
+    resampled: tuple[tuple[stats.Level, ...], ...] = (("seed",), ("seed", "task", "episode"))
     crowd = simulate(rng, 1, 200_000)[0]
     for name, estimator in (("mean", stats.mean), ("IQM", stats.iqm)):
         truth = float(estimator(crowd))
         for seeds in (5, 10, 20):
             data = simulate(rng, experiments, seeds)
-            for levels in (("seed",), ("seed", "task", "episode")):
+            for levels in resampled:
                 hits = 0
                 for scores in data:
                     played = np.full(scores.shape, EPISODES) if "episode" in levels else None

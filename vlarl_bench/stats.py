@@ -8,7 +8,7 @@ that counts as independent; tasks and initial states are taken as they are.
 import math
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from scipy.stats import binomtest, quantile_test, ttest_1samp
@@ -16,7 +16,7 @@ from scipy.stats import t as student
 
 CONFIDENCE = 0.95
 
-Episode = tuple[Hashable, ...]
+Episode = TypeVar("Episode", bound=tuple[Any, ...])
 """What makes two episodes a pair: (suite, task, init_state, repeat), behind a training seed where there are several.
 All but the repeat name the cluster."""
 
@@ -266,7 +266,7 @@ def hierarchical_bootstrap(
     return drawn
 
 
-def area_under_curve(steps: Sequence[float], rates: Sequence[float], until: float) -> float:
+def area_under_curve(steps: Sequence[float] | np.ndarray, rates: Sequence[float] | np.ndarray, until: float) -> float:
     """Average height from 0 to `until` of the curve through (steps, rates), level before its first and after its last
     point; the sample efficiency of one run, comparable between runs with the same `until`."""
     x = np.asarray(steps, dtype=float)
@@ -274,7 +274,7 @@ def area_under_curve(steps: Sequence[float], rates: Sequence[float], until: floa
     return float(np.trapezoid(np.interp(grid, x, rates), grid) / until)
 
 
-def steps_to(steps: Sequence[float], rates: Sequence[float], threshold: float) -> float:
+def steps_to(steps: Sequence[float] | np.ndarray, rates: Sequence[float] | np.ndarray, threshold: float) -> float:
     """Steps at which the curve first reaches `threshold`, on the line between two points; infinite if never."""
     for i, rate in enumerate(rates):
         if rate >= threshold:

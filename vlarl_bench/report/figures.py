@@ -22,7 +22,7 @@ from .runs import RunFolder, training_curve
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 """Okabe and Ito's palette, safe for the colour-blind; lines and markers differ too."""
 LINES, MARKERS = ("-", "--", "-.", ":"), "osD^vPX"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False, "svg.hashsalt": "vlarl-bench",
     "svg.fonttype": "none",

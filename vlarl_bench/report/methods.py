@@ -9,11 +9,14 @@ from typing import Any
 import numpy as np
 
 from ..errors import BenchError
-from ..stats import CONFIDENCE, Episode, holm, mean, paired_result, seeds_estimate, seeds_interval, wilson_interval
+from ..stats import CONFIDENCE, holm, mean, paired_result, seeds_estimate, seeds_interval, wilson_interval
 from .runs import RunFolder
 from .table import settings_labels
 
 BASE = "base policy"
+
+Episode = tuple[int, str, str, int, int]
+"""(training seed, suite, task, init_state, repeat)"""
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Method:
     seeds: tuple[int, ...]
     """Training seeds; a base policy's are those of the noise it was played with."""
     outcomes: dict[Episode, bool]
-    """(seed, suite, task, init_state, repeat) -> success, of the scored rows of all seeds."""
+    """Success of the scored rows of all seeds."""
 
     @property
     def label(self) -> str:

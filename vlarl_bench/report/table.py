@@ -10,10 +10,13 @@ import numpy as np
 
 from ..errors import BenchError
 from ..records import EpisodeRow
-from ..stats import Episode, paired_result, seeds_interval, wilson_interval
+from ..stats import paired_result, seeds_interval, wilson_interval
 from .runs import RunFolder
 
 Record = dict[str, Any]
+
+Episode = tuple[str, str, int, int]
+"""(suite, task, init_state, repeat): what makes two episodes of a run a pair."""
 
 
 @dataclass(frozen=True)
