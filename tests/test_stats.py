@@ -1,11 +1,17 @@
+import itertools
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import permutation_test
+from scipy.special import expit
+from scipy.stats import brunnermunzel, permutation_test, ttest_1samp
+from scipy.stats import t as student
 
+from vlarl_bench import stats
 from vlarl_bench.stats import (
     difference_interval,
     mcnemar_p,
@@ -156,3 +162,130 @@ def test_seeds_interval_by_hand():
     assert p == pytest.approx(0.0742, abs=1e-4)
     assert seeds_interval([0.1]) is None
     assert seeds_interval([0.1, 0.1]) is None
+    assert seeds_interval([0.1 + 0.2, 0.3, 0.3]) is None  # equal but for rounding
+
+
+GOLDEN = json.loads((Path(__file__).parent / "stats_golden.json").read_text())["cases"]
+
+
+@pytest.mark.parametrize("golden", GOLDEN)
+def test_aggregates_are_rliables(golden):
+    # made by scripts/bench_rliable.py --golden, with rliable 1.2.0
+    scores, others = np.array(golden["scores"]), np.array(golden["others"])
+    tasks = min(scores.shape[1], others.shape[1])
+    ours = {
+        "mean": stats.mean(scores),
+        "iqm": stats.iqm(scores),
+        "optimality_gap": stats.optimality_gap(scores),
+        "optimality_gap_0.6": stats.optimality_gap(scores, 0.6),
+        "probability_of_improvement": stats.probability_of_improvement(scores[:, :tasks], others[:, :tasks]),
+        "performance_profile": stats.performance_profile(scores, np.linspace(0, 1, 11)),
+    }
+    for name, value in ours.items():
+        assert value == pytest.approx(golden[name], abs=1e-9), name
+
+
+def test_aggregates_take_many_experiments_at_once():
+    scores = np.random.default_rng(0).random((7, 2, 4, 5))
+    for estimator in (stats.mean, stats.iqm, stats.optimality_gap, lambda x: stats.performance_profile(x, [0.2, 0.7])):
+        one_by_one = [[estimator(scores[i, j]) for j in range(2)] for i in range(7)]
+        assert estimator(scores) == pytest.approx(np.array(one_by_one))
+    assert stats.probability_of_improvement(scores, scores[:, :, :3]).shape == (7, 2)
+
+
+def test_the_estimate_of_a_mean_is_students_interval_over_seeds():
+    scores = np.array([[0.2, 0.4], [0.5, 0.5], [0.9, 0.7]])
+    found, by_hand = stats.seeds_estimate(stats.mean, scores), ttest_1samp(scores.mean(1), 0).confidence_interval(0.95)
+    assert found.value == pytest.approx(scores.mean())
+    assert (found.low, found.high) == (max(0, by_hand.low), min(1, by_hand.high))
+    inside = stats.seeds_estimate(stats.mean, scores, bounds=(-9, 9))
+    assert (inside.low, inside.high) == pytest.approx((by_hand.low, by_hand.high))
+
+
+def test_one_seed_or_equal_seeds_have_no_interval():
+    assert stats.seeds_estimate(stats.mean, np.array([[0.5, 0.7]])) == stats.Estimate(0.6)
+    assert stats.seeds_estimate(stats.iqm, np.full((4, 3), 0.3)).low is None
+
+
+def test_the_chance_to_improve_is_brunner_and_munzels_on_one_task():
+    rng = np.random.default_rng(1)
+    x, y = rng.normal(0.3, 1, 12), rng.normal(0, 2, 9)
+    found = stats.seeds_estimate(stats.probability_of_improvement, x[:, None], y[:, None], bounds=(-9, 9))
+    oracle = brunnermunzel(y, x)  # its statistic is (chance - 1/2) / standard error
+    error = (found.value - 0.5) / oracle.statistic
+    assert found.high - found.value == pytest.approx(student.ppf(0.975, 8) * error)
+
+
+@pytest.mark.parametrize(("seeds", "estimator"), [(3, stats.mean), (5, stats.iqm), (10, stats.optimality_gap)])
+def test_the_interval_over_seeds_covers(seeds, estimator):
+    # 800 experiments of scripts/coverage.py, which has the full count; the bound leaves 3 standard errors below 95%
+    rng = np.random.default_rng(7)
+
+    def simulate(experiments, n):
+        logits = np.linspace(-1, 2.5, 10) + 0.4 * rng.standard_normal((experiments, n, 1))
+        return rng.binomial(50, expit(logits + 0.3 * rng.standard_normal((experiments, n, 10)))) / 50
+
+    truth = estimator(simulate(1, 50_000)[0])
+    found = [stats.seeds_estimate(estimator, each) for each in simulate(800, seeds)]
+    assert 0.925 < np.mean([each.low <= truth <= each.high for each in found]) < 0.975
+
+
+def test_the_bootstrap_resamples_what_it_says():
+    rng = np.random.default_rng(0)
+    scores = np.array([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]])
+    whole = stats.hierarchical_bootstrap(scores, 500, rng, levels=("seed",))
+    assert whole.shape == (500, 2, 3)
+    assert {tuple(row) for row in whole.reshape(-1, 3).tolist()} == {tuple(row) for row in scores.tolist()}
+    tasks = stats.hierarchical_bootstrap(scores, 500, rng, levels=("task",))
+    assert all(set(tasks[:, s].ravel()) == set(scores[s]) for s in range(2))
+    episodes = stats.hierarchical_bootstrap(scores, 20_000, rng, ("episode",), np.full((2, 3), 10))
+    assert episodes.mean(0) == pytest.approx(scores, abs=0.01)
+    assert episodes.var(0) == pytest.approx(scores * (1 - scores) / 10, rel=0.05)
+    assert (stats.hierarchical_bootstrap(scores, 3, rng, levels=()) == scores).all()
+
+
+def test_the_bootstrap_of_seeds_has_the_variance_of_a_mean():
+    scores = np.random.default_rng(2).random((6, 4))
+    drawn = stats.mean(stats.hierarchical_bootstrap(scores, 40_000, np.random.default_rng(3), levels=("seed",)))
+    assert drawn.var() == pytest.approx(scores.mean(1).var() / 6, rel=0.03)
+
+
+@settings(max_examples=60, deadline=None)
+@given(p=st.lists(st.floats(0, 1), min_size=1, max_size=6))
+def test_holm_is_the_closed_test_with_bonferroni(p):
+    # adjusted p of hypothesis i: the largest, over all sets that contain it, of |set| * min(set)
+    members = range(len(p))
+    sets = [s for size in range(1, len(p) + 1) for s in itertools.combinations(members, size)]
+    closed = [min(1.0, max(len(s) * min(p[j] for j in s) for s in sets if i in s)) for i in members]
+    assert stats.holm(p) == pytest.approx(closed)
+
+
+def test_ranks_by_hand():
+    # a is separated above b and c; b and c are not separated
+    differences = np.array([[0, 0.2, 0.3], [-0.2, 0, 0.1], [-0.3, -0.1, 0]])
+    p = np.array([[1, 0.01, 0.001], [0.01, 1, 0.4], [0.001, 0.4, 1]])
+    assert stats.rank_intervals(differences, p).tolist() == [[1, 1], [2, 3], [2, 3]]
+    assert stats.rank_intervals(differences, np.ones((3, 3))).tolist() == [[1, 3]] * 3
+
+
+def test_sample_efficiency_by_hand():
+    # level 0.2 to 10, up to 0.6 at 20, level to 40: (2 + 4 + 12) / 40
+    assert stats.area_under_curve([10, 20], [0.2, 0.6], 40) == pytest.approx(18 / 40)
+    assert stats.area_under_curve([10, 20], [0.2, 0.6], 15) == pytest.approx((2 + 5 * 0.3) / 15)
+    assert stats.steps_to([10, 20], [0.2, 0.6], 0.5) == pytest.approx(17.5)
+    assert stats.steps_to([10, 20], [0.2, 0.6], 0.1) == 10
+    assert stats.steps_to([10, 20], [0.2, 0.6], 0.7) == math.inf
+
+
+def test_the_median_counts_seeds_that_never_got_there():
+    # order statistics 2 and 9 of ten: 1 - 2 * (1 + 10) / 2^10 = 97.9%
+    found = stats.median_interval([5, 1, 2, 3, 4, 6, 7, 8, math.inf, math.inf])
+    assert (found.value, found.low, found.high) == (5.5, 2, math.inf)
+    assert stats.median_interval([1, 2, 3, 4, 5]).low is None
+
+
+def test_seeds_are_part_of_what_makes_a_pair():
+    base = {(seed, "s", "t", 0, 0): False for seed in range(3)}
+    after = {(seed, "s", "t", 0, 0): True for seed in (0, 1, 2, 3)}
+    result = paired_result(base, after)
+    assert (result.n_pairs, result.n_clusters, result.gained) == (3, 3, 3)

@@ -1,4 +1,4 @@
-"""The command line: `vlarl-bench run | eval | demos | video | tune | table | list | doctor`.
+"""The command line: `vlarl-bench COMMAND`; `COMMANDS` has them all.
 
 Whatever is heavy is imported by the command that needs it; `list` and the overview import next to nothing.
 """
@@ -21,7 +21,8 @@ from .errors import BenchError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns the exit status: 0, 1 (doctor), 2 (a mistake, told in one line) or 130 (Ctrl-C)."""
+    """Runs one command and returns the exit status: 0, 1 (doctor or lint found something), 2 (a mistake, told in one
+    line) or 130 (Ctrl-C)."""
     args = list(sys.argv[1:] if argv is None else argv)
     if sys.stdout is None:  # closed by the caller, as `>&-` does
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the life of the process)
@@ -259,16 +260,98 @@ def _table(args: list[str]) -> int:
     options = parse(Table, args, "vlarl-bench table")
     if not options.runs:
         raise BenchError("runs: missing; name one or more run folders")
-    from .report.render import print_table, to_csv, to_json, to_markdown
+    if options.published and options.layout != "paper":
+        raise BenchError(f"published: published numbers go with --layout paper, not {options.layout}")
+    if not 0 < options.threshold <= 1:
+        raise BenchError(f"threshold: {options.threshold:g}; it must be above 0 and at most 1, such as 0.8")
+    from .report.paper import aggregate_table, paper_table
+    from .report.published import read_published
+    from .report.render import print_table, to_csv, to_json, to_latex, to_markdown
     from .report.runs import read_runs
     from .report.table import comparison_table, summary_table
 
     runs = read_runs(options.runs)
-    table = comparison_table(runs[0]) if len(runs) == 1 else summary_table(runs)
+    if options.layout == "paper":
+        table = paper_table(runs, read_published(options.published) if options.published else ())
+    elif options.layout == "aggregate":
+        table = aggregate_table(runs, options.threshold)
+    else:
+        table = comparison_table(runs[0]) if len(runs) == 1 else summary_table(runs)
     if options.format == "text":
         print_table(table)
     else:
-        print({"markdown": to_markdown, "csv": to_csv, "json": to_json}[options.format](table), end="")
+        written = {"markdown": to_markdown, "csv": to_csv, "latex": to_latex, "json": to_json}
+        print(written[options.format](table), end="")
+    return 0
+
+
+def _figures(args: list[str]) -> int:
+    from .options import Figures, parse
+
+    options = parse(Figures, args, "vlarl-bench figures")
+    if not options.runs:
+        raise BenchError("runs: missing; name one or more run folders")
+    if not options.out:
+        raise BenchError("out: ''; it must not be empty")
+    from .report.figures import write_figures
+    from .report.runs import read_runs
+
+    for path in write_figures(options.out, read_runs(options.runs)):
+        print(path)
+    return 0
+
+
+def _leaderboard(args: list[str]) -> int:
+    from .options import Leaderboard, parse
+
+    options = parse(Leaderboard, args, "vlarl-bench leaderboard")
+    if not options.out:
+        raise BenchError("out: ''; it must not be empty")
+    from .report.leaderboard import find_runs, write_leaderboard
+    from .report.published import read_published
+    from .report.runs import read_run
+
+    runs = [read_run(folder) for folder in dict.fromkeys(options.runs)] if options.runs else find_runs("results")
+    published = read_published(options.published) if options.published else []
+    if not runs and not published:
+        raise BenchError("runs: none given and none in results/; name at least one run folder")
+    path = Path(options.out) / "index.html"
+    size = write_leaderboard(path, runs, published)
+    print(f"{path}: {len(runs)} runs, {len(published)} published results, {size / 1e6:.2f} MB")
+    return 0
+
+
+def _lint(args: list[str]) -> int:
+    from .options import Lint, parse
+
+    options = parse(Lint, args, "vlarl-bench lint")
+    if not options.paths:
+        raise BenchError("paths: missing; name run folders, tables (.json) or published numbers (.toml)")
+    from .report.lint import lint
+
+    findings = lint(options.paths)
+    print("\n".join(findings) or "nothing found")
+    return 1 if findings else 0
+
+
+def _power(args: list[str]) -> int:
+    from .options import Power, parse
+    from .power import check_rates, episodes_needed, pairs_needed, seeds_needed, z_test_power
+
+    asked = parse(Power, args, "vlarl-bench power")
+    test = (asked.first, asked.second, asked.power, asked.alpha)
+    check_rates(*test)
+    n, pairs = episodes_needed(*test), pairs_needed(*test, asked.agreement)
+    seeds = seeds_needed(asked.first, asked.second, asked.episodes, asked.seed_sd, asked.power, asked.alpha)
+    print(
+        f"{asked.first:g} against {asked.second:g}, two-sided alpha {asked.alpha:g}, power {asked.power:g}; for each:\n"
+        f"  two policies      {n:,} episodes, all independent "
+        f"(z-test; exact power {z_test_power(asked.first, asked.second, n, asked.alpha):.3f})\n"
+        f"  the same, paired  {pairs.n:,} pairs of episodes whose outcomes correlate by {asked.agreement:g} "
+        f"(exact McNemar test; power {pairs.power:.3f})\n"
+        f"  two methods       {seeds.n:,} seeds with {asked.episodes:,} episodes each and a deviation of "
+        f"{asked.seed_sd:g} between seeds (t-test; power {seeds.power:.3f})"
+    )
     return 0
 
 
@@ -330,6 +413,10 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "video": (_video, "film one episode of a policy or of the scripted expert"),
     "tune": (_tune, "try settings of one algorithm on training states, as many trials for each algorithm"),
     "table": (_table, "print one table of several runs, from their rows on disk"),
+    "figures": (_figures, "draw several runs: learning curves, tasks, profiles, gain against cost"),
+    "leaderboard": (_leaderboard, "write the leaderboard, one HTML page of all runs"),
+    "lint": (_lint, "say what is wrong with results, in rows, tables and published numbers"),
+    "power": (_power, "say how many episodes and seeds tell two success rates apart"),
     "list": (_list, "show what is installed: algorithms, policies, suites, and which run on which"),
     "doctor": (_doctor, "say what this machine has, and what to do about what is missing"),
 }
@@ -385,7 +472,7 @@ def _described(policy: Any) -> str:
 
 
 def _overview() -> str:
-    rows = [f"  {name:<8}{meaning}" for name, (_, meaning) in COMMANDS.items()]
+    rows = [f"  {name:<13}{meaning}" for name, (_, meaning) in COMMANDS.items()]
     head = "usage: vlarl-bench COMMAND [OPTIONS]\n\nCompare RL fine-tuning methods for vision-language-action policies."
     return "\n".join([head, "", *rows, "", "vlarl-bench COMMAND --help shows its options, their defaults and units."])
 

@@ -171,8 +171,66 @@ class Table:
 
     runs: tyro.conf.Positional[tuple[str, ...]]
     """Run folders: one shows each task, several one line a run and suite."""
-    format: Literal["text", "markdown", "csv", "json"] = "text"
-    """How to print it; csv and json carry full precision."""
+    format: Literal["text", "markdown", "csv", "latex", "json"] = "text"
+    """How to print it; csv and json carry full precision, latex needs booktabs."""
+    layout: Literal["runs", "paper", "aggregate"] = "runs"
+    """runs: a line a run, or a task of one; paper: methods down, suites across; aggregate: mean, IQM, optimality gap,
+    chance to improve, ranks and sample efficiency over seeds and tasks."""
+    published: str = ""
+    """Folder of numbers that others published, such as results/published: shown below the measured ones of a paper
+    layout, never mixed with them."""
+    threshold: float = 0.8
+    """Success rate in training whose steps the aggregate layout counts."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Draw runs under one protocol: learning curves, tasks, performance profiles, gain against cost."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    """Run folders."""
+    out: str = "figures"
+    """Folder that the SVG and PNG files go to."""
+
+
+@dataclass(frozen=True)
+class Leaderboard:
+    """Write the leaderboard: one HTML page of all runs, that loads nothing from elsewhere."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Run folders; empty takes those in results/."""
+    published: str = "results/published"
+    """Folder of numbers that others published; empty leaves them out."""
+    out: str = "site"
+    """Folder that index.html goes to."""
+
+
+@dataclass(frozen=True)
+class Lint:
+    """Say what is wrong with results: rows, tables in JSON, and numbers that others published. Exit status 1 if any."""
+
+    paths: tyro.conf.Positional[tuple[str, ...]]
+    """Run folders; .json files of `table --format json`; .toml files of published numbers, or folders of such."""
+
+
+@dataclass(frozen=True)
+class Power:
+    """How many episodes and seeds tell two success rates apart."""
+
+    first: tyro.conf.Positional[float]
+    """One success rate, between 0 and 1."""
+    second: tyro.conf.Positional[float]
+    """The other."""
+    power: float = 0.8
+    """Chance to see the difference."""
+    alpha: float = 0.05
+    """Chance to see one where there is none; two-sided."""
+    agreement: float = 0.0
+    """Correlation of the two outcomes of one initial state, for paired episodes."""
+    seed_sd: float = 0.05
+    """Standard deviation of the success rate between training seeds."""
+    episodes: int = 150
+    """Episodes played of each seed."""
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,26 @@
-"""The statistics behind every table: success rates, and how much they changed on the same episodes."""
+"""The statistics behind every table: success rates, how much they changed on the same episodes, and what many seeds
+and tasks come to. Each function says what its interval resamples: that is what the interval speaks about.
+
+Scores over seeds and tasks are arrays [..., S, T]: success rates of S training seeds on T tasks. The seed is the unit
+that counts as independent; tasks and initial states are taken as they are.
+"""
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
 
 import numpy as np
-from scipy.stats import binomtest, ttest_1samp
+from scipy.stats import binomtest, quantile_test, ttest_1samp
 from scipy.stats import t as student
 
 CONFIDENCE = 0.95
 
-Episode = tuple[str, str, int, int]
-"""(suite, task, init_state, repeat): what makes two episodes a pair."""
+Episode = TypeVar("Episode", bound=tuple[Any, ...])
+"""What makes two episodes a pair: (suite, task, init_state, repeat), behind a training seed where there are several.
+All but the repeat name the cluster."""
+
+Level = Literal["seed", "task", "episode"]
 
 
 def wilson_interval(successes: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
@@ -31,7 +40,7 @@ class PairedResult:
 
     n_pairs: int
     n_clusters: int
-    """Distinct (suite, task, init_state) among the pairs: the units that count as independent."""
+    """Distinct pairs but for the repeat, such as (suite, task, init_state): the units that count as independent."""
     gained: int
     """Pairs that failed before and succeed after."""
     lost: int
@@ -52,9 +61,9 @@ def paired_result(base: Mapping[Episode, bool], final: Mapping[Episode, bool]) -
     and p is 1."""
     pairs = sorted(base.keys() & final.keys())
     changes = np.array([int(final[pair]) - int(base[pair]) for pair in pairs], dtype=int)
-    clusters: dict[Hashable, int] = {pair[:3]: 0 for pair in pairs}
+    clusters: dict[Hashable, int] = {pair[:-1]: 0 for pair in pairs}
     index = {cluster: i for i, cluster in enumerate(clusters)}
-    which = np.array([index[pair[:3]] for pair in pairs], dtype=int)
+    which = np.array([index[pair[:-1]] for pair in pairs], dtype=int)
     totals = np.bincount(which, weights=changes, minlength=len(clusters)).round().astype(int)
     sizes = np.bincount(which, minlength=len(clusters))
     gained, lost = int((changes > 0).sum()), int((changes < 0).sum())
@@ -120,8 +129,166 @@ def difference_interval(
 def seeds_interval(differences: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float, float] | None:
     """(low, high, p) of Student's t over training seeds, two-sided against no change; None for fewer than two seeds
     or when all are equal, where t is undefined."""
-    if len(set(differences)) < 2:
+    if len(differences) < 2 or np.ptp(differences) < 1e-12:  # what rounding leaves of equal seeds is no spread
         return None
     test = ttest_1samp(differences, 0.0)
     interval = test.confidence_interval(confidence)
     return max(-1.0, float(interval.low)), min(1.0, float(interval.high)), float(test.pvalue)
+
+
+def holm(p_values: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Holm's (1979) adjusted p-values [N], in the order given: below alpha for none of the true hypotheses with
+    probability at least 1 - alpha, however the tests depend on one another."""
+    p = np.asarray(p_values, dtype=float)
+    order = np.argsort(p, kind="stable")
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
+    return adjusted
+
+
+def rank_intervals(differences: np.ndarray, p_values: np.ndarray, alpha: float = 1 - CONFIDENCE) -> np.ndarray:
+    """[M, 2] lowest and highest rank (1 is best) of M methods that the data leave open.
+
+    differences [M, M]: score of i minus score of j, antisymmetric; p_values [M, M]: of each pair, symmetric, corrected
+    for their number. A method's best rank is one more than the methods separated above it, and its worst leaves out
+    those separated below (Mogstad, Romano, Shaikh and Wilhelm, 2024). All ranks are right at once with probability at
+    least 1 - alpha. It resamples whatever the tests do.
+    """
+    separated = np.asarray(p_values) < alpha
+    above = (separated & (np.asarray(differences) < 0)).sum(axis=1)
+    below = (separated & (np.asarray(differences) > 0)).sum(axis=1)
+    return np.stack([1 + above, len(above) - below], axis=1)
+
+
+# Aggregates over seeds and tasks, as rliable (Agarwal et al., 2021) defines them: [..., S, T] -> [...].
+
+
+def mean(scores: np.ndarray) -> np.ndarray:
+    """Mean over tasks of the mean over seeds."""
+    return np.asarray(scores).mean(axis=(-2, -1))
+
+
+def iqm(scores: np.ndarray) -> np.ndarray:
+    """Interquartile mean: the mean of what is left of all S*T scores without the lowest and the highest quarter."""
+    flat = np.asarray(scores)
+    flat = flat.reshape(*flat.shape[:-2], -1)
+    cut = flat.shape[-1] // 4
+    return np.sort(flat, axis=-1)[..., cut : flat.shape[-1] - cut].mean(axis=-1)
+
+
+def optimality_gap(scores: np.ndarray, target: float = 1.0) -> np.ndarray:
+    """By how much the scores miss `target` on average; more than the target is no merit. With success rates and a
+    target of 1 it is 1 - mean."""
+    return target - np.minimum(scores, target).mean(axis=(-2, -1))
+
+
+def probability_of_improvement(scores: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Chance that a run of one method beats a run of another on the same task, averaged over tasks; ties count half.
+
+    scores [..., S, T] and others [..., U, T] -> [...].
+    """
+    mine, theirs = np.asarray(scores)[..., :, None, :], np.asarray(others)[..., None, :, :]
+    return ((mine > theirs) + 0.5 * (mine == theirs)).mean(axis=(-3, -2, -1))
+
+
+def performance_profile(scores: np.ndarray, thresholds: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Share of (seed, task) scores above each threshold: [..., S, T] -> [..., len(thresholds)]."""
+    above = np.asarray(scores)[..., None] > np.asarray(thresholds)
+    return above.mean(axis=(-3, -2))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number and its interval over training seeds; no interval for one seed, or where all seeds agree exactly."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+def seeds_estimate(
+    estimator: Callable[..., np.ndarray],
+    *groups: np.ndarray,
+    bounds: tuple[float, float] = (0.0, 1.0),
+    confidence: float = CONFIDENCE,
+) -> Estimate:
+    """`estimator` of one [S, T] array of scores, or of several whose seeds are independent, with its interval.
+
+    Resamples: whole training seeds, by leaving out one at a time (jackknife; Efron and Tibshirani, 1993, ch. 11), with
+    Student's t on the seeds. For `mean` this is Student's interval over the seeds' means; for
+    `probability_of_improvement` on one task it has Brunner and Munzel's (2000) standard error, with the degrees of
+    freedom of the method with fewer seeds: theirs cover 93% at 3 to 5 seeds and several tasks. Tasks and initial
+    states are taken as they are. A bootstrap of so few seeds would not do (docs/statistics.md).
+    """
+    groups = tuple(np.asarray(group, dtype=float) for group in groups)
+    value = float(estimator(*groups))
+    counts = [len(group) for group in groups]
+    if min(counts) < 2:
+        return Estimate(value)
+    variances = []
+    for i, (group, n) in enumerate(zip(groups, counts, strict=True)):
+        kept = ~np.eye(n, dtype=bool)
+        without = np.stack([group[kept[k]] for k in range(n)])
+        left = estimator(*(without if j == i else other for j, other in enumerate(groups)))
+        variances.append((n - 1) ** 2 / n * float(np.var(left, ddof=1)))
+    total = sum(variances)
+    if total < 1e-24:  # rounding of equal seeds
+        return Estimate(value)
+    half = float(student.ppf((1 + confidence) / 2, min(counts) - 1)) * math.sqrt(total)
+    return Estimate(value, max(bounds[0], value - half), min(bounds[1], value + half))
+
+
+def hierarchical_bootstrap(
+    scores: np.ndarray,
+    replicates: int,
+    rng: np.random.Generator,
+    levels: Collection[Level] = ("seed", "task", "episode"),
+    episodes: np.ndarray | None = None,
+) -> np.ndarray:
+    """[replicates, S, T] scores as other experiments might have had them, drawn level by level from [S, T].
+
+    Resamples what `levels` names: whole seeds; within each drawn seed its tasks; within each task its episodes, whose
+    numbers [S, T] `episodes` gives (only then). A level that is not named stays as it is. For plots: percentiles of
+    seeds alone cover too little with few seeds, and those of all levels too much for a claim about these tasks, since
+    the chance of tasks and episodes is in the spread of the seeds already (docs/statistics.md has how much). Intervals
+    in tables come from `seeds_estimate`.
+    """
+    scores = np.asarray(scores, dtype=float)
+    n_seeds, n_tasks = scores.shape
+    shape = (replicates, n_seeds, n_tasks)
+    seeds = rng.integers(n_seeds, size=(*shape[:2], 1)) if "seed" in levels else np.arange(n_seeds)[:, None]
+    tasks = rng.integers(n_tasks, size=shape) if "task" in levels else np.arange(n_tasks)
+    cells = np.broadcast_to(seeds * n_tasks + tasks, shape)
+    drawn = scores.ravel()[cells]
+    if "episode" in levels and episodes is not None:
+        counts = np.broadcast_to(episodes, scores.shape).ravel()[cells]
+        drawn = rng.binomial(counts, drawn) / counts  # resampling n outcomes of which a share p succeeded
+    return drawn
+
+
+def area_under_curve(steps: Sequence[float] | np.ndarray, rates: Sequence[float] | np.ndarray, until: float) -> float:
+    """Average height from 0 to `until` of the curve through (steps, rates), level before its first and after its last
+    point; the sample efficiency of one run, comparable between runs with the same `until`."""
+    x = np.asarray(steps, dtype=float)
+    grid = np.unique(np.concatenate([[0.0], x[(x > 0) & (x < until)], [until]]))
+    return float(np.trapezoid(np.interp(grid, x, rates), grid) / until)
+
+
+def steps_to(steps: Sequence[float] | np.ndarray, rates: Sequence[float] | np.ndarray, threshold: float) -> float:
+    """Steps at which the curve first reaches `threshold`, on the line between two points; infinite if never."""
+    for i, rate in enumerate(rates):
+        if rate >= threshold:
+            if i == 0:
+                return float(steps[0])
+            share = (threshold - rates[i - 1]) / (rate - rates[i - 1])
+            return float(steps[i - 1] + share * (steps[i] - steps[i - 1]))
+    return math.inf
+
+
+def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Estimate:
+    """Median over seeds with the exact interval between two order statistics. It needs six seeds for 95%, and holds
+    for infinite values too, so seeds that never reached a threshold count. Resamples: training seeds."""
+    found = quantile_test(sorted(values), p=0.5).confidence_interval(confidence)
+    low, high = float(found.low), float(found.high)
+    value = float(np.median(values))
+    return Estimate(value) if math.isnan(low) or math.isnan(high) else Estimate(value, low, high)

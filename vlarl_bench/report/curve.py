@@ -2,13 +2,12 @@
 
 import os
 
-import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ..records import EpisodeRow, atomic_file
+from ..records import atomic_file
 from ..stats import wilson_interval
-from .runs import RunFolder
+from .runs import RunFolder, training_curve
 from .table import spans
 
 TRAIN, BASE, AFTER = "#56B4E9", "#D55E00", "#009E73"
@@ -22,7 +21,8 @@ def write_curve(path: str | os.PathLike[str], run: RunFolder) -> None:
     figure = Figure(figsize=(7.2, 4.4), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    steps, rates = _training(run.rows)
+    ends_of_rounds, shares = training_curve(run.rows)
+    steps, rates = [round(step) for step in ends_of_rounds], [100 * share for share in shares]
     if steps:
         seen = spans(manifest["protocol"]["train_states"])
         label = f"training episodes (exploring, initial states {seen})"
@@ -65,14 +65,3 @@ def write_curve(path: str | os.PathLike[str], run: RunFolder) -> None:
         figure.legend(loc="outside lower center", fontsize=8, frameon=False)
     with atomic_file(path) as temporary:
         figure.savefig(temporary, metadata={"Software": ""})
-
-
-def _training(rows: tuple[EpisodeRow, ...]) -> tuple[list[int], list[float]]:
-    """Environment steps by the end of each iteration, and the success rate (%) of its episodes."""
-    rounds: dict[int, list[EpisodeRow]] = {}
-    for row in rows:
-        if row.phase == "train":
-            rounds.setdefault(row.iteration, []).append(row)
-    order = sorted(rounds)
-    steps = np.cumsum([sum(row.steps for row in rounds[i]) for i in order])
-    return [int(s) for s in steps], [100 * float(np.mean([row.success for row in rounds[i]])) for i in order]

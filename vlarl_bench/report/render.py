@@ -1,4 +1,4 @@
-"""A table as Markdown, CSV, JSON or terminal output."""
+"""A table as Markdown, CSV, LaTeX, JSON or terminal output."""
 
 import csv
 import io
@@ -8,14 +8,54 @@ from typing import TextIO
 
 from .table import Table
 
+BEST = " *"
+"""What the text of a cell ends with where it is separated above all others."""
+
 
 def to_markdown(table: Table) -> str:
     """GitHub Markdown, notes below."""
     lines = [f"**{table.title}**", "", _row(table.columns), _row(["---"] * len(table.columns))]
     for i, line in enumerate(table.lines):
         total = i >= len(table.lines) - table.totals
-        lines.append(_row([f"**{text}**" for text in line] if total else line))
+        lines.append(_row([f"**{text}**" if total or text.endswith(BEST) else text for text in line]))
     return "\n".join([*lines, "", *(f"{note}  " for note in table.notes)]).rstrip() + "\n"
+
+
+def to_latex(table: Table) -> str:
+    """A booktabs `table*`; needs `\\usepackage{booktabs}`. Best cells are bold, copied lines have a rule above."""
+    lines = [
+        "\\begin{table*}",
+        "\\centering",
+        f"\\caption{{{_tex(table.title)}}}",
+        f"\\begin{{tabular}}{{{'l' * len(table.columns)}}}",
+        "\\toprule",
+        _tex_row(table.columns),
+        "\\midrule",
+    ]
+    for i, line in enumerate(table.lines):
+        if i and i in (len(table.lines) - table.totals, len(table.lines) - table.copied):
+            lines.append("\\midrule")
+        lines.append(_tex_row(line))
+    lines += ["\\bottomrule", "\\end{tabular}"]
+    lines += [f"\\par\\footnotesize {_tex(note)}" for note in table.notes]
+    return "\n".join([*lines, "\\end{table*}"]) + "\n"
+
+
+def _tex_row(texts: tuple[str, ...]) -> str:
+    return " & ".join(f"\\textbf{{{_tex(text)}}}" if text.endswith(BEST) else _tex(text) for text in texts) + r" \\"
+
+
+def _tex(text: str) -> str:
+    return "".join(_TEX.get(letter, letter) for letter in text)
+
+
+_TEX = {letter: f"\\{letter}" for letter in "&%$#_{}"} | {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": "$<$",
+    ">": "$>$",
+}
 
 
 def _row(texts: tuple[str, ...] | list[str]) -> str:
@@ -38,6 +78,12 @@ def to_json(table: Table) -> str:
     return json.dumps(document, indent=2, allow_nan=False) + "\n"
 
 
+def _style(text: str) -> str:
+    if "INCOMPLETE" in text or text == "not run":
+        return "bold red"
+    return "bold" if text.endswith(BEST) else ""
+
+
 def print_table(table: Table, file: TextIO | None = None) -> None:
     """Draws the table on a terminal; without one, in plain lines wide enough for every cell."""
     from rich import box
@@ -52,9 +98,9 @@ def print_table(table: Table, file: TextIO | None = None) -> None:
     for i, column in enumerate(table.columns):
         drawing.add_column(column, overflow="fold", min_width=min(len(column), 12) if i else None)
     for i, line in enumerate(table.lines):
-        if table.totals and i == len(table.lines) - table.totals:
+        if i and i in (len(table.lines) - table.totals, len(table.lines) - table.copied):
             drawing.add_section()
-        texts = [Text(text, "bold red" if "INCOMPLETE" in text or text == "not run" else "") for text in line]
+        texts = [Text(text, _style(text)) for text in line]
         drawing.add_row(*texts)
     console.print(drawing)
     for note in table.notes:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..errors import BenchError
 from ..protocol import Protocol
 from ..records import EpisodeRow, read_json, read_rows
@@ -118,6 +120,18 @@ def read_runs(folders: Iterable[str | os.PathLike[str]]) -> list[RunFolder]:
                 "different protocols do not compare; make one table each"
             )
     return runs
+
+
+def training_curve(rows: Iterable[EpisodeRow]) -> tuple[list[float], list[float]]:
+    """Environment steps by the end of each round of training, and the success rate of its episodes, as the learner
+    explored."""
+    rounds: dict[int, list[EpisodeRow]] = {}
+    for row in rows:
+        if row.phase == "train":
+            rounds.setdefault(row.iteration, []).append(row)
+    order = sorted(rounds)
+    steps = np.cumsum([sum(row.steps for row in rounds[i]) for i in order])
+    return [float(s) for s in steps], [float(np.mean([row.success for row in rounds[i]])) for i in order]
 
 
 def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -10,10 +10,13 @@ import numpy as np
 
 from ..errors import BenchError
 from ..records import EpisodeRow
-from ..stats import Episode, paired_result, seeds_interval, wilson_interval
+from ..stats import paired_result, seeds_interval, wilson_interval
 from .runs import RunFolder
 
 Record = dict[str, Any]
+
+Episode = tuple[str, str, int, int]
+"""(suite, task, init_state, repeat): what makes two episodes of a run a pair."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class Table:
     """The numbers of each line, in full precision."""
     cells: tuple[Record, ...]
     """One for each (algorithm, policy, suite, settings, decoding), with the records that it is made of."""
+    copied: int = 0
+    """So many of the last lines were printed by others and measured by nobody here."""
 
 
 def comparison_table(run: RunFolder) -> Table:
@@ -67,7 +72,7 @@ def summary_table(runs: Sequence[RunFolder]) -> Table:
     if not runs:
         raise BenchError("runs: none given; name at least one run folder")
     groups: dict[tuple[str, str, str, str, str, str], list[Record]] = {}
-    for run, settings in zip(runs, _settings_labels(runs), strict=True):
+    for run, settings in zip(runs, settings_labels(runs), strict=True):
         for suite in run.suites:
             for decoding in run.decodings:
                 keys = [key for key in run.manifest["evaluation"]["tasks"] if key.startswith(f"{suite}/")]
@@ -211,7 +216,7 @@ def _coverage(record: Record) -> str:
     return f"{record['tasks']} of {record['suite_tasks']}{group}"
 
 
-def _settings_labels(runs: Sequence[RunFolder]) -> list[str]:
+def settings_labels(runs: Sequence[RunFolder]) -> list[str]:
     """For each run, the settings in which it differs from other runs of the same algorithm and policy."""
     flats = [run.settings() for run in runs]
     families = [(run.manifest["algorithm"], run.manifest["policy"], run.compares) for run in runs]
@@ -228,6 +233,22 @@ def _values(flats: list[dict[str, Any]], name: str) -> set[str]:
 
 
 def _notes(runs: Sequence[RunFolder], records: Sequence[Record]) -> tuple[str, ...]:
+    what, how, *machines = protocol_notes(runs)
+    notes = [
+        what,
+        how,
+        "Scores: successes/episodes and Wilson 95% interval. Change: paired by initial state and repeat, 95% interval "
+        "and two-sided p (exact sign-flip test) with the initial state as the independent unit.",
+        *machines,
+    ]
+    if not all(record["complete"] for record in records):
+        again = "; continue with `vlarl-bench run --resume DIR`" if any(run.compares for run in runs) else ""
+        notes.append(f"INCOMPLETE: episodes are missing{again}.")
+    return tuple(notes)
+
+
+def protocol_notes(runs: Sequence[RunFolder]) -> tuple[str, ...]:
+    """What was played, how, and where: protocol, tasks, states, seeds, counts, code and machines."""
     protocol = runs[0].manifest["protocol"]
     plans = [run.manifest["evaluation"] for run in runs]
     coverage = dict.fromkeys(
@@ -249,8 +270,6 @@ def _notes(runs: Sequence[RunFolder], records: Sequence[Record]) -> tuple[str, .
         f"{' or '.join(map(str, repeats))} episode(s) each; seed {spans(seeds)}; "
         f"{sum(len(run.base) for run in runs)} base and {sum(len(run.evaluated) for run in runs)} scored episodes. "
         f"Code {', '.join(sorted({row.code for row in scored})) or '-'}.",
-        "Scores: successes/episodes and Wilson 95% interval. Change: paired by initial state and repeat, 95% interval "
-        "and two-sided p (exact sign-flip test) with the initial state as the independent unit.",
     ]
     machines = {row.fingerprint for row in scored}
     if len(machines) > 1:
@@ -261,9 +280,6 @@ def _notes(runs: Sequence[RunFolder], records: Sequence[Record]) -> tuple[str, .
                 f"{run.folder.name} was stopped in round {run.stopped['iteration']}, and is scored as it was before: "
                 f"{run.stopped['reason']}."
             )
-    if not all(record["complete"] for record in records):
-        again = "; continue with `vlarl-bench run --resume DIR`" if any(run.compares for run in runs) else ""
-        notes.append(f"INCOMPLETE: episodes are missing{again}.")
     return tuple(notes)
 
 

@@ -1,0 +1,173 @@
+import io
+import json
+
+import numpy as np
+import pytest
+
+from vlarl_bench import cli
+from vlarl_bench.errors import BenchError
+from vlarl_bench.records import EpisodeLog, read_rows
+from vlarl_bench.report.methods import base_of, best, cell, compared_methods, scores, separation
+from vlarl_bench.report.paper import aggregate_table, paper_table
+from vlarl_bench.report.published import read_published
+from vlarl_bench.report.render import print_table, to_csv, to_json, to_latex, to_markdown
+from vlarl_bench.report.runs import read_run, read_runs
+from vlarl_bench.stats import wilson_interval
+
+
+def at_most(limit):
+    """Succeeds on the first `limit` of the eight episodes of a task."""
+    return lambda task, state, repeat: 2 * (state - 4) + repeat < limit
+
+
+@pytest.fixture
+def folders(make_run):
+    """Three seeds each of a strong and a weak method, from one base policy."""
+    made = []
+    for seed in range(3):
+        for name, limit in (("strong", 7), ("weak", 3)):
+            made.append(
+                make_run(
+                    f"{name}{seed}", base=at_most(2), final=at_most(limit - seed % 2), seed=seed, algorithm=name,
+                    train=((1, False), (1, True), (2, True), (2, True)),
+                )
+            )  # fmt: skip
+    return made
+
+
+def test_methods_are_grouped_and_bases_counted_once(folders):
+    base, strong, weak = compared_methods(read_runs(folders))
+    assert (base.is_base, strong.name, weak.name) == (True, "strong", "weak")
+    assert len(base.outcomes) == 3 * 16  # of six runs, two a seed that played the same episodes
+    assert strong.seeds == (0, 1, 2)
+    assert base_of(strong, [base]) is base and base_of(base, [base]) is None
+    assert strong.budget() == {"train_episodes": 4, "env_steps": 400}
+    assert scores(strong, "suite_a").tolist() == [[7 / 8, 7 / 8], [6 / 8, 6 / 8], [7 / 8, 7 / 8]]
+
+
+def test_a_cell_over_seeds_has_students_interval_and_one_seed_wilsons(folders):
+    _, strong, _ = compared_methods(read_runs(folders))
+    found = cell(strong, "suite_a")
+    assert (found["episodes"], found["successes"], found["rate"]) == (48, 40, pytest.approx(40 / 48))
+    error = np.std([7 / 8, 6 / 8, 7 / 8], ddof=1) / 3**0.5
+    assert found["low"] == pytest.approx(40 / 48 - 4.302653 * error)
+    assert found["resamples"] == "seeds"
+    alone = cell(compared_methods(read_runs(folders[:1]))[1], "suite_a")
+    assert (alone["low"], alone["high"]) == pytest.approx(wilson_interval(14, 16))
+    assert alone["resamples"] == "episodes"
+
+
+def test_best_is_marked_only_when_it_is_separated(folders):
+    methods = compared_methods(read_runs(folders))
+    differences, p = separation(methods, "suite_a")
+    assert differences[1, 2] == pytest.approx(0.5) and differences[2, 1] == pytest.approx(-0.5)
+    # every seed differs by exactly 0.5, so Student's t is undefined and nothing is claimed
+    assert p[1, 2] == 1.0 and best(methods, "suite_a") == []
+
+
+def test_best_is_found_where_seeds_vary(make_run):
+    folders = [
+        make_run(f"{name}{seed}", base=at_most(1), final=at_most(limit), seed=seed, algorithm=name)
+        for seed, limits in enumerate([(8, 2), (7, 2), (8, 3), (7, 2)])
+        for name, limit in zip(("strong", "weak"), limits, strict=True)
+    ]
+    methods = compared_methods(read_runs(folders))
+    assert best(methods, "suite_a") == [1]
+    table = paper_table(read_runs(folders))
+    marked = [line for line in table.lines if line[-1].endswith(" *")]
+    assert [line[0] for line in marked] == ["strong"]
+    assert f"**{marked[0][-1]}**" in to_markdown(table)
+    assert f"\\textbf{{{marked[0][-1]}}}" in to_latex(table)
+    assert [each["best"] for each in json.loads(to_json(table))["cells"]] == [False, True, False]
+    # one seed cannot separate, however large the gap
+    assert best(compared_methods(read_runs(folders[:2])), "suite_a") == []
+
+
+def test_row_order_and_duplicates_change_nothing(folders):
+    before = to_csv(paper_table(read_runs(folders)))
+    for folder in folders:
+        rows = read_rows(folder / "episodes.jsonl")
+        (folder / "episodes.jsonl").unlink()
+        with EpisodeLog(folder / "episodes.jsonl") as log:
+            log.append_all([*reversed(rows), *rows])
+        text = (folder / "episodes.jsonl").read_text()
+        (folder / "episodes.jsonl").write_text(text + text)
+    assert to_csv(paper_table(read_runs([*reversed(folders), folders[0]]))) == before
+
+
+def test_missing_cells_are_shown(make_run, outcomes):
+    whole = make_run("a", base=outcomes["half"], final=outcomes["always"])
+    part = make_run("b", base=outcomes["half"], final=outcomes["always"], algorithm="grpo", skip=(4,))
+    none = make_run("c", base=outcomes["half"], algorithm="sft")
+    other = make_run("d", base=outcomes["half"], final=outcomes["half"], algorithm="dppo", tasks=("suite_b/x",))
+    table = paper_table(read_runs([whole, part, none, other]))
+    assert table.columns[4:] == ("suite_a", "suite_b", "average")
+    shown = {line[0].split(" (")[0]: line[4:] for line in table.lines if not line[0].startswith("base")}
+    assert shown["grpo"][0] == "100.0 12/12 INCOMPLETE (12 of 16)"
+    assert shown["sft"][0] == "not run"
+    assert shown["fpo"][1:] == ("-", "-")
+    assert shown["dppo"][1].endswith("4/8")
+    assert any("LINT" in note and "12 of 16 episodes" in note for note in table.notes)
+
+
+def test_the_notes_say_what_is_resampled(folders):
+    notes = " ".join(paper_table(read_runs(folders)).notes)
+    for words in ("resample training seeds", "Wilson", "Holm", "sign-flip", "suite_a", "Protocol tiny-state@1"):
+        assert words in notes or words == "suite_a"
+
+
+def test_published_numbers_stand_apart(make_run, outcomes, tmp_path):
+    run = read_run(make_run("r", base=outcomes["half"], final=outcomes["always"]))
+    (tmp_path / "p.toml").write_text(
+        '[[result]]\nmethod="M"\nkind="RL"\nbase_policy="B"\nprotocol="P"\nsource="S"\nscores={suite_a=12.5}\n'
+        '[[result]]\nmethod="N"\nkind="RL"\nbase_policy="B"\nprotocol="P"\nsource="S"\nscores={elsewhere=1}\n'
+    )
+    table = paper_table([run], read_published(tmp_path / "p.toml"))
+    assert table.copied == 1
+    assert table.lines[-1] == ("M, copied", "B", "S; P", "-", "12.5 (copied)")
+    assert all(cell["algorithm"] != "M" for cell in table.cells)
+    assert any("Copied lines" in note for note in table.notes)
+    drawn = io.StringIO()
+    print_table(table, drawn)
+    assert "M, copied" in drawn.getvalue()
+    assert to_latex(table).count("\\midrule") == 2
+
+
+def test_latex_is_escaped():
+    from vlarl_bench.report.table import Table
+
+    text = to_latex(Table("50% & more_", ("a^b ~ c\\d <p>",), ("x#",), (("$1 {y}",),), 0, (), ()))
+    assert r"50\% \& more\_" in text
+    assert r"x\#" in text and r"\$1 \{y\}" in text
+    assert r"a\textasciicircum{}b \textasciitilde{} c\textbackslash{}d $<$p$>$" in text
+
+
+def test_aggregates_by_hand(folders):
+    table = aggregate_table(read_runs(folders), threshold=0.75)
+    base, strong, weak = table.records
+    assert strong["mean"]["value"] == pytest.approx(40 / 48)
+    assert strong["iqm"]["value"] == pytest.approx((6 + 7 + 7 + 7) / 4 / 8)  # 6 6 7 7 7 7 without the ends
+    assert strong["improvement"]["value"] == 1.0
+    assert weak["improvement"]["value"] == pytest.approx(2 / 3 + 1 / 6)  # 3, 2, 3 against 2: ties count half
+    assert base["improvement"] is None and base["area"] is None
+    # rounds of 200 steps at 50% and 100%: level to 200, then up to 400
+    assert strong["area"]["value"] == pytest.approx((200 * 0.5 + 200 * 0.75) / 400)
+    assert strong["steps_to"]["value"] == pytest.approx(300)
+    assert aggregate_table(read_runs(folders), threshold=1.0).records[1]["steps_to"]["value"] == 400
+
+
+def test_commands(folders, capsys):
+    paths = [str(folder) for folder in folders]
+    for layout in ("paper", "aggregate"):
+        for form in ("text", "markdown", "csv", "latex", "json"):
+            assert cli.main(["table", *paths, "--layout", layout, "--format", form]) == 0
+            out = capsys.readouterr().out
+            assert "strong" in out
+            if form == "json":
+                assert {"algorithm", "policy", "suite", "seeds", "episodes", "successes"} <= json.loads(out)["cells"][
+                    0
+                ].keys()
+    assert cli.main(["table", *paths, "--published", "x"]) == 2
+    assert "--layout paper" in capsys.readouterr().err
+    with pytest.raises(BenchError, match="none given"):
+        paper_table([])

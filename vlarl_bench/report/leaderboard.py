@@ -1,0 +1,178 @@
+"""The leaderboard: one HTML page, from rows and nothing else, that loads nothing from elsewhere."""
+
+import hashlib
+import json
+import os
+import shlex
+from collections.abc import Iterable, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from ..records import write_text_atomic
+from .lint import lint_published, lint_runs
+from .methods import Method, base_of, best, cell, change, compared_methods, planned_tasks, suites_of
+from .paper import budget_text
+from .published import Published
+from .runs import RunFolder, read_run, training_curve
+from .table import spans
+
+MOST_EPISODES = 200_000
+"""Beyond so many scored episodes the page leaves out single ones, to stay below 2 MB."""
+
+NOTES = (
+    "Scores: mean success rate over seeds and tasks. 95% intervals resample training seeds (Student's t); with one "
+    "seed they resample episodes (Wilson) and say nothing of other training runs. Tasks and initial states are taken "
+    "as they are.",
+    "Against its base: on the same held-out initial states, repeats and noise; over several seeds Student's t, with "
+    "one seed a cluster-robust interval and the exact sign-flip test with the initial state as the unit.",
+    "Best: separated above every other measured score of the same suite, tasks and protocol, controls aside: p < 0.05 "
+    "after Holm's correction, p being the larger of the exact test paired by task, initial state and seed, and "
+    "Student's t over seeds.",
+    "Scores under different protocols do not compare, nor do scores on different tasks of a suite.",
+)
+
+
+def write_leaderboard(path: str | os.PathLike[str], runs: Iterable[RunFolder], published: Sequence[Published]) -> int:
+    """Writes the page; returns its size in bytes."""
+    page = make_page(list(runs), published)
+    write_text_atomic(path, page)
+    return len(page.encode())
+
+
+def find_runs(folder: str | os.PathLike[str]) -> list[RunFolder]:
+    """The run folders directly below a folder."""
+    return [read_run(manifest.parent) for manifest in sorted(Path(folder).glob("*/manifest.json"))]
+
+
+def make_page(runs: Sequence[RunFolder], published: Sequence[Published]) -> str:
+    """The page as text, with its data as JSON inside."""
+    site = files("vlarl_bench.report") / "site"
+    by_protocol: dict[str, list[RunFolder]] = {}
+    for run in runs:
+        by_protocol.setdefault(run.manifest["protocol"]["hash"], []).append(run)
+    single = sum(len(run.base) + len(run.evaluated) for run in runs) <= MOST_EPISODES
+    cells = [found for group in by_protocol.values() for found in _measured_cells(group, single)]
+    cells += [found for entry in published for found in _copied_cells(entry)]
+    notes = [*NOTES, *([] if single else ["Single episodes are left out: they are too many for one page."])]
+    notes += [f"Lint: {finding}" for group in by_protocol.values() for finding in lint_runs(group)]
+    data = json.dumps({"cells": cells, "notes": notes}, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    page = (site / "index.html").read_text(encoding="utf-8")
+    for name, content in (
+        ("STYLE", (site / "style.css").read_text(encoding="utf-8")),
+        ("SCRIPT", (site / "script.js").read_text(encoding="utf-8")),
+        ("DATA", data),
+    ):
+        head, tail = page.split(f"/*{name}*/")
+        page = head + content + tail
+    return page
+
+
+def _measured_cells(runs: Sequence[RunFolder], single: bool) -> list[dict[str, Any]]:
+    methods = compared_methods(runs)
+    cells = []
+    for suite in suites_of(methods):
+        present = [method for method in methods if any(suite in run.suites for run in method.runs)]
+        winners = best(present, suite)
+        for i, method in enumerate(present):
+            cells.append(_measured_cell(method, suite, base_of(method, present), i in winners, single))
+    return cells
+
+
+def _measured_cell(method: Method, suite: str, base: Method | None, is_best: bool, single: bool) -> dict[str, Any]:
+    manifest = method.runs[0].manifest
+    shown = cell(method, suite)
+    tasks = planned_tasks(method, suite)
+    curves = []
+    for run in [] if method.is_base else method.runs:
+        steps, rates = training_curve(run.rows)
+        if steps:
+            curves.append({"seed": run.manifest["seed"], "steps": steps, "rates": [round(rate, 4) for rate in rates]})
+    return {
+        "kind": "measured",
+        "id": _identity(method.label, method.policy, suite, method.settings, method.decoding, method.checkpoint,
+                        manifest["protocol"]["hash"]),
+        "method": method.label,
+        "policy": f"{method.policy} {method.checkpoint}",
+        "suite": suite,
+        "protocol": manifest["protocol"]["label"],
+        "coverage": f"{len(tasks)} of {manifest['evaluation']['suite_tasks']} tasks of {manifest['suite']}",
+        **{name: shown[name] for name in ("settings", "decoding", "seeds", "episodes", "successes", "expected",
+                                          "complete", "rate", "low", "high", "resamples")},
+        "best": is_best,
+        "change": change(method, base, suite) if base else None,
+        "budget": budget_text(method),
+        "steps": method.budget()["env_steps"],
+        "curves": curves,
+        "tasks": [_task(method, base, suite, task, single) for task in tasks],
+        "runs": [_run(run, method, suite) for run in method.runs],
+    }  # fmt: skip
+
+
+def _task(method: Method, base: Method | None, suite: str, task: str, single: bool) -> dict[str, Any]:
+    """Counts of one task, of all seeds and of each; outcomes: a string for each seed, by initial state and repeat."""
+
+    def of(which: Method) -> dict[int, list[bool]]:
+        found: dict[int, list[bool]] = {seed: [] for seed in which.seeds}
+        for key in sorted(key for key in which.outcomes if key[1:3] == (suite, task)):
+            found[key[0]].append(which.outcomes[key])
+        return found
+
+    def count(outcomes: Iterable[bool]) -> list[int]:
+        listed = list(outcomes)
+        return [sum(listed), len(listed)]
+
+    mine = of(method)
+    record: dict[str, Any] = {
+        "name": task,
+        "all": count(success for outcomes in mine.values() for success in outcomes),
+        "seeds": [count(outcomes) for outcomes in mine.values()],
+    }
+    if base is not None:
+        record["base"] = count(success for outcomes in of(base).values() for success in outcomes)
+    if single:
+        record["outcomes"] = ["".join("01"[success] for success in outcomes) for outcomes in mine.values()]
+    return record
+
+
+def _run(run: RunFolder, method: Method, suite: str) -> dict[str, Any]:
+    rows = [row for row in (run.base if method.is_base else run.evaluated) if row.suite == suite]
+    return {
+        "seed": run.manifest["seed"],
+        "episodes": len(rows),
+        "successes": sum(row.success for row in rows),
+        "command": shlex.join(["vlarl-bench", *run.manifest["argv"]]),
+        "folder": f"{run.folder.name}, initial states {spans(sorted(run.manifest['evaluation']['init_states']))}",
+        "code": run.manifest["code"],
+        "machine": run.manifest["fingerprint"]["hash"],
+    }
+
+
+def _copied_cells(entry: Published) -> list[dict[str, Any]]:
+    findings = [finding for finding in lint_published([entry]) if finding.startswith(entry.where)]
+    average = f"{entry.average:.2f}, recomputed"
+    average += f"; printed: {entry.printed_average:g}" if entry.printed_average is not None else "; none is carried"
+    return [
+        {
+            "kind": "copied",
+            "id": _identity(entry.method, entry.base_policy, suite, entry.source),
+            "method": f"{entry.method} [{entry.kind}]",
+            "policy": entry.base_policy,
+            "suite": suite,
+            "protocol": entry.protocol,
+            "source": entry.source,
+            "budget": entry.source,
+            "rate": score / 100,
+            "low": None,
+            "high": None,
+            "average": average,
+            "findings": [finding.removeprefix(f"{entry.where}: ") for finding in findings],
+        }
+        for suite, score in entry.scores.items()
+    ]
+
+
+def _identity(method: str, policy: str, suite: str, *more: str) -> str:
+    """What a link to a cell says: readable, and one for each cell."""
+    name = "".join(c if c.isalnum() or c in "._" else "-" for c in f"{method.split(' (')[0]}-{suite}".lower())
+    return f"{name}-{hashlib.sha256('/'.join((method, policy, suite, *more)).encode()).hexdigest()[:8]}"

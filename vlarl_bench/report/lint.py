@@ -1,0 +1,214 @@
+"""What is wrong with results, in our rows and in others' tables: each finding names where and what."""
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import BenchError
+from ..power import episodes_needed
+from ..records import read_json_object
+from .methods import Method, base_of, cell, compared_methods, separation, suites_of
+from .published import Published, read_published
+from .runs import RunFolder, read_run
+
+FEW_SEEDS = 3
+"""Fewer training seeds than this say next to nothing about a method."""
+BUDGET_SLACK = 1.25
+"""Environment steps may differ by this factor at equal episodes, since a better policy is done sooner."""
+EPSILON = 1e-6
+
+
+def lint(paths: Iterable[str]) -> list[str]:
+    """Findings about run folders, files or folders of published numbers (TOML), and tables in JSON."""
+    findings: list[str] = []
+    runs: list[RunFolder] = []
+    for path in map(Path, paths):
+        if (path / "manifest.json").exists():
+            try:
+                runs.append(read_run(path))
+            except BenchError as error:
+                findings.append(str(error))
+        elif path.suffix == ".json":
+            findings += lint_cells(str(path), read_json_object(path).get("cells"))
+        elif path.suffix == ".toml" or path.is_dir():
+            findings += lint_published(read_published(path))
+        else:
+            raise BenchError(f"lint: {path} is no run folder, no .json table and no .toml of published numbers")
+    return findings + lint_runs(runs)
+
+
+def lint_runs(runs: Sequence[RunFolder]) -> list[str]:
+    """Findings about runs that are compared: what is mixed, unequal, missing or too little for a claim."""
+    findings = []
+    for run in runs:
+        shared = set(run.manifest["protocol"]["train_states"]) & set(run.manifest["protocol"]["eval_states"])
+        if shared:
+            findings.append(f"{run.folder}: evaluates on {len(shared)} initial states that training may use")
+        explored = sum(row.decoding == "explore" for row in run.base + run.evaluated)
+        if explored:
+            findings.append(f"{run.folder}: {explored} scored rows were played while exploring, as in training")
+    by_protocol: dict[str, list[RunFolder]] = {}
+    for run in runs:
+        by_protocol.setdefault(run.manifest["protocol"]["label"], []).append(run)
+    if len(by_protocol) > 1:
+        parts = "; ".join(f"{label}: {', '.join(str(run.folder) for run in of)}" for label, of in by_protocol.items())
+        findings.append(f"mixed protocols, whose scores do not compare: {parts}")
+    return findings + [finding for of in by_protocol.values() for finding in _lint_methods(compared_methods(of))]
+
+
+def _lint_methods(methods: Sequence[Method]) -> list[str]:
+    findings = []
+    for method in methods:
+        what = f"{method.label} on {method.policy}"
+        if not method.is_base and len(method.seeds) < FEW_SEEDS:
+            findings.append(f"{what}: {len(method.seeds)} training seed(s); a claim about a method takes {FEW_SEEDS}")
+    for suite in suites_of(methods):
+        present = [method for method in methods if any(suite in run.suites for run in method.runs)]
+        for method in present:
+            found = cell(method, suite)
+            if not found["complete"]:
+                have = f"{found['episodes']} of {found['expected']} episodes"
+                findings.append(f"{method.label} on {method.policy}, {suite}: {have}")
+        findings += _lint_budgets(present, suite) + _lint_claims(present, suite)
+    return findings
+
+
+def _lint_budgets(methods: Sequence[Method], suite: str) -> list[str]:
+    """Methods that trained on the same policy and tasks with unequal episodes or environment steps."""
+    findings = []
+    trained = [method for method in methods if method.budget()["train_episodes"]]
+    for one, two in itertools.combinations(trained, 2):
+        if (one.policy, one.checkpoint) != (two.policy, two.checkpoint):
+            continue
+        for name, slack in (("train_episodes", 1 + EPSILON), ("env_steps", BUDGET_SLACK)):
+            a, b = one.budget()[name], two.budget()[name]
+            if max(a, b) > slack * min(a, b):
+                counts = f"{a:,.0f} and {b:,.0f} {name.replace('_', ' ')} a run"
+                findings.append(f"{suite}: unequal budgets of {one.label} and {two.label}: {counts}")
+                break
+    return findings
+
+
+def _lint_claims(methods: Sequence[Method], suite: str) -> list[str]:
+    """Differences that are seen but not separated, with what separating them would take."""
+    findings = []
+    differences, p = separation(methods, suite)
+    cells = [cell(method, suite) for method in methods]
+    for i, j in itertools.combinations(range(len(methods)), 2):
+        one, two = methods[i], methods[j]
+        related = base_of(one, [two]) or base_of(two, [one]) or not (one.is_base or two.is_base)
+        if not related or not differences[i, j] or p[i, j] < 0.05:
+            continue
+        what = f"{suite}: {one.label} and {two.label} differ by {100 * abs(differences[i, j]):.1f} points"
+        seeds = len(set(one.seeds) & set(two.seeds))
+        if seeds < 2:
+            findings.append(f"{what} on {seeds} shared seed(s): too few for a claim")
+            continue
+        low, high = sorted((cells[i]["rate"], cells[j]["rate"]))
+        if 0 < low < high < 1:
+            played, needed = min(cells[i]["episodes"], cells[j]["episodes"]), episodes_needed(low, high)
+            enough = f"{needed:,} of each would show it 4 times in 5" if needed > played else "it takes more seeds"
+            findings.append(f"{what} (p = {p[i, j]:.2g} over {seeds} seeds, Holm), {played:,} episodes: {enough}")
+    return findings
+
+
+def lint_published(entries: Sequence[Published]) -> list[str]:
+    """Findings about numbers as they were printed."""
+    findings = []
+    for entry in entries:
+        for suite, score in entry.scores.items():
+            problem = impossible(score, entry.episodes)
+            if problem:
+                findings.append(f"{entry.where}: {suite} {score:g}: {problem}")
+        problem = average_off(list(entry.scores.values()), entry.printed_average)
+        if problem:
+            findings.append(f"{entry.where}: {problem}")
+    protocols = {entry.protocol for entry in entries}
+    if len(protocols) > 1:
+        findings.append(f"{len(entries)} published results under {len(protocols)} protocols: they do not compare")
+    return findings + _lint_published_claims(entries)
+
+
+def _lint_published_claims(entries: Sequence[Published]) -> list[str]:
+    """The best and the second of one source and suite, where the source's number of episodes cannot tell them apart."""
+    findings = []
+    counted = [entry for entry in entries if entry.episodes]
+    for source in dict.fromkeys(entry.source for entry in counted):
+        table = [entry for entry in counted if entry.source == source]
+        for suite in dict.fromkeys(suite for entry in table for suite in entry.scores):
+            ranked = sorted((e for e in table if suite in e.scores), key=lambda entry: -entry.scores[suite])
+            if len(ranked) < 2:
+                continue
+            first, second = ranked[:2]
+            high, low = first.scores[suite] / 100, second.scores[suite] / 100
+            played = min(first.episodes or 0, second.episodes or 0)
+            if 0 < low < high < 1 and (needed := episodes_needed(low, high)) > played:
+                findings.append(
+                    f"{first.where}: {suite}: {100 * high:g} against {100 * low:g} of {second.method} is too small a "
+                    f"difference for {played:,} episodes; {needed:,} of each would show it 4 times in 5"
+                )
+    return findings
+
+
+def impossible(score: float, episodes: int | None) -> str:
+    """Why a printed percentage cannot be; empty if it can. A score must be a count of episodes, rounded as printed."""
+    if not 0 <= score <= 100:
+        return "no percentage"
+    if episodes is None:
+        return ""
+    places = _places(score)
+    near = range(math.floor(score * episodes / 100), math.ceil(score * episodes / 100) + 1)
+    half = 0.5 * 10**-places + EPSILON
+    if any(abs(100 * k / episodes - score) <= half for k in near):
+        return ""
+    shown = " or ".join(f"{k} ({100 * k / episodes:.{places + 1}f}%)" for k in near)
+    return f"impossible with {episodes} episodes, where it would be {shown}"
+
+
+def average_off(parts: Sequence[float], printed: float | None) -> str:
+    """Why a printed average does not follow from its parts, whatever was rounded before it; empty if it does."""
+    if printed is None:
+        return ""
+    average = sum(parts) / len(parts)
+    slack = 0.5 * 10 ** -max(map(_places, parts)) + 0.5 * 10 ** -_places(printed)
+    if abs(printed - average) < slack - EPSILON:
+        return ""
+    return f"the printed average {printed:g} does not follow from its parts, which average {average:.4g}"
+
+
+def _places(number: float) -> int:
+    """Decimals as printed, at least one: TOML does not tell 97 from 97.0."""
+    return max(1, len(f"{number:.6f}".rstrip("0").partition(".")[2]))
+
+
+def lint_cells(where: str, cells: Any) -> list[str]:
+    """Findings about the cells of a table in JSON, ours or another's: counts and rates that contradict each other."""
+    if not isinstance(cells, list) or not all(isinstance(each, dict) for each in cells):
+        raise BenchError(f"{where}: it has no list of cells, as `vlarl-bench table --format json` writes")
+    findings = []
+    for i, each in enumerate(cells, 1):
+        name = f"{where}, cell {i} ({each.get('algorithm')} on {each.get('policy')}, {each.get('suite')})"
+        episodes, successes, rate = (each.get(field) for field in ("episodes", "successes", "rate"))
+        if type(episodes) is not int or type(successes) is not int or not 0 <= successes <= episodes:
+            findings.append(f"{name}: {successes} successes of {episodes} episodes")
+            continue
+        whole = each.get("complete", True)
+        if isinstance(rate, float | int) and episodes and whole and abs(rate - successes / episodes) > 1e-3:
+            findings.append(f"{name}: rate {rate:g}, but {successes}/{episodes} is {successes / episodes:.4g}")
+        low, high = each.get("low"), each.get("high")
+        if None not in (low, high, rate) and not low - EPSILON <= rate <= high + EPSILON:
+            findings.append(f"{name}: rate {rate:g} lies outside its interval [{low:g}, {high:g}]")
+        if not each.get("seeds"):
+            findings.append(f"{name}: no seeds are named")
+        for part in ("runs", "per_task"):
+            members = each.get(part) or []
+            for field in ("episodes", "successes"):
+                total = sum(member.get(field, 0) for member in members)
+                if members and total != each[field]:
+                    findings.append(f"{name}: {field} {each[field]}, but its {part} add up to {total}")
+    protocols = {each["protocol"] for each in cells if each.get("protocol")}
+    if len(protocols) > 1:
+        findings.append(f"{where}: mixed protocols, whose scores do not compare: {', '.join(sorted(protocols))}")
+    return findings

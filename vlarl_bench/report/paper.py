@@ -1,0 +1,210 @@
+"""Tables in the layouts of papers: methods down, suites across; and methods down, aggregates across."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..errors import BenchError
+from ..stats import (
+    Estimate,
+    area_under_curve,
+    iqm,
+    mean,
+    median_interval,
+    optimality_gap,
+    probability_of_improvement,
+    rank_intervals,
+    seeds_estimate,
+    steps_to,
+)
+from .lint import lint_runs
+from .methods import Method, base_of, best, cell, compared_methods, scores, separation, suites_of
+from .published import Published
+from .render import BEST
+from .runs import RunFolder, training_curve
+from .table import Record, Table, protocol_notes
+
+
+def paper_table(runs: Sequence[RunFolder], published: Sequence[Published] = ()) -> Table:
+    """Rows are methods, columns are suites: the layout of most papers' main table, and of an ablation where the rows
+    are one algorithm under several settings. Published numbers follow in a part of their own."""
+    if not runs:
+        raise BenchError("runs: none given; name at least one run folder")
+    methods = compared_methods(runs)
+    suites = suites_of(methods)
+    winners = {suite: best(methods, suite) for suite in suites}
+    lines, cells = [], []
+    for i, method in enumerate(methods):
+        mine = [cell(method, suite) | {"best": i in winners[suite], **method.budget()} for suite in suites]
+        texts = [_cell_text(each) for each in mine]
+        if len(suites) > 1:
+            rates = [each["rate"] for each in mine]
+            whole = all(each["complete"] for each in mine)
+            texts.append(f"{100 * float(np.mean(rates)):.1f}" if whole else "-")
+        seeds = str(len(method.seeds))
+        lines.append((method.label, f"{method.policy} {method.checkpoint}", budget_text(method), seeds, *texts))
+        cells += mine
+    copied = [line for entry in published if (line := _copied_line(entry, suites)) is not None]
+    budget = "training budget, a run" + ("; of copied lines source and protocol" if copied else "")
+    columns = ("method", "base policy", budget, "seeds", *suites, *(("average",) if len(suites) > 1 else ()))
+    notes = (
+        *protocol_notes(runs),
+        "Cells: success rate in per cent, 95% interval, successes/episodes. Intervals resample training seeds "
+        "(Student's t), with one seed episodes (Wilson); tasks and initial states are taken as they are. A base "
+        "policy's seeds are those of the noise it was played with.",
+        f"{BEST.strip()}: separated above every other measured line on the same tasks, controls aside: p < 0.05 after "
+        "Holm's correction, p being the larger of the exact sign-flip test paired by (task, initial state, seed) and "
+        "Student's t over seeds, so it takes at least two seeds.",
+        *(("Average: of the suites, each counting the same.",) if len(suites) > 1 else ()),
+        *((_COPIED,) if copied else ()),
+        *(f"LINT: {finding}." for finding in lint_runs(runs)),
+    )
+    return Table(
+        "Success rate by method and suite",
+        notes,
+        columns,
+        (*lines, *copied),
+        0,
+        tuple(cells),
+        tuple(cells),
+        copied=len(copied),
+    )
+
+
+_COPIED = (
+    "Copied lines: printed by others, under other base policies and protocols, measured by nobody here; they compare "
+    "neither with the measured lines nor with one another."
+)
+
+
+def _copied_line(entry: Published, suites: Sequence[str]) -> tuple[str, ...] | None:
+    if not entry.scores.keys() & set(suites):
+        return None
+    texts = [f"{entry.scores[suite]:.1f} (copied)" if suite in entry.scores else "-" for suite in suites]
+    if len(suites) > 1:
+        whole = all(suite in entry.scores for suite in suites)
+        texts.append(f"{np.mean([entry.scores[suite] for suite in suites]):.1f} (recomputed)" if whole else "-")
+    return (f"{entry.method}, copied", entry.base_policy, f"{entry.source}; {entry.protocol}", "-", *texts)
+
+
+def _cell_text(found: Record) -> str:
+    n, expected = found["episodes"], found["expected"]
+    if n == 0:
+        return "not run" if expected else "-"
+    text = f"{100 * found['rate']:.1f}"
+    if found["low"] is not None:
+        text += f" [{100 * found['low']:.1f}, {100 * found['high']:.1f}]"
+    text += f" {found['successes']}/{n}"
+    text = text if found["complete"] else f"{text} INCOMPLETE ({n} of {expected})"
+    return text + BEST if found["best"] else text
+
+
+def budget_text(method: Method) -> str:
+    """What one run of the method spent on training, in short."""
+    spent = method.budget()
+    parts = []
+    if spent["train_episodes"]:
+        parts.append(f"{spent['train_episodes']:,.0f} episodes, {spent['env_steps']:,.0f} steps")
+    elif not method.is_base and method.runs[0].compares:
+        budget = method.runs[0].config.get("budget", {})
+        parts.append(f"{budget.get('demos', '?')} demonstrations a task")
+    if "gradient_steps" in spent:
+        parts.append(f"{spent['gradient_steps']:,.0f} gradient steps")
+    if "flops" in spent:
+        parts.append(f"{spent['flops']:.1e} FLOPs")
+    return ", ".join(parts) or "none"
+
+
+def aggregate_table(runs: Sequence[RunFolder], threshold: float = 0.8) -> Table:
+    """Rows are methods on one suite, columns what many seeds and tasks come to (rliable's aggregates), ranks, and the
+    efficiency of training."""
+    if not runs:
+        raise BenchError("runs: none given; name at least one run folder")
+    methods, lines, records = compared_methods(runs), [], []
+    for suite in suites_of(methods):
+        present = [method for method in methods if not np.isnan(table := scores(method, suite)).any() and table.size]
+        if not present:
+            continue
+        ranks = rank_intervals(*separation(present, suite))
+        until = min((curve[0][-1] for m in present for curve in _curves(m)), default=0.0)
+        for method, (low, high) in zip(present, ranks, strict=True):
+            record = _aggregates(method, suite, present, threshold, until) | {"rank": [int(low), int(high)]}
+            records.append(record)
+            rank = f"{low}" if low == high else f"{low}-{high}"
+            texts = [_estimate_text(record[name], 100) for name in ("mean", "iqm", "optimality_gap")]
+            texts += [_estimate_text(record["improvement"], 100), rank, _estimate_text(record["area"], 100)]
+            lines.append((suite, method.label, method.policy, *texts, _steps_text(record["steps_to"])))
+        for method in methods:
+            if method not in present:
+                lines.append((suite, method.label, method.policy, *["INCOMPLETE"] * 7))
+    columns = ("suite", "method", "policy", "mean, %", "IQM, %", "optimality gap, pp", "better than its base, %",
+               "rank", "training curve, %", f"steps to {threshold:.0%} in training")  # fmt: skip
+    notes = (
+        *protocol_notes(runs),
+        "Intervals (95%) resample training seeds: Student's t with each seed left out in turn; tasks and initial "
+        "states are taken as they are. One seed, or seeds that agree exactly, have none.",
+        "IQM: mean of the middle half of all (seed, task) scores. Optimality gap: what is missing to 100%. Better than "
+        "its base: chance that a run of the method scores higher on a task than a run of its base policy, ties half.",
+        "Rank: all ranks that pairwise tests leave open (Holm; the larger p of the exact sign-flip test paired by "
+        "task, initial state and seed, and Student's t over seeds).",
+        "Training curve: average success while exploring over the environment steps that all methods have. Steps to "
+        "the threshold: median over seeds with its exact interval (six seeds or more), never counting as infinite.",
+    )
+    return Table("Aggregates over seeds and tasks", notes, columns, tuple(lines), 0, tuple(records), tuple(records))
+
+
+def _aggregates(
+    method: Method, suite: str, methods: Sequence[Method], threshold: float, until: float
+) -> dict[str, Any]:
+    table = scores(method, suite)
+    base = base_of(method, methods)
+    estimators: dict[str, Callable[..., np.ndarray]] = {"mean": mean, "iqm": iqm, "optimality_gap": optimality_gap}
+    found: dict[str, Any] = {
+        "algorithm": method.name, "policy": method.policy, "settings": method.settings, "suite": suite,
+        "seeds": list(method.seeds), "tasks": table.shape[1],
+        "episodes": sum(key[1] == suite for key in method.outcomes),
+        "successes": sum(success for key, success in method.outcomes.items() if key[1] == suite),
+    }  # fmt: skip
+    found |= {name: _pair(seeds_estimate(estimator, table)) for name, estimator in estimators.items()}
+    versus_base = None
+    if base is not None:
+        versus_base = _pair(seeds_estimate(probability_of_improvement, table, scores(base, suite)))
+    curves = [] if method.is_base else _curves(method)
+    area = seeds_estimate(mean, np.array([[area_under_curve(*curve, until)] for curve in curves])) if curves else None
+    reached = median_interval([steps_to(*curve, threshold) for curve in curves]) if curves else None
+    return found | {"improvement": versus_base, "area": area and _pair(area), "steps_to": reached and _pair(reached)}
+
+
+def _curves(method: Method) -> list[tuple[list[float], list[float]]]:
+    return [] if method.is_base else [curve for run in method.runs if (curve := training_curve(run.rows))[0]]
+
+
+def _pair(found: Estimate) -> dict[str, float | None]:
+    return {"value": _finite(found.value), "low": _finite(found.low), "high": _finite(found.high)}
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has no infinity: a threshold that was never reached has no number of steps."""
+    return value if value is None or math.isfinite(value) else None
+
+
+def _estimate_text(found: dict[str, float | None] | None, scale: float) -> str:
+    if found is None or found["value"] is None:
+        return "-"
+    text = f"{scale * found['value']:.1f}"
+    low, high = found["low"], found["high"]
+    return text if low is None or high is None else f"{text} [{scale * low:.1f}, {scale * high:.1f}]"
+
+
+def _steps_text(found: dict[str, float | None] | None) -> str:
+    if found is None:
+        return "-"
+    if found["value"] is None:
+        return "not reached"
+    return (
+        f"{found['value']:,.0f}"
+        + (f" [{found['low']:,.0f}, " if found["low"] is not None else "")
+        + ("" if found["low"] is None else "never]" if found["high"] is None else f"{found['high']:,.0f}]")
+    )
