@@ -62,7 +62,7 @@ class Method:
             "env_steps": sum(r.steps for r in train) / len(self.runs),
         }
         for name in ("gradient_steps", "flops"):
-            last = [max((getattr(row, name, 0) for row in run.rows), default=0) for run in self.runs]
+            last = [max((getattr(row, name) for row in run.rows), default=0) for run in self.runs]
             if any(last):
                 spent[name] = float(np.mean(last))
         return dict.fromkeys(spent, 0.0) if self.is_base else spent
