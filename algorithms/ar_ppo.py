@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -96,6 +97,7 @@ class ARPPO(Algorithm):
     requires = frozenset({"tokens"})
     learns_from = "rollouts"
     Settings = ARPPOSettings
+    search = MappingProxyType({"lr": (3e-5, 1e-4, 3e-4), "temperature": (0.8, 1.0, 1.3), "epochs": (2, 4, 8)})
 
     def __init__(self, settings: ARPPOSettings, policy: LikelihoodPolicy, budget: Budget, seed: int) -> None:
         from vlarl_bench.critics import ValueCritic

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from vlarl_bench.algorithm import Algorithm
@@ -117,6 +118,7 @@ class DPPO(Algorithm):
     requires = frozenset({"chain"})
     learns_from = "rollouts"
     Settings = DPPOSettings
+    search = MappingProxyType({"lr": (3e-5, 1e-4, 3e-4), "noise": (0.05, 0.1, 0.2), "epochs": (2, 4, 8)})
 
     def __init__(self, settings: DPPOSettings, policy: LikelihoodPolicy, budget: Budget, seed: int) -> None:
         from vlarl_bench.critics import ValueCritic

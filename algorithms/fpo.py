@@ -14,6 +14,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
@@ -167,6 +168,7 @@ class FPO(Algorithm):
     requires = frozenset({"denoising"})
     learns_from = "rollouts"
     Settings = FPOSettings
+    search = MappingProxyType({"lr": (3e-5, 1e-4, 3e-4), "clip_eps": (0.02, 0.05, 0.1), "epochs": (2, 4, 8)})
 
     def __init__(self, settings: FPOSettings, policy: DenoisingPolicy, budget: Budget, seed: int) -> None:
         """Raises BenchError if the settings need a velocity and the policy has none."""
@@ -174,8 +176,7 @@ class FPO(Algorithm):
 
         for name, fits in (("explore_steps", settings.explore_steps == 1), ("ratio", settings.ratio != "none")):
             if not fits and "flow" not in policy.capabilities:
-                value = getattr(settings, name)
-                raise BenchError(f"algo.{name}: {value!r}; it follows a velocity, which only flow policies have")
+                raise BenchError(f"algo.{name}: {getattr(settings, name)!r}; only flow policies have a velocity")
         self.settings, self.iterations, self.updates = settings, budget.iterations, 0
         self.generator = torch.Generator().manual_seed(seed)
         self.actor = only_actor_learns(policy)
@@ -346,5 +347,4 @@ class FPO(Algorithm):
         for name in LEARNERS:
             getattr(self, name).load_state_dict(state[name])
         self.generator.set_state(state["generator"])
-        self.replay = list(state["replay"])
-        self.updates = state["updates"]
+        self.replay, self.updates = list(state["replay"]), state["updates"]

@@ -97,8 +97,7 @@ class SFT(Algorithm):
             self.optimizer.step()
             self.steps += 1
             losses.append(loss.item())
-        mean = {"sft_loss": float(np.mean(losses))} if losses else {}
-        return mean | {"gradient_steps": float(self.steps)}
+        return {"sft_loss": float(np.mean(losses))} if losses else {}
 
     def state_dict(self) -> dict[str, Any]:
         """Optimiser, step counter and generator."""

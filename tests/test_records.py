@@ -31,6 +31,7 @@ def row(**changes: object) -> EpisodeRow:
         "checkpoint": "0123456789ab", "suite": "libero_object", "task": "pick", "init_state": 3, "repeat": 0, "seed": 0,
         "decoding": "sampled", "observation": "state", "success": True, "steps": 80, "return_": 1.0,
         "protocol": "abcdefabcdef", "fingerprint": "fedcba987654", "code": "0.1.0",
+        "env_steps": 400, "gradient_steps": 30, "flops": 10**15,
     }  # fmt: skip
     return EpisodeRow(**(values | changes))  # type: ignore[arg-type]
 
@@ -58,6 +59,7 @@ def test_a_line_has_exactly_the_documented_fields(tmp_path):
     assert line.keys() == {
         "run", "phase", "iteration", "algorithm", "policy", "checkpoint", "suite", "task", "init_state", "repeat",
         "seed", "decoding", "observation", "success", "steps", "return", "protocol", "fingerprint", "code", "crc",
+        "env_steps", "gradient_steps", "flops",
     }  # fmt: skip
 
 

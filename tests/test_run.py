@@ -28,7 +28,7 @@ def vlarl(*arguments, check=True):
 
 def outcome(folder):
     """What must not depend on how the run went: its rows, metrics and weights."""
-    drop = ("run", "crc", "fingerprint")  # which names the renderer, and without films none is chosen
+    drop = ("run", "crc", "seconds", "fingerprint")  # which names the renderer, and without films none is chosen
     rows = [{k: v for k, v in row.to_json().items() if k not in drop} for row in read_rows(folder / "episodes.jsonl")]
     metrics = [{k: v for k, v in line.items() if k not in drop} for line in read_metrics(folder / "metrics.jsonl")]
     hashes = json.loads((folder / "policy" / "hashes.json").read_text())
@@ -69,6 +69,43 @@ def test_the_ratio_was_one_on_the_first_pass_and_training_never_saw_held_out_sta
     base, final = ([row for row in rows if row.phase == phase] for phase in ("base", "final"))
     assert [row.seed for row in base] == [row.seed for row in final]
     assert {row.checkpoint for row in base}.isdisjoint({row.checkpoint for row in final})
+
+
+def test_every_row_says_what_training_had_cost(whole):
+    folder, _ = whole
+    rows, lines = read_rows(folder / "episodes.jsonl"), read_metrics(folder / "metrics.jsonl")
+    spent = {0: (0, 0, 0)} | {x["iteration"]: (x["env_steps"], x["gradient_steps"], x["flops"]) for x in lines}
+    assert len(spent) == 4
+    for name in range(3):
+        assert [spent[i][name] for i in range(4)] == sorted({spent[i][name] for i in range(4)})
+    assert spent[3][0] == sum(row.steps for row in rows if row.phase == "train")
+    for row in rows:
+        done = row.iteration - (row.phase == "train")
+        assert (row.env_steps, row.gradient_steps, row.flops) == spent[done]
+    assert json.loads((folder / "policy" / "config.json").read_text())["spent"]["flops"] == spent[3][2]
+    seconds = [line["seconds"] for line in lines]
+    assert 0 < seconds[0] < seconds[1] < seconds[2]
+
+
+def test_a_run_that_destroys_its_policy_stops_and_counts_as_it_was(tmp_path):
+    folder = tmp_path / "destroyed"
+    done = vlarl(*SMALL, "--algo.lr", "1e30", "--no-video", "--out", folder)
+    stopped = json.loads((folder / "stopped.json").read_text())
+    assert stopped["iteration"] == 1
+    assert stopped["reason"].startswith("the gradient of model.")
+    assert "is not finite at gradient step 302" in stopped["reason"]  # the 300 of the critics come first
+    assert f"stopped in round 1 of 3: {stopped['reason']}" in done.stderr
+    base, final = (
+        [row for row in read_rows(folder / "episodes.jsonl") if row.phase == phase] for phase in ("base", "final")
+    )
+    assert [(row.checkpoint, row.success, row.iteration) for row in base] == [
+        (row.checkpoint, row.success, row.iteration) for row in final
+    ]
+    note = f"destroyed was stopped in round 1, and is scored as it was before: {stopped['reason']}."
+    assert note in (folder / "table.md").read_text()
+    before = outcome(folder)
+    vlarl("run", "--resume", folder)
+    assert outcome(folder) == before
 
 
 def test_killed_and_resumed_equals_undisturbed(whole, tmp_path):

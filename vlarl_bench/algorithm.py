@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
@@ -25,6 +27,8 @@ class Algorithm(ABC):
     learns_from: ClassVar[Literal["rollouts", "demonstrations"]]
     Settings: ClassVar[type]
     """Frozen dataclass; each field has a default and a docstring with unit and source."""
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType({})
+    """Values of settings that `vlarl-bench tune` tries, the defaults among them; every method names a few."""
     group: int = 1
     """Episodes that are collected from each initial state that is drawn, all from the very same one; methods that
     compare an episode with its siblings set more than 1."""

@@ -1,4 +1,4 @@
-"""The command line: `vlarl-bench run | eval | demos | video | table | list | doctor`.
+"""The command line: `vlarl-bench run | eval | demos | video | tune | table | list | doctor`.
 
 Whatever is heavy is imported by the command that needs it; `list` and the overview import next to nothing.
 """
@@ -124,6 +124,34 @@ def _eval(args: list[str]) -> int:
     from .run import evaluate
 
     evaluate(config)
+    return 0
+
+
+def _tune(args: list[str]) -> int:
+    import dataclasses
+
+    from .config import BUDGETS
+    from .options import MISSING, Tune, parse
+
+    trial = dataclasses.replace(BUDGETS["quick"], eval_states=10, eval_repeats=3)
+    options = parse(Tune, args, "vlarl-bench tune", Tune(algo=MISSING, numbers=trial))
+    registry.check_compatible(options.algo, options.policy)
+    _check(options.suite, ())
+    from .tune import Tuning, tune
+
+    tune(
+        Tuning(
+            algorithm=options.algo,
+            policy=options.policy,
+            suite=options.suite,
+            budget=options.numbers,
+            trials=options.trials,
+            out=options.out,
+            base=options.base,
+            seed=options.seed,
+            workers=options.workers,
+        )
+    )
     return 0
 
 
@@ -300,6 +328,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "eval": (_eval, "evaluate a policy without training it"),
     "demos": (_demos, "make demonstrations with the suite's scripted expert"),
     "video": (_video, "film one episode of a policy or of the scripted expert"),
+    "tune": (_tune, "try settings of one algorithm on training states, as many trials for each algorithm"),
     "table": (_table, "print one table of several runs, from their rows on disk"),
     "list": (_list, "show what is installed: algorithms, policies, suites, and which run on which"),
     "doctor": (_doctor, "say what this machine has, and what to do about what is missing"),

@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to see."""
+"""The exceptions that a user is meant to see."""
 
 
 class BenchError(Exception):
@@ -7,3 +7,7 @@ class BenchError(Exception):
     Its text is one line that names the field, the value and what would be right. The command line prints that line
     and exits with status 2; any other exception is a bug of ours.
     """
+
+
+class Diverged(BenchError):
+    """Training has destroyed the policy. A run stops there, and that is its result: it is scored as it last was."""

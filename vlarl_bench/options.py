@@ -17,11 +17,13 @@ import tyro
 from . import registry
 from .config import BUDGETS, Budget
 from .errors import BenchError
+from .tune import SUITE
 
 Settings = TypeVar("Settings")
 Parsed = TypeVar("Parsed")
 
 DEFAULT_POLICY = "pi0-tiny"
+MISSING = tyro.MISSING
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,30 @@ class Table:
     """Run folders: one shows each task, several one line a run and suite."""
     format: Literal["text", "markdown", "csv", "json"] = "text"
     """How to print it; csv and json carry full precision."""
+
+
+@dataclass(frozen=True)
+class Tune:
+    """Try settings of one algorithm on training states only: as many trials for every algorithm."""
+
+    algo: str
+    """Algorithm; its own file says which settings are searched, over which values."""
+    numbers: Annotated[Budget, tyro.conf.arg(name="budget")]
+    """What each trial may use."""
+    policy: str = DEFAULT_POLICY
+    """Policy to fine-tune."""
+    suite: str = SUITE
+    """The tuning suite; keep to it, or methods were not tuned alike."""
+    base: str = "prior"
+    """Weights to start from: prior (shipped with the policy) or a policy folder."""
+    trials: int = 8
+    """Runs, the first of them with the defaults."""
+    seed: int = 0
+    """Seeds the choice of settings, and every trial alike."""
+    workers: int = 2
+    """Simulator processes; changes the speed, never the rows."""
+    out: str = "tuning"
+    """Folder that the trials go to; what is there is not run again."""
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,19 @@ import numpy as np
 from . import registry
 from .config import EvalConfig, RunConfig, select_tasks
 from .errors import BenchError
-from .records import read_json
-from .rollout import Job, episode_seed
+from .provenance import code_version, fingerprint_hash
+from .records import Decoding, EpisodeRow, Key, Phase, read_json
+from .rollout import Episode, Job, episode_seed
 
 if TYPE_CHECKING:
     from .policies.base import Policy
     from .protocol import Protocol
     from .suite import Suite, Task
+
+
+Spent = dict[str, int]
+"""What training has cost, by the names that rows give it."""
+NOTHING: Spent = {"env_steps": 0, "gradient_steps": 0, "flops": 0}
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,38 @@ class Plan:
                 seed = episode_seed(self.config.seed, "train", iteration, task.key, state, repeat)
                 jobs.append(Job(task, state, repeat, seed))
         return jobs[:episodes]
+
+    def key(self, phase: Phase, iteration: int, job: Job) -> Key:
+        """Of the row that this episode gets."""
+        return (self.name, phase, iteration, job.task.suite, job.task.name, job.init_state, job.repeat)
+
+    def row(
+        self, episode: Episode, phase: Phase, iteration: int, checkpoint: str, decoding: Decoding, spent: Spent
+    ) -> EpisodeRow:
+        """What is kept of an episode that the policy with hash `checkpoint` played."""
+        job = episode.job
+        return EpisodeRow(
+            run=self.name,
+            phase=phase,
+            iteration=iteration,
+            algorithm=self.algorithm,
+            policy=self.config.policy,
+            checkpoint=checkpoint,
+            suite=job.task.suite,
+            task=job.task.name,
+            init_state=job.init_state,
+            repeat=job.repeat,
+            seed=job.seed,
+            decoding=decoding,
+            observation=self.protocol.observation,
+            success=episode.success,
+            steps=episode.steps,
+            return_=float(episode.success),
+            protocol=self.protocol.hash,
+            fingerprint=fingerprint_hash(),
+            code=code_version(),
+            **spent,
+        )
 
 
 def plan_run(config: RunConfig) -> Plan:

@@ -68,14 +68,27 @@ class Protocol:
         return f"{self.name}@{self.version} ({', '.join(remarks)})"
 
 
+def for_tuning(protocol: Protocol) -> Protocol:
+    """The same protocol without its held-out states: settings are chosen on the last two fifths of the training states
+    after learning from the first three."""
+    cut = 3 * len(protocol.train_states) // 5
+    return dataclasses.replace(
+        protocol,
+        name=f"{protocol.name}-tuning",
+        train_states=protocol.train_states[:cut],
+        eval_states=protocol.train_states[cut:],
+    )
+
+
 def check_choice(observation: str, name: str, published: Iterable[str], whose: str) -> None:
-    """Raises BenchError unless there is such a protocol: `tiny` for both ways of observing, others for pixels."""
+    """Raises BenchError unless there is such a protocol: `tiny` and `tuning` for both ways of observing, published ones
+    for pixels."""
     if observation not in ("state", "pixels"):
         raise BenchError(f"observation: {observation!r}; {whose} has 'state' and 'pixels'")
-    known = ["tiny", *published]
+    known = ["tiny", "tuning", *published]
     if name not in known:
         raise BenchError(f"protocol: {name!r} is not one of {whose}'s; {did_you_mean(name, known)}")
-    if name != "tiny" and observation == "state":
+    if name not in ("tiny", "tuning") and observation == "state":
         raise BenchError(f"protocol: {name!r} shows camera images; a policy that sees object poses takes 'tiny'")
 
 

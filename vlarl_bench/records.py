@@ -19,6 +19,7 @@ from typing import Any, Generic, Literal, TypeVar
 from .errors import BenchError
 
 Phase = Literal["base", "train", "final", "eval"]
+Decoding = Literal["sampled", "zero-noise", "explore"]
 Key = tuple[str, str, int, str, str, int, int]
 
 
@@ -40,7 +41,7 @@ class EpisodeRow:
     init_state: int
     repeat: int
     seed: int
-    decoding: Literal["sampled", "zero-noise", "explore"]
+    decoding: Decoding
     observation: Literal["state", "pixels"]
     success: bool
     steps: int
@@ -49,6 +50,12 @@ class EpisodeRow:
     protocol: str
     fingerprint: str
     code: str
+    env_steps: int
+    """Environment steps that the policy's training had taken when the episode was played ..."""
+    gradient_steps: int
+    """... optimiser steps, critics' among them ..."""
+    flops: int
+    """... and floating-point operations, of acting and of learning (`metering.Meter` says which count)."""
 
     @property
     def key(self) -> Key:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .errors import BenchError
+from .errors import Diverged
 from .suite import Observation, Task
 
 if TYPE_CHECKING:
@@ -167,8 +167,8 @@ def _decide(
     for slot, (_, episode, _) in flying.items():
         if not (np.isfinite(actions[slot]).all() and np.isfinite(latents[slot]).all()):
             job = episode.job
-            raise BenchError(
+            raise Diverged(
                 f"policy: it decided on NaN or infinite actions in {job.task.key}, init state {job.init_state}, "
-                f"decision {len(episode.actions)}; if it was being trained it has diverged: lower the learning rate"
+                f"decision {len(episode.actions)}; if it was being trained, lower the learning rate"
             )
     return sample

@@ -1,19 +1,19 @@
 """One run: base evaluation -> (collect -> update)* -> final evaluation -> table, curve and videos.
 
 Both evaluations play the same held-out initial states with the same noise seeds, so every episode after has its pair
-before. Everything is on disk before the next step begins: a run that dies continues from its newest checkpoint.
+before. Everything is on disk before the next step begins: a run that dies continues from its newest checkpoint. One
+whose training destroys the policy stops there, and is scored as it was at its newest checkpoint.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,10 +21,10 @@ from . import registry
 from .checkpoint import load_latest, save_checkpoint
 from .config import EvalConfig, RunConfig
 from .errors import BenchError
-from .plan import Plan, plan_evaluation, plan_run
+from .plan import NOTHING, Plan, Spent, plan_evaluation, plan_run
 from .pool import Loss, Pool
 from .progress import Progress
-from .provenance import code_version, fingerprint_hash, make_manifest
+from .provenance import code_version, make_manifest
 from .records import (
     EpisodeLog,
     EpisodeRow,
@@ -36,10 +36,10 @@ from .records import (
     write_json_atomic,
     write_text_atomic,
 )
-from .rollout import Episode, Job, Rollout, episode_seed, run_episodes
+from .rollout import Episode, Job, run_episodes
+from .training import STOPPED, spent_so_far, state, train
 
 if TYPE_CHECKING:
-    from .algorithm import Algorithm
     from .policies.base import Policy
     from .suite import Demonstration
 
@@ -78,8 +78,8 @@ def run(config: RunConfig, resume: bool = False) -> Path:
             raise BenchError(f"resume: {out} has rows of later rounds but no checkpoint to go on from; start a new run")
         if restored is None:
             if plan.base is not None:  # random weights solve nothing
-                _evaluate(plan, "base", 0, policy, pool, log, progress)
-            save_checkpoint(out / "checkpoints", 0, _state(policy, algorithm))
+                _evaluate(plan, "base", 0, policy, pool, log, progress, NOTHING)
+            save_checkpoint(out / "checkpoints", 0, state(policy, algorithm))
             done = 0
         else:
             for problem in restored.problems:
@@ -87,12 +87,14 @@ def run(config: RunConfig, resume: bool = False) -> Path:
             done = restored.iteration
             policy.load_state_dict(restored.state["policy"])
             algorithm.load_state_dict(restored.state["algorithm"])
-        log.rewind(done)
-        metrics.rewind(done)
-        _train(plan, config, policy, algorithm, demonstrations, done, pool, log, metrics, progress)
+        if not (out / STOPPED).exists():
+            log.rewind(done)
+            metrics.rewind(done)
+            train(plan, config, policy, algorithm, demonstrations, done, pool, log, metrics, progress)
+        done, spent = len(metrics.lines), spent_so_far(metrics)
         _merge(policy)
-        _evaluate(plan, "final", config.budget.iterations, policy, pool, log, progress)
-        _save_policy(plan, policy, out)
+        _evaluate(plan, "final", done, policy, pool, log, progress, spent)
+        _save_policy(plan, policy, out, spent)
         rows = log.rows
     _report(out)
     if config.video:
@@ -111,7 +113,8 @@ def evaluate(config: EvalConfig) -> Path:
         _write_manifest(plan, policy, out, None)
         log = stack.enter_context(EpisodeLog(out / "episodes.jsonl"))
         pool = stack.enter_context(_pool(plan, out, progress))
-        _evaluate(plan, "eval", 0, policy, pool, log, progress)
+        spent = read_json(plan.base / "config.json").get("spent", NOTHING) if plan.base else NOTHING
+        _evaluate(plan, "eval", 0, policy, pool, log, progress, spent)
     _report(out)
     if config.video:
         _film(plan, {"eval": policy}, log.rows, out)
@@ -221,22 +224,27 @@ def _pool(plan: Plan, out: Path, progress: Progress) -> Pool:
     return Pool(plan.suite, plan.protocol, plan.config.workers, on_loss=tell)
 
 
-def _state(policy: Policy, algorithm: Algorithm) -> dict[str, Any]:
-    return {"policy": policy.state_dict(), "algorithm": algorithm.state_dict()}
-
-
 def _evaluate(
-    plan: Plan, phase: Phase, iteration: int, policy: Policy, pool: Pool, log: EpisodeLog, progress: Progress
+    plan: Plan,
+    phase: Phase,
+    iteration: int,
+    policy: Policy,
+    pool: Pool,
+    log: EpisodeLog,
+    progress: Progress,
+    spent: Spent,
 ) -> None:
     """Plays the held-out jobs that have no row yet; each finished episode is on disk before the next turn."""
-    checkpoint = _hash(policy)
-    jobs = [job for job in plan.eval_jobs() if _key(plan, phase, iteration, job) not in log]
+    from .policies.store import content_hash
+
+    checkpoint = content_hash(policy)
+    jobs = [job for job in plan.eval_jobs() if plan.key(phase, iteration, job) not in log]
     decoding = plan.protocol.decoding
     name = {"base": "base evaluation", "final": "final evaluation"}.get(phase, "evaluation")
     with progress.phase(name, total=len(jobs)) as bar:
 
         def keep(episode: Episode) -> None:
-            log.append(_row(plan, episode, phase, iteration, checkpoint, decoding))
+            log.append(plan.row(episode, phase, iteration, checkpoint, decoding, spent))
             bar.advance(episodes=1, successes=int(episode.success), steps=episode.steps)
 
         episodes = run_episodes(pool, policy, jobs, plan.protocol, plan.config.slots, on_episode=keep)
@@ -245,112 +253,10 @@ def _evaluate(
         progress.say(f"{name}: {invalid} of {sum(len(e.actions) for e in episodes)} decisions spelled no action chunk")
 
 
-def _train(
-    plan: Plan,
-    config: RunConfig,
-    policy: Policy,
-    algorithm: Algorithm,
-    demonstrations: Sequence[Demonstration] | None,
-    done: int,
-    pool: Pool,
-    log: EpisodeLog,
-    metrics: MetricsLog,
-    progress: Progress,
-) -> None:
-    """The rounds that are left; a checkpoint after each."""
-    budget, protocol = config.budget, plan.protocol
-    max_decisions = -(-max(protocol.horizon[task.suite] for task in plan.tasks) // protocol.execute)
-    left = budget.iterations - done
-    total, unit = (left * budget.episodes, "episodes") if demonstrations is None else (left, "rounds")
-    if left == 0:
-        return
-    env_steps = sum(line.get("env_steps", 0) for line in metrics.lines[-1:])
-    with progress.phase("fine-tuning" if plan.base else "training", total=total, unit=unit) as bar:
-        for iteration in range(done + 1, budget.iterations + 1):
-            line: dict[str, Any] = {"iteration": iteration}
-            if demonstrations is None:
-                checkpoint = _hash(policy)
-                weights = algorithm.task_weights([task.key for task in plan.tasks])
-                episodes = run_episodes(
-                    pool,
-                    policy,
-                    plan.train_jobs(iteration, budget.episodes, weights, algorithm.group),
-                    protocol,
-                    config.slots,
-                    act=algorithm.act,
-                    on_episode=lambda e: bar.advance(episodes=1, successes=int(e.success), steps=e.steps),
-                )
-                log.append_all(_row(plan, e, "train", iteration, checkpoint, "explore") for e in episodes)
-                env_steps += sum(episode.steps for episode in episodes)
-                line |= {"env_steps": env_steps, "train_success": float(np.mean([e.success for e in episodes]))}
-                invalid = sum(episode.invalid for episode in episodes)
-                if invalid:
-                    line["invalid_chunks"] = invalid
-                line |= algorithm.update(policy, Rollout(_rewarded(plan, config, episodes, iteration), max_decisions))
-                bar.advance(note=f"round {iteration}/{budget.iterations}: {line['train_success']:.0%}")
-            else:
-                line |= algorithm.update(policy, demonstrations)
-                bar.advance(episodes=1, note=", ".join(f"{k} {v:.4g}" for k, v in line.items() if k != "iteration"))
-            metrics.append(line)
-            save_checkpoint(Path(config.out) / "checkpoints", iteration, _state(policy, algorithm))
-
-
-def _rewarded(plan: Plan, config: RunConfig, episodes: list[Episode], iteration: int) -> list[Episode]:
-    """The episodes as the learner sees them; the control `shuffled` permutes outcomes within each task."""
-    if config.rewards == "success":
-        return episodes
-    rng = np.random.default_rng(episode_seed(config.seed, "shuffle", iteration))
-    outcome: dict[int, bool] = {}
-    for task in plan.tasks:
-        members = [i for i, episode in enumerate(episodes) if episode.job.task == task]
-        outcome |= dict(zip(members, rng.permutation([episodes[i].success for i in members]).tolist(), strict=True))
-    return [dataclasses.replace(episode, success=outcome[i]) for i, episode in enumerate(episodes)]
-
-
-def _hash(policy: Policy) -> str:
-    from .policies.store import content_hash
-
-    return content_hash(policy)
-
-
-def _key(plan: Plan, phase: Phase, iteration: int, job: Job) -> tuple[str, str, int, str, str, int, int]:
-    return (plan.name, phase, iteration, job.task.suite, job.task.name, job.init_state, job.repeat)
-
-
-def _row(
-    plan: Plan,
-    episode: Episode,
-    phase: Phase,
-    iteration: int,
-    checkpoint: str,
-    decoding: Literal["sampled", "zero-noise", "explore"],
-) -> EpisodeRow:
-    job = episode.job
-    return EpisodeRow(
-        run=plan.name,
-        phase=phase,
-        iteration=iteration,
-        algorithm=plan.algorithm,
-        policy=plan.config.policy,
-        checkpoint=checkpoint,
-        suite=job.task.suite,
-        task=job.task.name,
-        init_state=job.init_state,
-        repeat=job.repeat,
-        seed=job.seed,
-        decoding=decoding,
-        observation=plan.protocol.observation,
-        success=episode.success,
-        steps=episode.steps,
-        return_=float(episode.success),
-        protocol=plan.protocol.hash,
-        fingerprint=fingerprint_hash(),
-        code=code_version(),
-    )
-
-
 def _write_manifest(plan: Plan, policy: Policy, out: Path, demonstrations: dict[str, Any] | None) -> None:
     """Writes the manifest; a resumed run keeps its own, and must still be the run that it describes."""
+    from .policies.store import content_hash
+
     config = plan.config
     manifest = make_manifest(
         run=plan.name,
@@ -359,7 +265,7 @@ def _write_manifest(plan: Plan, policy: Policy, out: Path, demonstrations: dict[
         policy=config.policy,
         suite=config.suite,
         seed=config.seed,
-        base_checkpoint=_hash(policy),
+        base_checkpoint=content_hash(policy),
         protocol=plan.protocol,
         tasks=[task.key for task in plan.tasks],
         suite_tasks=len(plan.suite.tasks),
@@ -384,7 +290,7 @@ def _write_manifest(plan: Plan, policy: Policy, out: Path, demonstrations: dict[
             )
 
 
-def _save_policy(plan: Plan, policy: Policy, out: Path) -> None:
+def _save_policy(plan: Plan, policy: Policy, out: Path, spent: Spent) -> None:
     from .policies.store import save_policy
 
     card = {
@@ -393,6 +299,7 @@ def _save_policy(plan: Plan, policy: Policy, out: Path) -> None:
         "algorithm": plan.algorithm,
         "protocol": plan.protocol.hash,
         "code": code_version(),
+        "spent": spent,
     }
     save_policy(out / "policy", policy, card)
 

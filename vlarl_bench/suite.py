@@ -140,7 +140,8 @@ class Suite(ABC):
 
     @abstractmethod
     def protocol(self, observation: str, name: str = "tiny") -> Protocol:
-        """The protocol of that name for `state` or `pixels`; `tiny` is this project's own, others are published ones.
+        """The protocol of that name for `state` or `pixels`; `tiny` is this project's own, `tuning` that without its
+        held-out states (`protocol.for_tuning`), others are published ones.
 
         Raises BenchError for a name or a way of observing that the suite does not have.
         """

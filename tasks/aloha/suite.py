@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
 
-from vlarl_bench.protocol import Protocol, check_choice
+from vlarl_bench.protocol import Protocol, check_choice, for_tuning
 from vlarl_bench.suite import Demonstration, Simulator, Suite, Task
 
 # The instructions of LeRobot's `aloha_sim_*` datasets; gym-aloha itself has none.
@@ -61,8 +61,9 @@ class AlohaSuite(Suite):
     def protocol(self, observation: str, name: str = "tiny") -> Protocol:
         """`tiny` learns from states 0-24 and is judged on 25-49; the published ones are judged on LeRobot's 50."""
         check_choice(observation, name, PUBLISHED, whose="ALOHA")
-        if name == "tiny":
-            return _tiny(observation)
+        if name in ("tiny", "tuning"):
+            tiny = _tiny(observation)
+            return tiny if name == "tiny" else for_tuning(tiny)
         published = PUBLISHED[name]
         return Protocol(
             name=name,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from vlarl_bench.errors import BenchError
-from vlarl_bench.protocol import Protocol, check_choice
+from vlarl_bench.protocol import Protocol, check_choice, for_tuning
 from vlarl_bench.suite import Demonstration, Simulator, Suite, Task
 
 # Names and instructions as in LIBERO's own task map (for LIBERO-PRO's changed tasks and wordings as in its BDDL files),
@@ -74,8 +74,9 @@ class LiberoSuite(Suite):
     def protocol(self, observation: str, name: str = "tiny") -> Protocol:
         """`tiny` learns from states 0-24 and is judged on 25-49; the published ones use all 50 as their authors do."""
         check_choice(observation, name, PUBLISHED, whose="LIBERO")
-        if name == "tiny":
-            return _tiny(observation)
+        if name in ("tiny", "tuning"):
+            tiny = _tiny(observation)
+            return tiny if name == "tiny" else for_tuning(tiny)
         published = PUBLISHED[name]
         return Protocol(
             name=name,

@@ -33,8 +33,8 @@ def test_the_gradient_steps_are_those_of_the_budget_and_the_rate_never_turns_neg
     inner = algorithm.optimizer.step
     algorithm.optimizer.step = lambda: (rates.append(algorithm.optimizer.param_groups[0]["lr"]), inner())
     for _ in range(rounds):
-        metrics = algorithm.update(policy, demonstrations())
-    assert metrics["gradient_steps"] == steps == len(rates)
+        algorithm.update(policy, demonstrations())
+    assert len(rates) == steps
     assert rates == pytest.approx([1e-3 * (1 - i / steps) for i in range(steps)])
 
 

@@ -52,6 +52,16 @@ class TestDescription:
                 setattr(settings(), field.name, None)
         assert {field.name for field in dataclasses.fields(settings)} == documented(settings)
 
+    def test_what_tune_searches_is_around_the_defaults(self, name):
+        algorithm = registry.get("algorithm", name)
+        default = algorithm.Settings()
+        assert bool(algorithm.search) == (algorithm.learns_from == "rollouts")
+        for setting, values in algorithm.search.items():
+            assert getattr(default, setting) in values
+            for value in values:
+                check_settings(dataclasses.replace(default, **{setting: value}))
+        assert not algorithm.search or math.prod(map(len, algorithm.search.values())) >= 8  # trials by default
+
     def test_summary_is_one_line(self, name):
         algorithm = registry.get("algorithm", name)
         assert algorithm.summary.strip() == algorithm.summary != ""

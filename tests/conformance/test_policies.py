@@ -148,9 +148,9 @@ def test_it_listens_to_the_instruction(stage, policy):
     seen = stage.observations[0]
     other = dataclasses.replace(seen, instruction=stage.suite.tasks[1].instruction)
     with torch.no_grad():
-        context = policy.encode(policy.preprocess([seen, other]))
-        latent = policy.sample(context, seeds(0, 0)).latent
-    assert not torch.allclose(latent[0], latent[1], atol=1e-6)
+        context = policy.encode(policy.preprocess([seen] * 8 + [other] * 8))
+        latent = policy.sample(context, seeds(*range(8), *range(8))).latent
+    assert not torch.allclose(latent[:8], latent[8:], atol=1e-6)
 
 
 def test_stored_and_loaded_it_is_the_same(stage, policy, context, tmp_path):

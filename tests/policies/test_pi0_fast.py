@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -100,7 +101,9 @@ def test_sampled_log_probability_is_the_teacher_forced_one(policy, context, nois
     assert (uniform < above + 1e-5)[real].all()
     assert (uniform > above - drawn - 1e-5)[real].all()
     torch.testing.assert_close(scored.logp[..., 0].double()[real], drawn.log()[real], atol=1e-5, rtol=0)
-    torch.testing.assert_close(scored.entropy[..., 0].double()[real], -(p * p.log()).sum(-1)[real], atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        scored.entropy[..., 0].double()[real], torch.special.entr(p).sum(-1)[real], atol=1e-4, rtol=0
+    )
     assert (index[~real] == END).all()
     assert not scored.logp[~scored.mask].any()
     assert not scored.entropy[~scored.mask].any()
@@ -108,10 +111,10 @@ def test_sampled_log_probability_is_the_teacher_forced_one(policy, context, nois
 
 def test_cached_decoding_is_teacher_forcing(policy, context):
     """The logits that each token was chosen by, with the cache, are those of one pass over the whole chunk."""
-    steps, original = [], policy._read
-    policy._read = lambda x: steps.append(original(x)) or steps[-1]
+    steps, original = [], policy._possible
+    policy._possible = lambda logits, said: steps.append(original(logits, said)) or steps[-1]
     sample = policy.explore(context, generators(0, 1, 2, 3), 1.0)
-    del policy._read
+    del policy._possible
     with torch.no_grad():
         whole = policy.logits(context, sample.trace[..., 0])
         greedy = policy.sample(context, None).trace[..., 0]
@@ -127,7 +130,7 @@ def test_cached_decoding_is_teacher_forcing(policy, context):
 @pytest.mark.parametrize("cut", [0, 1, 3])
 def test_the_network_is_transformers_paligemma(policy, cut):
     """One pass of `PaliGemmaForConditionalGeneration` over the embeddings, with its own masks."""
-    policy = reshape(policy, frozen_layers=cut)
+    policy = reshape(policy, frozen_layers=cut, grammar=False)
     a, index = policy.architecture, torch.randint(0, 40, (4, 9), generator=generators(0)[0])
     with torch.no_grad():
         batch = policy.preprocess(look(policy))
@@ -160,8 +163,9 @@ def test_patches_are_what_paligemma_sees():
 def test_logits_are_those_of_the_authors_code(cut):
     """A prompt of words alone, of 9 and 12 tokens, and 6 action tokens; the numbers' making is told in the file."""
     a = Pi0FastArchitecture(
-        "state", 7, 8, words=12, action_tokens=27, frozen_layers=cut, layers=3, heads=4, head_dim=8, width=32, mlp=48
-    )
+        "state", 7, 8, words=12, grammar=False, action_tokens=27, frozen_layers=cut, layers=3, heads=4, head_dim=8,
+        width=32, mlp=48
+    )  # fmt: skip
     policy = Pi0Fast("x", a, Vocabulary(f"w{i}" for i in range(12)), FastTokenizer.plain(1, 13.0))
     with torch.no_grad():
         for key, parameter in policy.network.named_parameters():
@@ -176,10 +180,11 @@ def test_logits_are_those_of_the_authors_code(cut):
     torch.testing.assert_close(logits, torch.tensor(GOLDEN["logits"]), atol=1e-4, rtol=0)
 
 
-def test_likelihood_by_enumeration():
+@pytest.mark.parametrize("grammar", [False, True])
+def test_likelihood_by_enumeration(grammar):
     """Three coefficients, chunks of two numbers: every sequence of at most three tokens, found one token at a time."""
     base = make(PI0_FAST_TINY)
-    changes = {"chunk": 1, "action_dim": 2, "action_tokens": 3}
+    changes = {"chunk": 1, "action_dim": 2, "action_tokens": 3, "grammar": grammar}
     policy = Pi0Fast(
         "x", dataclasses.replace(base.architecture, **changes), base.vocabulary, FastTokenizer.plain(1, 1.0), seed=1
     )
@@ -213,8 +218,11 @@ def test_likelihood_by_enumeration():
                     token_type_ids=(torch.arange(whole.shape[1]) >= x.shape[1])[None].long(),
                     position_ids=torch.cat((positions, positions[:, -1:] + 1 + torch.arange(i)), 1),
                 ).logits[0, -1]
-                expected += float(out[first : first + 4].log_softmax(0)[token])
-            assert float(found) == pytest.approx(expected, abs=2e-5)
+                out = out[first : first + 4]
+                if grammar:  # after two tokens the end alone, before that anything else
+                    out[[1, 2, 3] if i == 2 else [END]] = -1e4
+                expected += float(out.log_softmax(0)[token])
+            assert math.exp(found) == pytest.approx(math.exp(expected), rel=2e-5)
         draws = policy.explore(context.index(torch.zeros(600, dtype=torch.long)), generators(*range(600)), 1.0)
     code = torch.tensor([16, 4, 1])
     place = {int((trace * code).sum()): i for i, trace in enumerate(traces)}
@@ -223,6 +231,19 @@ def test_likelihood_by_enumeration():
     assert ((frequency - logp.exp()).abs() < 4 * (logp.exp() * (1 - logp.exp()) / 600).sqrt() + 1e-3).all()
     # A chunk is two coefficients and the end; all else is told.
     assert draws.invalid.tolist() == [len(texts[i]) != 3 or texts[i][2] != END for i in drawn]
+    assert draws.invalid.any() != grammar
+
+
+def test_the_grammar_keeps_every_chunk_whole(policy, context):
+    """Whatever the network says, and in tokens of several coefficients: what is drawn spells exactly a chunk."""
+    assert max(policy.fast.lengths) > 1
+    for seed in range(5):
+        sample = policy.sample(context, generators(*range(4 * seed, 4 * seed + 4)))
+        assert not sample.invalid.any()
+        assert policy.spelled[sample.trace[..., 0]].sum(1).tolist() == [policy.chunk * policy.action_dim] * 4
+    free = Pi0Fast.restore({**policy.config, "architecture": {**policy.config["architecture"], "grammar": False}})
+    free.load_state_dict(policy.state_dict())
+    assert free.sample(context, generators(0, 1, 2, 3)).invalid.any()
 
 
 def test_temperature(policy, context):

@@ -42,6 +42,7 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
                 "init_state": state, "repeat": repeat, "seed": 0, "decoding": "sampled", "observation": "state",
                 "success": success, "steps": 100, "return_": float(success), "protocol": protocol.hash,
                 "fingerprint": "f" * 12, "code": "0.1.0",
+                "env_steps": 0, "gradient_steps": 0, "flops": 0,
             }  # fmt: skip
             return EpisodeRow(**(values | fields | more))
 

@@ -4,7 +4,8 @@ The prefix (images or objects, instruction, proprioception) sees itself in both 
 those before them, until one that ends the chunk. In `state` mode one token an object takes the place of the images.
 The published model reads proprioception as text in its prompt; here it is one projected token, the prefix's last. And
 tiny is told with each action token how many coefficients have been said up to it, by an embedding of its own: the
-published model has to count, which so small a network hardly learns, and most of what it then says is no chunk.
+published model has to count, which so small a network hardly learns, and most of what it then says is no chunk. For
+the same reason its softmax is over those tokens alone after which a chunk can still come about (`grammar`).
 
 Where a context is cut: `encode` runs the vision tower and the `frozen_layers` lowest layers over the prefix; RL trains
 the layers above and the head. Action tokens pass through the lower layers too, on the keys and values that the context
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
 
 END = 0
 """The action token that ends a chunk, and fills the rest of a trace."""
+IMPOSSIBLE = -1e4
+"""Logit of what cannot be drawn; finite, so that entropies are."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ class Pi0FastArchitecture:
     words: int
     """Size of the vocabulary of texts; in the language model's, action tokens follow it."""
     chunk: int = 8
+    grammar: bool = True
+    """Whether tokens are drawn only among those that can still lead to a chunk; the published model says anything."""
     action_tokens: int = 512
     """FAST tokens that there is room for."""
     scale: float = 10.0
@@ -271,7 +276,18 @@ class Pi0Fast(Quantiles, TokenPolicy):
             x = self._speak(index[:, :-1], self.spelled[index[:, :-1]].cumsum(1))
             x = self._run(x, mask[:, :, s:], positions[:, s:], slice(a.frozen_layers), self._cache(context))
         x = self._run(torch.cat((context.hidden, x), 1), mask, positions, slice(a.frozen_layers, None))
-        return self._read(x[:, s - 1 :])
+        spelled = self.spelled[index]
+        return self._possible(self._read(x[:, s - 1 :]), spelled.cumsum(1) - spelled)
+
+    def _possible(self, logits: Tensor, said: Tensor) -> Tensor:
+        """Logits [..., V + 1] after `said` [...] coefficients, with what the grammar forbids out of reach: a token that
+        spells more than the chunk has left, and the end before nothing is left."""
+        if not self.architecture.grammar:
+            return logits
+        left = (self.chunk * self.action_dim - said).clamp_min(0)[..., None]
+        possible = self.spelled <= left
+        possible[..., END] = left[..., 0] == 0
+        return logits.masked_fill(~possible, IMPOSSIBLE)
 
     def _speak(self, index: Tensor, said: Tensor) -> Tensor:
         """Embeddings [B, n, D] of action tokens [B, n] that bring the number of coefficients to `said` [B, n]."""
@@ -300,7 +316,7 @@ class Pi0Fast(Quantiles, TokenPolicy):
         said = torch.zeros(len(context), 1, dtype=torch.long, device=real.device)
         ended = torch.zeros(len(context), dtype=torch.bool, device=real.device)
         for i in range(a.max_tokens):
-            logits = self._read(x[:, -1])
+            logits = self._possible(self._read(x[:, -1]), said[:, 0])
             token = choose(logits, None if uniform is None else uniform[:, i], temperature)
             index[:, i] = token.masked_fill(ended, END)
             ended = ended | (token == END)

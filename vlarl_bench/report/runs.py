@@ -22,6 +22,8 @@ class RunFolder:
     manifest: dict[str, Any]
     config: dict[str, Any]
     rows: tuple[EpisodeRow, ...]
+    stopped: dict[str, Any] | None = None
+    """In which round (`iteration`) training had destroyed the policy, and the `reason`, if it had."""
 
     def __post_init__(self) -> None:
         protocol, tasks = self.manifest["protocol"], set(self.manifest["evaluation"]["tasks"])
@@ -98,8 +100,9 @@ def read_run(folder: str | os.PathLike[str]) -> RunFolder:
         raise BenchError(f"{folder}: not a run folder, it has no manifest.json")
     manifest, config = read_json(folder / "manifest.json"), read_json(folder / "config.json")
     rows = read_rows(folder / "episodes.jsonl") if (folder / "episodes.jsonl").exists() else []
+    stopped = read_json(folder / "stopped.json") if (folder / "stopped.json").exists() else None
     try:
-        return RunFolder(folder, manifest, config, tuple(rows))
+        return RunFolder(folder, manifest, config, tuple(rows), stopped)
     except (KeyError, TypeError) as error:
         raise BenchError(f"{folder / 'manifest.json'}: not a manifest of this version ({error!r} is missing)") from None
 

@@ -255,6 +255,12 @@ def _notes(runs: Sequence[RunFolder], records: Sequence[Record]) -> tuple[str, .
     machines = {row.fingerprint for row in scored}
     if len(machines) > 1:
         notes.append(f"Rows come from {len(machines)} machines or installations: {', '.join(sorted(machines))}.")
+    for run in runs:
+        if run.stopped:
+            notes.append(
+                f"{run.folder.name} was stopped in round {run.stopped['iteration']}, and is scored as it was before: "
+                f"{run.stopped['reason']}."
+            )
     if not all(record["complete"] for record in records):
         again = "; continue with `vlarl-bench run --resume DIR`" if any(run.compares for run in runs) else ""
         notes.append(f"INCOMPLETE: episodes are missing{again}.")

@@ -1,0 +1,77 @@
+"""Costs against counts by hand; gradients that are not finite are told by name."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vlarl_bench.errors import Diverged
+from vlarl_bench.metering import Meter, check_finite
+
+
+def learn(net, x, optimizer):
+    optimizer.zero_grad()
+    net(x).square().mean().backward()
+    optimizer.step()
+
+
+def test_a_linear_layer_by_hand():
+    net, x = nn.Linear(3, 4), torch.randn(5, 3)
+    optimizer = torch.optim.Adam(net.parameters())
+    with Meter(net) as meter, torch.no_grad():
+        net(x)
+    assert (meter.flops, meter.gradient_steps) == (2 * 5 * 3 * 4, 0)
+    with Meter(net) as meter:
+        for _ in range(3):
+            learn(net, x, optimizer)
+    assert meter.gradient_steps == 3
+    assert meter.flops == 3 * 2 * (2 * 5 * 3 * 4)  # forward, and the weight's gradient; nothing asks for the input's
+    learn(net, x, optimizer)
+    assert meter.gradient_steps == 3  # outside nothing is counted
+
+
+def test_attention_by_hand():
+    """B heads of n queries and m keys, d wide: scores and mixture are two products of n m d each."""
+    b, n, m, d = 2, 5, 7, 8
+    query = torch.randn(1, b, n, d, requires_grad=True)
+    keys = torch.randn(1, b, m, d)
+    with Meter(nn.Identity()) as meter, torch.no_grad():
+        F.scaled_dot_product_attention(query, keys, keys)
+    assert meter.flops == 2 * 2 * b * n * m * d
+    with Meter(nn.Identity()) as meter:
+        F.scaled_dot_product_attention(query, keys, keys).sum().backward()
+    assert meter.flops == (2 + 5) * 2 * b * n * m * d  # backward computes the scores once more, and four gradients
+
+
+def test_convolution_by_hand():
+    net = nn.Conv2d(3, 4, 2, stride=2, bias=False)
+    with Meter(net) as meter, torch.no_grad():
+        net(torch.randn(1, 3, 6, 6))
+    assert meter.flops == 2 * 9 * 4 * 3 * 4
+
+
+def test_a_gradient_that_is_not_finite_is_told_by_name_and_step():
+    net, x = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1)), torch.randn(5, 3)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    with Meter(net):
+        learn(net, x, optimizer)
+        learn(net, x, optimizer)
+        net(x).square().mean().backward()
+        net[1].bias.grad[0] = float("nan")
+        before = [p.clone() for p in net.parameters()]
+        with pytest.raises(Diverged, match=r"the gradient of 1\.bias is not finite at gradient step 3"):
+            optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+    critic = nn.Linear(3, 1)
+    stray = torch.optim.SGD(critic.parameters(), lr=0.1)
+    with Meter(net), pytest.raises(Diverged, match=r"a tensor of shape \(1, 3\) outside the policy"):
+        learn(critic, x * float("inf"), stray)
+
+
+def test_numbers_that_are_not_finite_are_told_by_name():
+    net = nn.Linear(2, 2)
+    check_finite(net)
+    with torch.no_grad():
+        net.bias[1] = float("inf")
+    with pytest.raises(Diverged, match="bias is not finite"):
+        check_finite(net)

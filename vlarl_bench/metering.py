@@ -1,0 +1,87 @@
+"""What an update costs and whether it stays sound, seen from outside and so the same way for every method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from .errors import Diverged
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object) -> int:
+    return int(sdpa_flop_count(query.shape, key.shape, value.shape))
+
+
+def _attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object) -> int:
+    return int(sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape))
+
+
+FORMULAS: Mapping[Any, Callable[..., int]] = {
+    **flop_registry,  # torch's own, in which the CPU's attention kernels are missing
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
+class Meter(TorchDispatchMode):
+    """Counts, inside `with Meter(policy) as meter:`, optimiser steps and floating-point operations.
+
+    Operations are those of matrix products, convolutions and attention, forward and backward, a multiplication and its
+    addition being two; element-wise work is not counted. Every optimiser's steps count, a critic's like an actor's.
+    Raises Diverged before a step whose gradient is not finite, naming the tensor and the step.
+    """
+
+    def __init__(self, policy: nn.Module) -> None:
+        super().__init__()
+        self.flops = 0
+        self.gradient_steps = 0
+        self._names = {id(parameter): name for name, parameter in policy.named_parameters()}
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> Meter:
+        self._hooks = [register_optimizer_step_pre_hook(self._check), register_optimizer_step_post_hook(self._count)]
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for hook in self._hooks:
+            hook.remove()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = FORMULAS.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+    def _check(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        learned = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if not learned:
+            return
+        norms = torch.stack(torch._foreach_norm([p.grad for p in learned]))
+        if norms.isfinite().all():
+            return
+        first = learned[int((~norms.isfinite()).nonzero()[0])]
+        name = self._names.get(id(first), f"a tensor of shape {tuple(first.shape)} outside the policy")
+        raise Diverged(f"the gradient of {name} is not finite at gradient step {self.gradient_steps + 1}")
+
+    def _count(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self.gradient_steps += 1
+
+
+def check_finite(policy: nn.Module) -> None:
+    """Raises Diverged if a number of the policy is not finite, naming the tensor."""
+    for name, tensor in policy.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise Diverged(f"{name} is not finite after the update")

@@ -1,0 +1,180 @@
+"""The rounds of a run: collect, update, and count what that costs.
+
+A run whose training destroys the policy stops there, with the policy as it was after the last whole round.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .checkpoint import load_latest, save_checkpoint
+from .errors import Diverged
+from .plan import NOTHING, Plan, Spent
+from .records import EpisodeLog, MetricsLog, write_json_atomic
+from .rollout import Episode, Rollout, episode_seed, run_episodes
+
+if TYPE_CHECKING:
+    from .algorithm import Algorithm
+    from .config import RunConfig
+    from .policies.base import Policy
+    from .pool import Pool
+    from .progress import Phase, Progress
+    from .suite import Demonstration
+
+STOPPED = "stopped.json"
+"""In the folder of a run that was stopped because training had destroyed the policy: in which round, and why."""
+COLLAPSED = 200
+"""Training episodes in a row without a success, after there had been one, that end a run."""
+
+
+def train(
+    plan: Plan,
+    config: RunConfig,
+    policy: Policy,
+    algorithm: Algorithm,
+    demonstrations: Sequence[Demonstration] | None,
+    done: int,
+    pool: Pool,
+    log: EpisodeLog,
+    metrics: MetricsLog,
+    progress: Progress,
+) -> None:
+    """The rounds that are left; a checkpoint after each. If the policy is destroyed, it is put back as it was after the
+    last whole round, and the run is marked as stopped."""
+    budget, out = config.budget, Path(config.out)
+    left = budget.iterations - done
+    total, unit = (left * budget.episodes, "episodes") if demonstrations is None else (left, "rounds")
+    if left == 0:
+        return
+    with progress.phase("fine-tuning" if plan.base else "training", total=total, unit=unit) as bar:
+        for iteration in range(done + 1, budget.iterations + 1):
+            try:
+                line = _round(plan, config, policy, algorithm, demonstrations, iteration, pool, log, metrics, bar)
+            except Diverged as error:
+                write_json_atomic(out / STOPPED, {"iteration": iteration, "reason": str(error)})
+                progress.say(f"stopped in round {iteration} of {budget.iterations}: {error}; it is scored as it was")
+                restored = load_latest(out / "checkpoints")
+                assert restored is not None
+                policy.load_state_dict(restored.state["policy"])
+                return
+            metrics.append(line)
+            save_checkpoint(out / "checkpoints", iteration, state(policy, algorithm))
+
+
+def _round(
+    plan: Plan,
+    config: RunConfig,
+    policy: Policy,
+    algorithm: Algorithm,
+    demonstrations: Sequence[Demonstration] | None,
+    iteration: int,
+    pool: Pool,
+    log: EpisodeLog,
+    metrics: MetricsLog,
+    bar: Phase,
+) -> dict[str, Any]:
+    """Collects, if the method learns from its own episodes, and updates; returns the round's metrics."""
+    from .metering import Meter, check_finite
+
+    began, spent = time.monotonic(), spent_so_far(metrics)
+    line: dict[str, Any] = {"iteration": iteration}
+    data: Any = demonstrations
+    if demonstrations is None:
+        episodes = _collect(plan, config, policy, algorithm, iteration, pool, log, spent, bar)
+        _check_collapse(log)
+        invalid = sum(episode.invalid for episode in episodes)
+        line |= {"train_success": float(np.mean([e.success for e in episodes]))}
+        line |= {"invalid_chunks": invalid} if invalid else {}
+        spent["env_steps"] += sum(episode.steps for episode in episodes)
+        spent["flops"] += _flops_of_acting(policy, algorithm, episodes, config.slots)
+        horizon = max(plan.protocol.horizon[task.suite] for task in plan.tasks)
+        data = Rollout(_rewarded(plan, config, episodes, iteration), -(-horizon // plan.protocol.execute))
+    with Meter(policy) as meter:
+        line |= algorithm.update(policy, data)
+    check_finite(policy)
+    spent["gradient_steps"] += meter.gradient_steps
+    spent["flops"] += meter.flops
+    seconds = sum(earlier["seconds"] for earlier in metrics.lines[-1:]) + time.monotonic() - began
+    line |= {**spent, "seconds": round(seconds, 3)}
+    if demonstrations is None:
+        bar.advance(note=f"round {iteration}/{config.budget.iterations}: {line['train_success']:.0%}")
+    else:
+        bar.advance(episodes=1, note=", ".join(f"{k} {v:.4g}" for k, v in line.items() if k != "iteration"))
+    return line
+
+
+def _collect(
+    plan: Plan,
+    config: RunConfig,
+    policy: Policy,
+    algorithm: Algorithm,
+    iteration: int,
+    pool: Pool,
+    log: EpisodeLog,
+    spent: Spent,
+    bar: Phase,
+) -> list[Episode]:
+    """One round's episodes, played the algorithm's way; their rows are on disk."""
+    from .policies.store import content_hash
+
+    checkpoint = content_hash(policy)
+    weights = algorithm.task_weights([task.key for task in plan.tasks])
+    episodes = run_episodes(
+        pool,
+        policy,
+        plan.train_jobs(iteration, config.budget.episodes, weights, algorithm.group),
+        plan.protocol,
+        config.slots,
+        act=algorithm.act,
+        on_episode=lambda e: bar.advance(episodes=1, successes=int(e.success), steps=e.steps),
+    )
+    log.append_all(plan.row(e, "train", iteration, checkpoint, "explore", spent) for e in episodes)
+    return episodes
+
+
+def _check_collapse(log: EpisodeLog) -> None:
+    """Raises Diverged where training had successes once and has had none for very long."""
+    outcomes = [row.success for row in log.rows if row.phase == "train"]
+    if any(outcomes[:-COLLAPSED]) and not any(outcomes[-COLLAPSED:]):
+        raise Diverged(f"collapsed: none of the last {COLLAPSED} training episodes succeeded, and earlier ones did")
+
+
+def _flops_of_acting(policy: Policy, algorithm: Algorithm, episodes: Sequence[Episode], slots: int) -> int:
+    """Operations of all decisions of these episodes, from those of one batch; a batch's empty slots do not count."""
+    import torch
+
+    from .metering import Meter
+
+    seen = [episodes[i % len(episodes)].observations[0] for i in range(slots)]
+    with torch.no_grad(), Meter(policy) as meter:
+        context = policy.encode(policy.preprocess(seen))
+        algorithm.act(policy, context, [torch.Generator().manual_seed(row) for row in range(slots)])
+    return meter.flops // slots * sum(len(episode.latents) for episode in episodes)
+
+
+def spent_so_far(metrics: MetricsLog) -> Spent:
+    """What training has cost up to now."""
+    return {name: line[name] for line in metrics.lines[-1:] for name in NOTHING} or dict(NOTHING)
+
+
+def _rewarded(plan: Plan, config: RunConfig, episodes: list[Episode], iteration: int) -> list[Episode]:
+    """The episodes as the learner sees them; the control `shuffled` permutes outcomes within each task."""
+    if config.rewards == "success":
+        return episodes
+    rng = np.random.default_rng(episode_seed(config.seed, "shuffle", iteration))
+    outcome: dict[int, bool] = {}
+    for task in plan.tasks:
+        members = [i for i, episode in enumerate(episodes) if episode.job.task == task]
+        outcome |= dict(zip(members, rng.permutation([episodes[i].success for i in members]).tolist(), strict=True))
+    return [dataclasses.replace(episode, success=outcome[i]) for i, episode in enumerate(episodes)]
+
+
+def state(policy: Policy, algorithm: Algorithm) -> dict[str, Any]:
+    """What a checkpoint holds."""
+    return {"policy": policy.state_dict(), "algorithm": algorithm.state_dict()}
