@@ -19,7 +19,7 @@ from vlarl_bench.algorithm import Algorithm
 from vlarl_bench.decisions import decisions
 from vlarl_bench.errors import BenchError
 from vlarl_bench.lazy import lazy_import
-from vlarl_bench.policy_gradient import Score, advantages, ascend, only_actor_learns, standardise
+from vlarl_bench.policy_gradient import ActorCritic, Score, ascend, check_actor_critic, only_actor_learns
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +57,7 @@ class ARPPOSettings:
     gae_lambda: float = 0.95
     """Lambda of the advantage estimator (VLA-RL)."""
     warmup: int = 1
-    """First iterations in which only the critic learns; VLA-RL 5 of many more."""
+    """First iterations in which only the critic learns, at most all but the run's last; VLA-RL 5 of many more."""
     curriculum: float = 0.0
     """Temperature tau of the task curriculum, P(task) ~ exp((0.5 - success) / tau); 0 takes tasks in turn."""
     critic_lr: float = 1e-3
@@ -73,18 +73,12 @@ class ARPPOSettings:
 
     def check(self) -> None:
         """Raises BenchError on a value out of range."""
-        for name in ("lr", "temperature", "critic_lr"):
-            if getattr(self, name) <= 0:
-                raise BenchError(f"algo.{name}: {getattr(self, name)}; it must be above 0")
-        for name in ("epochs", "minibatch", "critic_batch", "critic_width", "window"):
-            if getattr(self, name) < 1:
-                raise BenchError(f"algo.{name}: {getattr(self, name)}; it must be at least 1")
-        for name in ("entropy", "warmup", "curriculum", "critic_steps"):
+        check_actor_critic(self)
+        if self.temperature <= 0:
+            raise BenchError(f"algo.temperature: {self.temperature}; it must be above 0")
+        for name in ("entropy", "curriculum"):
             if getattr(self, name) < 0:
                 raise BenchError(f"algo.{name}: {getattr(self, name)}; it must be at least 0")
-        for name in ("gamma", "gae_lambda"):
-            if not 0 < getattr(self, name) <= 1:
-                raise BenchError(f"algo.{name}: {getattr(self, name)}; it must be in (0, 1]")
         if not 0 < self.clip_eps < 1:
             raise BenchError(f"algo.clip_eps: {self.clip_eps}; it must be in (0, 1)")
 
@@ -100,21 +94,9 @@ class ARPPO(Algorithm):
     search = MappingProxyType({"lr": (3e-5, 1e-4, 3e-4), "temperature": (0.8, 1.0, 1.3), "epochs": (2, 4, 8)})
 
     def __init__(self, settings: ARPPOSettings, policy: LikelihoodPolicy, budget: Budget, seed: int) -> None:
-        from vlarl_bench.critics import ValueCritic
-
-        self.settings, self.updates = settings, 0
-        self.generator = torch.Generator().manual_seed(seed)
-        self.optimizer = torch.optim.Adam(only_actor_learns(policy), lr=settings.lr)
-        s = settings
-        self.critic = ValueCritic(
-            policy.feature_dim + 1,
-            s.critic_width,
-            s.critic_lr,
-            s.critic_steps,
-            s.critic_batch,
-            s.window,
-            self.generator,
-        )
+        self.settings = settings
+        optimizer = torch.optim.Adam(only_actor_learns(policy), lr=settings.lr)
+        self.learner = ActorCritic(settings, policy, optimizer, budget, seed)
         self.success: dict[str, float] = {}
 
     def task_weights(self, tasks: Sequence[str]) -> np.ndarray | None:
@@ -138,18 +120,15 @@ class ARPPO(Algorithm):
         for task in {episode.job.task.key for episode in rollout.episodes}:
             outcomes = [episode.success for episode in rollout.episodes if episode.job.task.key == task]
             self.success[task] = float(np.mean(outcomes))
-        metrics = self.critic.fit(taken.features, taken.returns(s.gamma))
-        self.updates += 1
-        if self.updates <= s.warmup:
+        advantage, metrics = self.learner.judge(taken)
+        if advantage is None:
             return metrics
-        advantage = advantages(taken, self.critic, s.gamma, s.gae_lambda)
-        metrics |= {"advantage_std": advantage.std(correction=0).item()}
         return metrics | ascend(
             lambda i: self.score(policy, taken, i),
-            standardise(advantage, taken.task),
+            advantage,
             s.clip_eps,
-            self.optimizer,
-            self.generator,
+            self.learner.optimizer,
+            self.learner.generator,
             s.epochs,
             s.minibatch,
             entropy=s.entropy,
@@ -167,17 +146,9 @@ class ARPPO(Algorithm):
 
     def state_dict(self) -> dict[str, Any]:
         """Optimiser, critic, success of each task and generator."""
-        return {
-            "optimizer": self.optimizer.state_dict(),
-            "critic": self.critic.state_dict(),
-            "generator": self.generator.get_state(),
-            "success": dict(self.success),
-            "updates": self.updates,
-        }
+        return {**self.learner.state_dict(), "success": dict(self.success)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues where `state_dict` was taken."""
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.critic.load_state_dict(state["critic"])
-        self.generator.set_state(state["generator"])
-        self.success, self.updates = dict(state["success"]), state["updates"]
+        self.learner.load_state_dict(state)
+        self.success = dict(state["success"])

@@ -16,7 +16,7 @@ from vlarl_bench.algorithm import Algorithm
 from vlarl_bench.decisions import decisions
 from vlarl_bench.errors import BenchError
 from vlarl_bench.lazy import lazy_import
-from vlarl_bench.policy_gradient import Score, advantages, ascend, only_actor_learns, standardise
+from vlarl_bench.policy_gradient import ActorCritic, Score, ascend, check_actor_critic, only_actor_learns
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +64,7 @@ class DPPOSettings:
     target_kl: float = 1.0
     """An iteration's epochs end early beyond this divergence."""
     warmup: int = 1
-    """First iterations in which only the critic learns; authors 2."""
+    """First iterations in which only the critic learns, at most all but the run's last; authors 2."""
     critic_lr: float = 1e-3
     """Critic learning rate (Adam)."""
     critic_steps: int = 300
@@ -78,18 +78,16 @@ class DPPOSettings:
 
     def check(self) -> None:
         """Raises BenchError on a value out of range."""
-        for name in ("lr", "noise", "critic_lr", "target_kl"):
+        check_actor_critic(self)
+        for name in ("noise", "target_kl"):
             if getattr(self, name) <= 0:
                 raise BenchError(f"algo.{name}: {getattr(self, name)}; it must be above 0")
-        for name in ("epochs", "minibatch", "steps", "critic_batch", "critic_width", "window"):
-            if getattr(self, name) < 1:
-                raise BenchError(f"algo.{name}: {getattr(self, name)}; it must be at least 1")
-        for name in ("clip_rate", "warmup", "critic_steps"):
-            if getattr(self, name) < 0:
-                raise BenchError(f"algo.{name}: {getattr(self, name)}; it must be at least 0")
-        for name in ("gamma", "gae_lambda", "gamma_denoising"):
-            if not 0 < getattr(self, name) <= 1:
-                raise BenchError(f"algo.{name}: {getattr(self, name)}; it must be in (0, 1]")
+        if self.steps < 1:
+            raise BenchError(f"algo.steps: {self.steps}; it must be at least 1")
+        if self.clip_rate < 0:
+            raise BenchError(f"algo.clip_rate: {self.clip_rate}; it must be at least 0")
+        if not 0 < self.gamma_denoising <= 1:
+            raise BenchError(f"algo.gamma_denoising: {self.gamma_denoising}; it must be in (0, 1]")
         if not 0 < self.clip_base <= self.clip_eps < 1:
             raise BenchError(
                 f"algo.clip_base: {self.clip_base}; it must be above 0 and at most algo.clip_eps, {self.clip_eps}, "
@@ -121,21 +119,9 @@ class DPPO(Algorithm):
     search = MappingProxyType({"lr": (3e-5, 1e-4, 3e-4), "noise": (0.05, 0.1, 0.2), "epochs": (2, 4, 8)})
 
     def __init__(self, settings: DPPOSettings, policy: LikelihoodPolicy, budget: Budget, seed: int) -> None:
-        from vlarl_bench.critics import ValueCritic
-
-        self.settings, self.updates = settings, 0
-        self.generator = torch.Generator().manual_seed(seed)
-        self.optimizer = torch.optim.AdamW(only_actor_learns(policy), lr=settings.lr, weight_decay=0.0)
-        s = settings
-        self.critic = ValueCritic(
-            policy.feature_dim + 1,
-            s.critic_width,
-            s.critic_lr,
-            s.critic_steps,
-            s.critic_batch,
-            s.window,
-            self.generator,
-        )
+        self.settings = settings
+        optimizer = torch.optim.AdamW(only_actor_learns(policy), lr=settings.lr, weight_decay=0.0)
+        self.learner = ActorCritic(settings, policy, optimizer, budget, seed)
 
     def act(self, policy: LikelihoodPolicy, context: Any, generators: Sequence[torch.Generator] | None) -> Sample:
         """Denoises with at least `noise` at every step, and keeps the chain."""
@@ -146,21 +132,18 @@ class DPPO(Algorithm):
         """The critic's regression, then clipped epochs over the last steps of this round's chains."""
         s = self.settings
         taken = decisions(policy, rollout)
-        metrics = self.critic.fit(taken.features, taken.returns(s.gamma))
-        self.updates += 1
-        if self.updates <= s.warmup:
+        advantage, metrics = self.learner.judge(taken)
+        if advantage is None:
             return metrics
         assert taken.trace is not None
         steps = min(s.steps, taken.trace.shape[1] - 1)
-        advantage = advantages(taken, self.critic, s.gamma, s.gae_lambda)
-        metrics |= {"advantage_std": advantage.std(correction=0).item()}
         discount = s.gamma_denoising ** torch.arange(steps - 1, -1, -1)
         return metrics | ascend(
             lambda i: self.score(policy, taken, i, steps),
-            standardise(advantage, taken.task)[:, None] * discount,
+            advantage[:, None] * discount,
             clip_schedule(steps, s.clip_base, s.clip_eps, s.clip_rate),
-            self.optimizer,
-            self.generator,
+            self.learner.optimizer,
+            self.learner.generator,
             s.epochs,
             s.minibatch,
             target_kl=s.target_kl,
@@ -181,16 +164,8 @@ class DPPO(Algorithm):
 
     def state_dict(self) -> dict[str, Any]:
         """Optimiser, critic and generator."""
-        return {
-            "optimizer": self.optimizer.state_dict(),
-            "critic": self.critic.state_dict(),
-            "generator": self.generator.get_state(),
-            "updates": self.updates,
-        }
+        return self.learner.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues where `state_dict` was taken."""
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.critic.load_state_dict(state["critic"])
-        self.generator.set_state(state["generator"])
-        self.updates = state["updates"]
+        self.learner.load_state_dict(state)

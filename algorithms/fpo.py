@@ -122,10 +122,10 @@ class FPOSettings:
 
 
 def chunk_loss(policy: DenoisingPolicy, context: Any, latent: Tensor, mask: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """[B, K] CFM losses: squared error averaged over the executed steps (mask [B, H]) and all action dimensions.
+    """[B, K] CFM losses: squared error averaged over the executed steps (mask [B, H]) and the action's own numbers.
 
     A sum, or a mean that counts steps that were never executed, scales the ratio away from 1."""
-    error = policy.draw_loss(context, latent, t, noise)
+    error = policy.draw_loss(context, latent, t, noise)[..., : policy.action_dim]
     return (error * mask[:, None, :, None]).sum((2, 3)) / (mask.sum(1, keepdim=True) * error.shape[-1])
 
 

@@ -1,11 +1,14 @@
+import dataclasses
+import math
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from vlarl_bench.config import BUDGETS
 from vlarl_bench.errors import BenchError
-from vlarl_bench.policy_gradient import Score, advantages, ascend, clipped_surrogate, gae, standardise
+from vlarl_bench.policy_gradient import ActorCritic, Score, advantages, ascend, clipped_surrogate, gae, standardise
 
 
 def brute_force(rewards, values, next_values, terminated, ended, gamma, lam):
@@ -212,3 +215,65 @@ def test_every_decision_counts_once_an_epoch():
     assert [len(i) for i in seen] == [5, 5, 2] * 3
     assert all(torch.cat(seen[k : k + 3]).sort().values.tolist() == list(range(12)) for k in (0, 3, 6))
     assert not torch.equal(torch.cat(seen[3:6]), torch.cat(seen[6:9]))
+
+
+def jump(by, advantage, **more):
+    """Gradient of the loss where one unit's log-ratio is `by`, in the second step; in the first one it is 0."""
+    shift, calls = torch.zeros(1, requires_grad=True), []
+
+    def score(i):
+        calls.append(i)
+        return Score((shift + by * (len(calls) == 3))[None], torch.ones(1, 1, dtype=torch.bool), torch.zeros(()))
+
+    _, metrics = step(score, shift, torch.tensor([advantage]), epochs=2, lr=0.0, **more)
+    return shift.grad.item(), metrics
+
+
+@pytest.mark.parametrize(("by", "ratio"), [(10.0, math.exp(3)), (-10.0, math.exp(-3)), (2.0, math.exp(2))])
+def test_a_log_ratio_beyond_the_limit_counts_as_it_and_keeps_its_gradient(by, ratio):
+    def unclipped(ratio, advantage):
+        return ratio * advantage
+
+    gradient, metrics = jump(by, -1.0, log_ratio_limit=3.0, objective=unclipped)
+    assert gradient == pytest.approx(ratio, rel=1e-5)
+    assert metrics["ratio_off_one"] == pytest.approx(abs(ratio - 1) / 2, rel=1e-5)
+
+
+def test_another_objective_takes_the_place_of_the_clip():
+    assert jump(1.0, 1.0)[0] == 0  # clipped
+    assert jump(1.0, 1.0, objective=lambda ratio, advantage: ratio * advantage)[0] == pytest.approx(-math.e)
+
+
+def test_what_all_score_before_need_not_be_computed_again():
+    score, seen = Categorical(), []
+
+    def watched(i):
+        seen.append(i)
+        return score(i)
+
+    old = score(torch.arange(12)).logp.detach()
+    moved, _ = step(watched, score.theta, score.advantage, old=old)
+    again = Categorical()
+    assert torch.equal(moved, step(again, again.theta, again.advantage)[0])
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize(("warmup", "iterations", "alone"), [(1, 1, 0), (0, 3, 0), (2, 5, 2), (5, 3, 2)])
+def test_the_critic_warms_up_alone_but_the_last_round_trains_the_policy(warmup, iterations, alone):
+    critic = {"critic_width": 4, "critic_lr": 1e-3, "critic_steps": 2, "critic_batch": 4, "window": 2}
+    settings = SimpleNamespace(warmup=warmup, gamma=0.9, gae_lambda=0.9, **critic)
+    budget = dataclasses.replace(BUDGETS["smoke"], iterations=iterations)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    learner = ActorCritic(settings, SimpleNamespace(feature_dim=1), optimizer, budget, 0)
+    taken = SimpleNamespace(
+        features=torch.rand(4, 2),
+        next_features=torch.rand(4, 2),
+        reward=torch.tensor([0.0, 1.0, 0.0, 0.0]),
+        ended=torch.tensor([False, True, False, True]),
+        task=torch.zeros(4),
+        returns=lambda gamma: torch.tensor([gamma, 1.0, 0.0, 0.0]),
+    )
+    found = [learner.judge(taken) for _ in range(iterations)]
+    assert [advantage is None for advantage, _ in found] == [True] * alone + [False] * (iterations - alone)
+    assert all("critic_loss" in metrics for _, metrics in found)
+    assert found[-1][0].shape == (4,)

@@ -1,4 +1,5 @@
-"""What policy-gradient methods share: advantages over decisions, and PPO's clipped surrogate.
+"""What policy-gradient methods share: advantages over decisions, PPO's clipped surrogate and its epochs, and what a
+method with a learned state value keeps.
 
 Shapes: N decisions of a round, B of a minibatch, U units that a decision's likelihood is judged in (tokens, denoising
 steps, or 1 for the whole chunk).
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from .lazy import lazy_import
 if TYPE_CHECKING:
     import torch
 
+    from .config import Budget
     from .critics import ValueCritic
     from .decisions import Decisions
     from .policies.base import Policy
@@ -103,6 +105,75 @@ def only_actor_learns(policy: Policy) -> list[torch.nn.Parameter]:
     return actor
 
 
+def check_actor_critic(settings: Any) -> None:
+    """Raises BenchError if a setting that `ActorCritic` and `ascend` read is out of range."""
+    for name in ("lr", "critic_lr"):
+        if getattr(settings, name) <= 0:
+            raise BenchError(f"algo.{name}: {getattr(settings, name)}; it must be above 0")
+    for name in ("epochs", "minibatch", "critic_batch", "critic_width", "window"):
+        if getattr(settings, name) < 1:
+            raise BenchError(f"algo.{name}: {getattr(settings, name)}; it must be at least 1")
+    for name in ("warmup", "critic_steps"):
+        if getattr(settings, name) < 0:
+            raise BenchError(f"algo.{name}: {getattr(settings, name)}; it must be at least 0")
+    for name in ("gamma", "gae_lambda"):
+        if not 0 < getattr(settings, name) <= 1:
+            raise BenchError(f"algo.{name}: {getattr(settings, name)}; it must be in (0, 1]")
+
+
+class ActorCritic:
+    """What a PPO method with a state value keeps from round to round: the actor's optimiser, the critic, a generator.
+
+    `settings` has the fields that `check_actor_critic` names. The first `warmup` rounds train the critic alone, but at
+    most all rounds of the budget but the last: a run always trains its policy.
+    """
+
+    def __init__(
+        self, settings: Any, policy: Policy, optimizer: torch.optim.Optimizer, budget: Budget, seed: int
+    ) -> None:
+        from .critics import ValueCritic
+
+        self.settings, self.optimizer, self.updates = settings, optimizer, 0
+        self.warmup = min(settings.warmup, budget.iterations - 1)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.critic = ValueCritic(
+            policy.feature_dim + 1,
+            settings.critic_width,
+            settings.critic_lr,
+            settings.critic_steps,
+            settings.critic_batch,
+            settings.window,
+            self.generator,
+        )
+
+    def judge(self, taken: Decisions) -> tuple[torch.Tensor | None, dict[str, float]]:
+        """Fits the critic to a round; then standardised advantages [N] of its decisions (None while only the critic
+        learns), and metrics."""
+        s = self.settings
+        metrics = self.critic.fit(taken.features, taken.returns(s.gamma))
+        self.updates += 1
+        if self.updates <= self.warmup:
+            return None, metrics
+        advantage = advantages(taken, self.critic, s.gamma, s.gae_lambda)
+        return standardise(advantage, taken.task), metrics | {"advantage_std": advantage.std(correction=0).item()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Optimiser, critic and generator."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "critic": self.critic.state_dict(),
+            "generator": self.generator.get_state(),
+            "updates": self.updates,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues where `state_dict` was taken."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.critic.load_state_dict(state["critic"])
+        self.generator.set_state(state["generator"])
+        self.updates = state["updates"]
+
+
 @dataclass(frozen=True)
 class Score:
     """How likely a minibatch of decisions is under the present policy."""
@@ -127,22 +198,29 @@ def ascend(
     entropy: float = 0.0,
     target_kl: float = float("inf"),
     grad_norm: float = 1.0,
+    objective: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    log_ratio_limit: float = math.inf,
+    old: torch.Tensor | None = None,
 ) -> dict[str, float]:
     """PPO's epochs (Schulman et al., 2017, alg. 1) over N decisions; the mean is over units that count.
 
     `score(i)` scores the decisions i [B]; `advantage` is [N] or [N, U]; `clip` is a number or [U], `clip_high` another
-    upper bound. Stops before the first step at which the policy is `target_kl` from where it began (mean over units,
-    estimator k3 of Schulman, 2020). Metrics are means over the steps taken; `kl` is over the last epoch's, and says how
-    far the policy went. Raises BenchError if the first ratio is not 1, for then `score` gives the same policy two
-    scores.
+    upper bound; `objective(ratio [B, U], advantage)` takes the place of the clipped surrogate. A log-ratio beyond
+    `log_ratio_limit` counts as that, so that no outlier overflows; its gradient passes as if it did not. `old` is what
+    all score before, where that is known. Stops before
+    the first step at which the policy is `target_kl` from where it began (mean over units, estimator k3 of Schulman,
+    2020). Metrics are means over the steps taken; `kl` is over the last epoch's, and says how far the policy went.
+    Raises BenchError if the first ratio is not 1, for then `score` gives the same policy two scores.
     """
     n, parameters = len(advantage), [p for group in optimizer.param_groups for p in group["params"]]
-    with torch.no_grad():
-        old = torch.cat([score(i).logp for i in torch.arange(n).split(minibatch)])
+    if old is None:
+        with torch.no_grad():
+            old = torch.cat([score(i).logp for i in torch.arange(n).split(minibatch)])
     seen: dict[str, list[float]] = {"clip_fraction": [], "ratio_off_one": [], "kl": [], "entropy": []}
     for i in [i for _ in range(epochs) for i in torch.randperm(n, generator=generator).split(minibatch)]:
         now = score(i)
         log_ratio = torch.where(now.mask, now.logp - old[i], 0.0)
+        log_ratio = log_ratio + (log_ratio.clamp(-log_ratio_limit, log_ratio_limit) - log_ratio).detach()
         ratio, units = log_ratio.exp(), now.mask.sum().clamp_min(1)
         off = (ratio.detach() - 1).abs()
         if not seen["kl"] and not float(off.max()) <= 1e-3:  # also when it is not a number
@@ -151,7 +229,7 @@ def ascend(
         if seen["kl"][-1] > target_kl:
             break
         gain = advantage[i] if advantage.dim() == 2 else advantage[i, None]
-        surrogate = clipped_surrogate(ratio, gain, clip, clip_high)
+        surrogate = objective(ratio, gain) if objective else clipped_surrogate(ratio, gain, clip, clip_high)
         loss = -(surrogate * now.mask).sum() / units - entropy * now.entropy
         optimizer.zero_grad()
         loss.backward()

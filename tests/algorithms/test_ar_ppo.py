@@ -14,7 +14,6 @@ from vlarl_bench.decisions import decisions
 from vlarl_bench.errors import BenchError
 from vlarl_bench.policy_gradient import Score, ascend
 
-BUDGET = BUDGETS["smoke"]
 QUICK = {"critic_steps": 5, "critic_width": 8}
 
 
@@ -24,7 +23,7 @@ def settings(**changes):
 
 def start(**changes):
     policy = ToyTokens(0, inputs=2, scale=1.0)
-    return ARPPO(settings(**changes), policy, BUDGET, 0), policy
+    return ARPPO(settings(**changes), policy, BUDGETS["quick"], 0), policy
 
 
 @pytest.mark.parametrize("temperature", [1.0, 1.5])

@@ -205,7 +205,7 @@ def test_advantages_where_the_authors_end_an_episode_and_where_they_do_not():
 
 def test_only_the_critic_learns_while_it_warms_up():
     policy = ToyChain(0, inputs=2)
-    algorithm = DPPO(settings(warmup=2), policy, BUDGET, 0)
+    algorithm = DPPO(settings(warmup=2), policy, BUDGETS["quick"], 0)
     start = policy.w.detach().clone()
     for number in range(3):
         assert torch.equal(policy.w, start)

@@ -347,3 +347,22 @@ def test_a_task_that_always_fails_is_not_pushed_away():
         moved[centre] = seen["advantage"][24:].mean().item()
     assert moved["task"] == pytest.approx(0.0, abs=1e-5)
     assert moved["batch"] < -0.3
+
+
+def test_numbers_that_pad_a_latent_do_not_count():
+    policy = ToyFlow(1)
+    context = policy.encode(policy.preprocess(rollout(policy, wants, 2, 0).episodes[0].observations))
+    latent, mask, t, noise = torch.randn(2, 2, 2), torch.ones(2, 2), torch.rand(2, 3), torch.randn(2, 3, 2, 2)
+    plain = chunk_loss(policy, context, latent, mask, t, noise)
+    inner = policy.draw_loss
+    policy.draw_loss = lambda *args: torch.nn.functional.pad(inner(*args), (0, 3), value=1e6)
+    assert torch.equal(chunk_loss(policy, context, latent, mask, t, noise), plain)
+
+
+@pytest.mark.parametrize("changes", [{"explore_steps": 2}, {"ratio": "none"}], ids=str)
+def test_what_follows_a_velocity_needs_a_policy_that_has_one(changes):
+    policy = ToyFlow(1)
+    policy.capabilities = frozenset({"denoising", "diffusion"})
+    FPO(settings(), policy, BUDGET, 0)
+    with pytest.raises(BenchError, match=f"^algo.{next(iter(changes))}: .* only flow policies have"):
+        FPO(settings(**changes), policy, BUDGET, 0)

@@ -4,11 +4,15 @@ import dataclasses
 
 import pytest
 import torch
-from toy import ToyChain, ToyFlow, ToyTokens, rate, train
+from toy import ToyChain, ToyFlow, ToyStochasticFlow, ToyTokens, rate, train
 from vlarl_bench.algorithms.ar_ppo import ARPPO
 from vlarl_bench.algorithms.dppo import DPPO
 from vlarl_bench.algorithms.dsrl import DSRL
+from vlarl_bench.algorithms.flow_noise import FlowNoise
+from vlarl_bench.algorithms.flow_sde import FlowSDE
 from vlarl_bench.algorithms.fpo import FPO
+from vlarl_bench.algorithms.fpo_cfm import FPOCFM
+from vlarl_bench.algorithms.reinflow import ReinFlow
 
 from vlarl_bench.config import BUDGETS
 
@@ -17,14 +21,19 @@ BUDGET = dataclasses.replace(BUDGETS["smoke"], iterations=ROUNDS)
 SMALL = {"minibatch": 64, "critic_steps": 50, "critic_width": 32}
 
 
-def flow(seed):
+def flow(seed, kind=ToyFlow):
     """A flow whose samples are narrow enough to pass a stage now and then, and in the wrong place."""
-    policy = ToyFlow(seed, inputs=2)
+    policy = kind(seed, inputs=2)
     with torch.no_grad():
         policy.w.copy_(0.9 * torch.eye(4))
         for parameter in (policy.u, policy.b, policy.v):
             parameter.mul_(0.3)
     return policy
+
+
+def stochastic(seed):
+    """The same flow, with steps that can draw."""
+    return flow(seed, ToyStochasticFlow)
 
 
 CASES = {
@@ -50,6 +59,10 @@ CASES = {
         },
     ),
     "fpo": (FPO, flow, {"lr": 2e-2}),
+    "fpo-cfm": (FPOCFM, flow, {"lr": 2e-2}),
+    "reinflow": (ReinFlow, stochastic, {"lr": 1e-2, "noise_least": 0.1, "noise_most": 0.3}),
+    "flow-sde": (FlowSDE, stochastic, {"lr": 1e-2}),
+    "flow-noise": (FlowNoise, stochastic, {"lr": 1e-2, "noise_least": 0.1, "noise_most": 0.3}),
 }
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from vlarl_bench.policies.adapt import learning
 from vlarl_bench.policies.base import FlowPolicy, LikelihoodPolicy, LogProb, NoisePolicy, Sample
+from vlarl_bench.policies.stochastic_flow import StochasticFlow
 from vlarl_bench.rollout import Episode, Job, Rollout
 from vlarl_bench.suite import Observation, Task
 
@@ -33,7 +34,7 @@ class ToyFlow(FlowPolicy, NoisePolicy):
     """velocity = x W + t u + b + proprio V, on H = 2 steps of A = 2 actions."""
 
     capabilities = frozenset({"denoising", "flow", "sft", "noise"})
-    chunk, action_dim = 2, 2
+    chunk, action_dim, euler_steps = 2, 2, 10
 
     def __init__(self, seed=0, dtype=torch.float32, inputs=1):
         super().__init__()
@@ -67,11 +68,9 @@ class ToyFlow(FlowPolicy, NoisePolicy):
     @torch.no_grad()
     def decode(self, context, noise):
         x = noise.to(self.w.dtype)
-        for step in range(10):
-            x = (
-                x
-                - 0.1 * self.velocity(context, x[:, None], torch.full((len(x), 1), 1 - 0.1 * step, dtype=x.dtype))[:, 0]
-            )
+        for step in range(self.euler_steps):
+            t = torch.full((len(x), 1), 1 - step / self.euler_steps, dtype=x.dtype)
+            x = x - self.velocity(context, x[:, None], t)[:, 0] / self.euler_steps
         return Sample(actions=x, latent=x)
 
     def sft_loss(self, context, actions, mask, generator):
@@ -87,6 +86,13 @@ class ToyFlow(FlowPolicy, NoisePolicy):
 
     def actor_parameters(self):
         return learning(self, [self.w, self.u, self.b, self.v])
+
+
+class ToyStochasticFlow(ToyFlow, StochasticFlow):
+    """The same, with Euler steps that can draw."""
+
+    capabilities = frozenset({"denoising", "flow", "likelihood", "chain"})
+    euler_steps = 4
 
 
 class ToyLikelihood(LikelihoodPolicy):

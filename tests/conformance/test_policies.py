@@ -236,6 +236,25 @@ def test_decode_is_a_function_of_its_noise(policy, context):
     assert not first.latent.requires_grad
 
 
+def test_draw_loss_takes_k_draws_at_times_from_0_to_1(policy, context):
+    needs(policy, "denoising")
+    policy = copy.deepcopy(policy).requires_grad_(True)
+    draw = torch.Generator().manual_seed(0)
+    latent = torch.randn(4, policy.chunk, policy.latent_dim, generator=draw)
+    noise = torch.randn(4, 3, policy.chunk, policy.latent_dim, generator=draw)
+    t = torch.tensor([0.0, 0.7, 1.0]).expand(4, 3)
+    loss = policy.draw_loss(context, latent, t, noise)
+    assert loss.shape == noise.shape
+    assert loss.isfinite().all() and (loss >= 0).all()
+    for k in range(3):
+        alone = policy.draw_loss(context, latent, t[:, k : k + 1], noise[:, k : k + 1])
+        torch.testing.assert_close(loss[:, k : k + 1], alone, rtol=1e-3, atol=1e-3)
+    loss[:, 1].mean().backward()
+    actor = {id(parameter) for parameter in policy.actor_parameters()}
+    for name, parameter in policy.named_parameters():
+        assert (parameter.grad is not None) == (id(parameter) in actor), name
+
+
 def test_explore_is_a_function_of_its_arguments(policy, context):
     needs(policy, "likelihood")
     before = torch.get_rng_state()

@@ -229,6 +229,16 @@ def test_denoising_loss_takes_k_draws_and_clips_latents(policy, context):
     assert torch.equal(together, clipped)
 
 
+def test_draw_loss_is_that_of_what_the_head_predicts_at_the_step_a_time_falls_in(policy, context):
+    noise, _ = draws(5, 3)
+    latent, steps = torch.randn(5, 8, 7, generator=generators(1)[0]), policy.denoising_steps
+    step = torch.tensor([0, steps // 2, steps - 1]).expand(5, 3)
+    expected = policy.denoising_loss(context, latent, step, noise) / policy.kept[step][..., None, None]
+    assert policy.architecture.predicts == "velocity"
+    for t in ((step + 0.5) / steps, torch.tensor([0.0, 0.5, 1.0]).expand(5, 3)):
+        assert torch.equal(policy.draw_loss(context, latent, t, noise), expected)
+
+
 def test_sft_loss_counts_only_real_steps(policy, context):
     actions, mask = policy.unnormalise(torch.zeros(5, 8, 7)), torch.zeros(5, 8)
     mask[0, :3] = mask[1, :8] = 1
