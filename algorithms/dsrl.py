@@ -89,7 +89,7 @@ class DSRL(Algorithm):
     requires = frozenset({"noise"})
     learns_from = "rollouts"
     Settings = DSRLSettings
-    search = MappingProxyType({"lr": (1e-4, 3e-4, 1e-3), "bound": (1.0, 1.5, 2.0), "utd": (2.0, 4.0, 8.0)})
+    search = MappingProxyType({"lr": (1e-4, 3e-4, 1e-3), "bound": (0.7, 1.0, 1.5), "utd": (2.0, 4.0, 8.0)})
 
     def __init__(self, settings: DSRLSettings, policy: NoisePolicy, budget: Budget, seed: int) -> None:
         from vlarl_bench.critics import QEnsemble

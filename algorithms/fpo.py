@@ -122,8 +122,7 @@ class FPOSettings:
 
 
 def chunk_loss(policy: DenoisingPolicy, context: Any, latent: Tensor, mask: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """[B, K] CFM losses: squared error averaged over the executed steps (mask [B, H]) and all action dimensions,
-    without the numbers that only pad a latent.
+    """[B, K] CFM losses: squared error averaged over the executed steps (mask [B, H]) and the action's own numbers.
 
     A sum, or a mean that counts steps that were never executed, scales the ratio away from 1."""
     error = policy.draw_loss(context, latent, t, noise)[..., : policy.action_dim]
@@ -177,8 +176,7 @@ class FPO(Algorithm):
 
         for name, fits in (("explore_steps", settings.explore_steps == 1), ("ratio", settings.ratio != "none")):
             if not fits and "flow" not in policy.capabilities:
-                value = getattr(settings, name)
-                raise BenchError(f"algo.{name}: {value!r}; it follows a velocity, which only flow policies have")
+                raise BenchError(f"algo.{name}: {getattr(settings, name)!r}; only flow policies have a velocity")
         self.settings, self.iterations, self.updates = settings, budget.iterations, 0
         self.generator = torch.Generator().manual_seed(seed)
         self.actor = only_actor_learns(policy)
@@ -349,5 +347,4 @@ class FPO(Algorithm):
         for name in LEARNERS:
             getattr(self, name).load_state_dict(state[name])
         self.generator.set_state(state["generator"])
-        self.replay = list(state["replay"])
-        self.updates = state["updates"]
+        self.replay, self.updates = list(state["replay"]), state["updates"]
