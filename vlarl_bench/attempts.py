@@ -73,8 +73,9 @@ def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
 def read_sealed(path: Path) -> dict[str, Any]:
     """Reads what `write_sealed` wrote. Raises BenchError naming the file if anything in it was altered."""
     content = read_json_object(path)
-    digest = content.pop("sha256", None)
-    if digest != _digest(content):
+    # The text, too: two numbers may be written differently and still be read as the same.
+    as_written = path.read_text(encoding="utf-8", errors="replace") == json.dumps(content, indent=2) + "\n"
+    if content.pop("sha256", None) != _digest(content) or not as_written:
         raise BenchError(
             f"{path}: damaged: its content does not match its SHA-256; restore it from a copy or remove it"
         )

@@ -13,7 +13,7 @@ INSTRUCTION = "pick up the alphabet soup and place it in the basket"
 
 
 class ToySuite(FaultySuite):
-    """Its simulator waits `TOY_SLEEP` seconds a chunk, and kills its run once, where the file `TOY_KILL` is."""
+    """A chunk takes 2 s while there is a file `TOY_SLOW`; and where there is a file `TOY_KILL`, it kills the run."""
 
     name = "toy-arm"
     summary = "a chaotic map"
@@ -33,10 +33,11 @@ class ToySuite(FaultySuite):
 
 class ToySimulator(FaultySimulator):
     def step(self, actions):
-        time.sleep(float(os.environ.get("TOY_SLEEP", "0")))
-        order = os.environ.get("TOY_KILL")
-        if order and Path(order).exists():
-            Path(order).unlink()
+        if Path(os.environ.get("TOY_SLOW", "none")).exists():
+            time.sleep(2)
+        order = Path(os.environ.get("TOY_KILL", "none"))
+        if order.exists():
+            order.unlink()
             os.kill(os.getppid(), signal.SIGKILL)
         return super().step(actions)
 
