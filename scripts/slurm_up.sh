@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # A real SLURM cluster on this one machine, for tests: controller, node daemon and munge, with state in one folder.
-#   scripts/slurm_up.sh up     starts it; with --install, installs Debian's packages first if they are missing
-#   scripts/slurm_up.sh env    prints what a shell must export to use it
-#   scripts/slurm_up.sh down   ends its jobs and daemons, and removes the folder
+#   scripts/slurm_up.sh install   installs Debian's packages if they are missing
+#   scripts/slurm_up.sh up        starts it
+#   scripts/slurm_up.sh env       prints what a shell must export to use it
+#   scripts/slurm_up.sh down      ends its jobs and daemons, and removes the folder
 # As root, on Debian or Ubuntu, without systemd or cgroups; it listens on the loopback interface only.
 # SLURM_TEST_ROOT names the folder (default: /tmp/vlarl-slurm), SLURM_TEST_PORT the first of its ports (26800),
 # SLURM_TEST_CPUS how many CPUs the node claims to have (8: more than there are, so that toy jobs need not wait).
@@ -26,9 +27,10 @@ await() { # await SECONDS WHAT COMMAND...
     done
 }
 
-install_packages() {
-    command -v slurmctld slurmd munged sbatch >/dev/null 2>&1 && return
-    [ "${1:-}" = --install ] || { say "SLURM is not installed; add --install"; exit 1; }
+installed() { for name in slurmctld slurmd munged sbatch; do command -v "$name" >/dev/null || return 1; done; }
+
+install() {
+    installed && return
     export DEBIAN_FRONTEND=noninteractive
     { apt-get update -qq || apt-get update -qq; } >/dev/null
     apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge \
@@ -85,7 +87,7 @@ CONF
 
 up() {
     [ "$(id -u)" = 0 ] || { say "needs root"; exit 1; }
-    install_packages "$@"
+    installed || { say "SLURM is not installed; run: $0 install"; exit 1; }
     configure
     if ! alive munged; then
         rm -f "$socket"*
@@ -120,8 +122,9 @@ down() {
 }
 
 case ${1:-} in
-    up) shift; up "$@" ;;
+    install) install ;;
+    up) up ;;
     env) echo "export SLURM_CONF=$SLURM_CONF" ;;
     down) down ;;
-    *) sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+    *) sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
 esac

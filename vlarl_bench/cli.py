@@ -65,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: list[str]) -> int:
     from .config import RunConfig
     from .options import Resume, parse, parse_run
+    from .trackers import check_tracker
 
     resuming = any(arg.split("=")[0] == "--resume" for arg in args)
     if resuming:
@@ -80,15 +81,17 @@ def _run(args: list[str]) -> int:
         if "states" in stored:
             raise BenchError(f"resume: {resume.resume} is an evaluation, and only runs resume; evaluate again")
         changes = {"workers": resume.workers} if resume.workers else {}
-        config = RunConfig.from_dict({**stored, **changes, "out": resume.resume})
+        config, tracker = RunConfig.from_dict({**stored, **changes, "out": resume.resume}), resume.tracker
     else:
-        config = run_config(parse_run(args))
+        options = parse_run(args)
+        config, tracker = run_config(options), options.tracker
+    check_tracker(tracker)
     registry.check_compatible(config.algorithm, config.policy)
     _check(config.suite, config.tasks)
     from .run import run
 
     try:
-        run(config, resume=resuming)
+        run(config, resume=resuming, tracker=tracker)
     except KeyboardInterrupt:
         again = f"continue with: vlarl-bench run --resume {shlex.quote(config.out)}"
         started = (Path(config.out) / "config.json").is_file()
@@ -262,6 +265,7 @@ def _sweep(args: list[str]) -> int:
     from .sweep import read_sweep
     from .sweep_jobs import choose, count, prepare, read_states, run_here, run_local, submit
     from .sweep_table import print_plan, summary
+    from .trackers import check_tracker
 
     options = parse(Sweep, args, "vlarl-bench sweep")
     sweep = read_sweep(options.file)
@@ -271,6 +275,7 @@ def _sweep(args: list[str]) -> int:
         return 0
     if all(state.word == "impossible" for state in states):
         raise BenchError(f"{options.file}: no cell can run: {states[0].note}")
+    check_tracker(sweep.file.tracker)
     chosen = choose(sweep, states, options.retry_failed)
     prepare(sweep, [cell for cell, _ in chosen])
     if chosen and options.executor == "slurm":

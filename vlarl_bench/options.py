@@ -68,6 +68,8 @@ class Run(Generic[Settings]):
     """What the learner is told: shuffled permutes outcomes within each task, a control that must not learn."""
     video: bool = True
     """Film one episode before and one after."""
+    tracker: str = ""
+    """Where metrics are shown besides the run folder: wandb (offline), tensorboard or trackio."""
     out: str = ""
     """Run folder, which must not exist; empty names one under runs/ by algorithm, suite, seed and time."""
 
@@ -80,6 +82,8 @@ class Resume:
     """Run folder to continue; its own configuration is used."""
     workers: int = 0
     """Simulator processes; 0 keeps the run's number. Changes the speed, never the rows."""
+    tracker: str = ""
+    """Where metrics are shown besides the run folder: wandb (offline), tensorboard or trackio."""
 
 
 @dataclass(frozen=True)
@@ -246,7 +250,7 @@ def to_arguments(config: RunConfig) -> list[str]:
     for name, value in _differing(dataclasses.asdict(config.settings), defaults).items():
         args += _argument(f"algo.{name}", value)
     for field in dataclasses.fields(Run):
-        if field.name in ("algo", "suite", "settings", "budget", "numbers"):
+        if field.name in ("algo", "suite", "settings", "budget", "numbers", "tracker"):
             continue
         value = getattr(config, field.name)
         if field.name in ("freeze", "tasks"):

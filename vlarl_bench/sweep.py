@@ -23,8 +23,7 @@ from .config import BUDGETS, Budget, RunConfig, read
 from .errors import BenchError
 from .plan import plan_run
 from .records import explained
-
-TRACKERS = ("", "wandb", "tensorboard", "trackio")
+from .trackers import TRACKERS
 
 
 @dataclass(frozen=True)
@@ -255,8 +254,8 @@ def _read_file(data: Mapping[str, Any]) -> SweepFile:
             raise BenchError(f"seeds[{i}]: {seed}; it must be in [0, {2**31 - 1}]")
     if file.parallel is not None and file.parallel < 1:
         raise BenchError(f"parallel: {file.parallel}; it must be at least 1")
-    if file.tracker not in TRACKERS:
-        raise BenchError(f"tracker: {file.tracker!r}; {registry.did_you_mean(file.tracker, TRACKERS[1:])}")
+    if file.tracker and file.tracker not in TRACKERS:
+        raise BenchError(f"tracker: {file.tracker!r}; {registry.did_you_mean(file.tracker, TRACKERS)}")
     if "\0" in file.out:
         raise BenchError(f"out: {file.out!r}; it must be the name of a folder")
     for name in _table(file.settings, "settings"):
@@ -302,7 +301,7 @@ def _row(
 ) -> Row:
     algorithm, policy, suite, name = axes
     kind = registry.get("algorithm", algorithm).Settings
-    settings = _changed(kind, {}, _table(file.settings.get(algorithm, {}), f"settings.{algorithm}"), "settings", axes)
+    settings = _changed(kind, {}, file.settings.get(algorithm, {}), f"settings.{algorithm}", axes)
     if ablation is not None:
         settings = _changed(kind, settings, ablation.settings, f"ablations.{name}.settings", axes)
     budget = _budget(file.budget)
@@ -312,7 +311,9 @@ def _row(
         settings = _changed(kind, settings, change.settings, f"{where}.settings", axes)
         budget = _filled(Budget, {**budget, **_table(change.budget, f"{where}.budget")}, f"{where}.budget")
         options = _filled(Options, {**options, **_table(change.run, f"{where}.run")}, f"{where}.run")
-        resources = _filled(Resources, {**resources, **_table(change.resources, f"{where}.resources")}, where)
+        resources = _filled(
+            Resources, {**resources, **_table(change.resources, f"{where}.resources")}, f"{where}.resources"
+        )
     Resources(**resources).check("resources")
     try:
         written = RunConfig(

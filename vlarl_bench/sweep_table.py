@@ -27,7 +27,7 @@ def print_plan(sweep: Sweep, states: Sequence[State], file: TextIO | None = None
 
     console = Console(file=file or sys.stdout, highlight=False)
     if not console.is_terminal:
-        console.width = 200
+        console.width = 10_000  # lines are for other programs, and are not broken
     console.print(_drawn(sweep, states))
 
 

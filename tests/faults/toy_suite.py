@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from faulty_suite import FaultySimulator, FaultySuite
+
 from vlarl_bench.protocol import Protocol
 from vlarl_bench.suite import Observation, Task
 

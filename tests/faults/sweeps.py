@@ -51,7 +51,7 @@ def environment(folder, **more):
     info.mkdir(parents=True, exist_ok=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vlarl-toy\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[vlarl_bench.suites]\ntoy-arm = toy_suite:ToySuite\n")
-    path = os.pathsep.join([str(info.parent), str(HERE / "faults")])
+    path = os.pathsep.join([str(info.parent), str(HERE)])
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **more}
 
 
