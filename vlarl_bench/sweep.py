@@ -321,7 +321,7 @@ def _row(
         )
     except BenchError as error:
         raise BenchError(f"cell {' '.join(word for word in axes if word != DEFAULT)}: {error}") from None
-    paths = {
+    paths: dict[str, Any] = {
         field: str((folder / value).absolute())
         for field, value in (("base", written.base), ("demos", written.demos))
         if value and not (field == "base" and value in ("prior", "scratch"))
