@@ -99,11 +99,15 @@ def prepare(sweep: Sweep, cells: Iterable[Cell]) -> None:
     for folder in ("cells", "attempts", "logs", "runs"):
         with explained(sweep.out / folder):
             (sweep.out / folder).mkdir(parents=True, exist_ok=True)
-    for cell in cells:
+
+    def write(cell: Cell) -> None:
         content = {"cell": cell.name, "config": cell.config.to_dict(), "tracker": sweep.file.tracker}
         path = sweep.out / "cells" / f"{cell.name}.json"
         if not path.exists() or attempts.read_sealed(path) != content:
             attempts.write_sealed(path, content)
+
+    with ThreadPoolExecutor(32) as pool:  # each waits for the disk, which serves many at once
+        list(pool.map(write, cells))
 
 
 def run_cell(out: Path, name: str, seen: int) -> int:
