@@ -14,10 +14,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import registry
 from .errors import BenchError
+
+if TYPE_CHECKING:
+    from .config import RunConfig
+    from .options import Run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not args or args[0] in ("-h", "--help"):
             print(_overview())
             return 0 if args else 2
+        if args[0] == "sweep-cell":  # for executors, not for people
+            return _sweep_cell(args[1:])
         if args[0] not in COMMANDS:
             raise BenchError(f"command: {args[0]!r} is unknown; {registry.did_you_mean(args[0], COMMANDS)}")
         with _interrupts():
@@ -58,8 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: list[str]) -> int:
-    from .config import RunConfig, check_settings
+    from .config import RunConfig
     from .options import Resume, parse, parse_run
+    from .trackers import check_tracker
 
     resuming = any(arg.split("=")[0] == "--resume" for arg in args)
     if resuming:
@@ -75,43 +82,51 @@ def _run(args: list[str]) -> int:
         if "states" in stored:
             raise BenchError(f"resume: {resume.resume} is an evaluation, and only runs resume; evaluate again")
         changes = {"workers": resume.workers} if resume.workers else {}
-        config = RunConfig.from_dict({**stored, **changes, "out": resume.resume})
+        config, tracker = RunConfig.from_dict({**stored, **changes, "out": resume.resume}), resume.tracker
     else:
         options = parse_run(args)
-        check_settings(options.settings)
-        config = RunConfig(
-            algorithm=options.algo,
-            suite=options.suite,
-            policy=options.policy,
-            budget=options.numbers,
-            settings=options.settings,
-            out=options.out or _fresh(options.algo, options.suite, f"seed{options.seed}"),
-            base=options.base,
-            unnorm_key=options.unnorm_key,
-            freeze=_split(options.freeze),
-            lora=options.lora,
-            tasks=_split(options.tasks),
-            protocol=options.protocol,
-            seed=options.seed,
-            workers=options.workers,
-            slots=options.slots,
-            threads=options.threads,
-            demos=options.demos,
-            rewards=options.rewards,
-            video=options.video,
-        )
+        config, tracker = run_config(options), options.tracker
+    check_tracker(tracker)
     registry.check_compatible(config.algorithm, config.policy)
     _check(config.suite, config.tasks)
     from .run import run
 
     try:
-        run(config, resume=resuming)
+        run(config, resume=resuming, tracker=tracker)
     except KeyboardInterrupt:
         again = f"continue with: vlarl-bench run --resume {shlex.quote(config.out)}"
         started = (Path(config.out) / "config.json").is_file()
         print(f"vlarl-bench: interrupted; {again if started else 'nothing was started'}", file=sys.stderr)
         return 130
     return 0
+
+
+def run_config(options: Run[Any]) -> RunConfig:
+    """The run that the options of `run` ask for."""
+    from .config import RunConfig, check_settings
+
+    check_settings(options.settings)
+    return RunConfig(
+        algorithm=options.algo,
+        suite=options.suite,
+        policy=options.policy,
+        budget=options.numbers,
+        settings=options.settings,
+        out=options.out or _fresh(options.algo, options.suite, f"seed{options.seed}"),
+        base=options.base,
+        unnorm_key=options.unnorm_key,
+        freeze=_split(options.freeze),
+        lora=options.lora,
+        tasks=_split(options.tasks),
+        protocol=options.protocol,
+        seed=options.seed,
+        workers=options.workers,
+        slots=options.slots,
+        threads=options.threads,
+        demos=options.demos,
+        rewards=options.rewards,
+        video=options.video,
+    )
 
 
 def _eval(args: list[str]) -> int:
@@ -355,6 +370,80 @@ def _power(args: list[str]) -> int:
     return 0
 
 
+def _sweep(args: list[str]) -> int:
+    from .options import Sweep, parse
+    from .progress import Progress
+    from .sweep import read_sweep
+    from .sweep_jobs import choose, count, prepare, read_states, run_here, run_local, submit
+    from .sweep_table import print_plan, summary
+    from .trackers import check_tracker
+
+    options = parse(Sweep, args, "vlarl-bench sweep")
+    sweep = read_sweep(options.file)
+    states = read_states(sweep)
+    if options.dry_run:
+        print_plan(sweep, states)
+        return 0
+    if all(state.word == "impossible" for state in states):
+        raise BenchError(f"{options.file}: no cell can run: {states[0].note}")
+    check_tracker(sweep.file.tracker)
+    chosen = choose(sweep, states, options.retry_failed)
+    prepare(sweep, [cell for cell, _ in chosen])
+    if chosen and options.executor == "slurm":
+        for job in submit(sweep, chosen):
+            print(f"submitted job {job}")
+    elif chosen:
+        if options.executor == "local":
+            with Progress() as progress:
+                run_local(sweep, chosen, sweep.file.parallel or 1, progress.say)
+        else:
+            run_here(sweep, chosen)
+    states = read_states(sweep)
+    print(summary(states))
+    for cell, state in zip(sweep.cells, states, strict=True):
+        if state.word == "failed":
+            log = f"; log: {sweep.out / state.attempt.log}" if state.attempt and state.attempt.log else ""
+            print(f"failed: {cell.name}: {state.note}{log}")
+    return 1 if "failed" in count(states) else 0
+
+
+def _status(args: list[str]) -> int:
+    from .options import Status, parse
+    from .sweep import read_sweep
+    from .sweep_jobs import read_states
+    from .sweep_table import print_plan, watch
+
+    options = parse(Status, args, "vlarl-bench status")
+    sweep = read_sweep(options.file)
+    if options.once or not sys.stdout.isatty():
+        print_plan(sweep, read_states(sweep))
+    else:
+        watch(sweep)
+    return 0
+
+
+def _cancel(args: list[str]) -> int:
+    from .options import Cancel, parse
+    from .sweep import read_sweep
+    from .sweep_jobs import cancel
+
+    sweep = read_sweep(parse(Cancel, args, "vlarl-bench cancel").file)
+    print("\n".join(cancel(sweep)) or "nothing runs or waits")
+    return 0
+
+
+def _sweep_cell(args: list[str]) -> int:
+    """What an executor starts: one cell by its name, or that of a SLURM array's index."""
+    from .sweep_jobs import run_cell, run_submitted
+
+    match args:
+        case [out, token]:
+            return run_submitted(Path(out), token)
+        case [out, name, seen] if seen.isdigit():
+            return run_cell(Path(out), name, int(seen))
+    raise BenchError("sweep-cell: only `vlarl-bench sweep` calls this")
+
+
 def _list(args: list[str]) -> int:
     as_json = _flag(args, "list", "--json", "print JSON")
     found: dict[registry.Kind, dict[str, Any]] = {kind: {} for kind in registry.GROUPS}
@@ -413,6 +502,9 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "video": (_video, "film one episode of a policy or of the scripted expert"),
     "tune": (_tune, "try settings of one algorithm on training states, as many trials for each algorithm"),
     "table": (_table, "print one table of several runs, from their rows on disk"),
+    "sweep": (_sweep, "run many cells: algorithms x policies x suites x ablations x seeds, here or on SLURM"),
+    "status": (_status, "show which cells of a sweep are done, running, failed or missing"),
+    "cancel": (_cancel, "stop the cells of a sweep; `sweep` goes on with them"),
     "figures": (_figures, "draw several runs: learning curves, tasks, profiles, gain against cost"),
     "leaderboard": (_leaderboard, "write the leaderboard, one HTML page of all runs"),
     "lint": (_lint, "say what is wrong with results, in rows, tables and published numbers"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import types
 import typing
@@ -249,7 +250,7 @@ _WORDS = {bool: "true or false", int: "an integer", float: "a number", str: "tex
 def _read_fields(kind: Any, value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise BenchError(f"{where}: {value!r}; it must be a table of {kind.__name__} fields")
-    hints = typing.get_type_hints(kind, include_extras=True)
+    hints = _hints(kind)
     known = [field.name for field in dataclasses.fields(kind)]
     for name in value:
         if name not in known:
@@ -258,6 +259,11 @@ def _read_fields(kind: Any, value: Any, where: str) -> dict[str, Any]:
         if name not in value:
             raise BenchError(f"{where}.{name}: missing; the file is incomplete or of another version")
     return {name: read(hints[name], value[name], f"{where}.{name}") for name in known}
+
+
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return typing.get_type_hints(kind, include_extras=True)  # slow, and a sweep asks for each of its rows
 
 
 def _listed(value: Any) -> Any:

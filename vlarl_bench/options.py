@@ -7,6 +7,7 @@ that preset's numbers as the defaults of `--budget.*`.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import re
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 import tyro
 
 from . import registry
-from .config import BUDGETS, Budget
+from .config import BUDGETS, Budget, RunConfig
 from .errors import BenchError
 from .tune import SUITE
 
@@ -69,6 +70,8 @@ class Run(Generic[Settings]):
     """What the learner is told: shuffled permutes outcomes within each task, a control that must not learn."""
     video: bool = True
     """Film one episode before and one after."""
+    tracker: str = ""
+    """Where metrics are shown besides the run folder: wandb (offline), tensorboard or trackio."""
     out: str = ""
     """Run folder, which must not exist; empty names one under runs/ by algorithm, suite, seed and time."""
 
@@ -81,6 +84,8 @@ class Resume:
     """Run folder to continue; its own configuration is used."""
     workers: int = 0
     """Simulator processes; 0 keeps the run's number. Changes the speed, never the rows."""
+    tracker: str = ""
+    """Where metrics are shown besides the run folder: wandb (offline), tensorboard or trackio."""
 
 
 @dataclass(frozen=True)
@@ -258,6 +263,39 @@ class Tune:
 
 
 @dataclass(frozen=True)
+class Sweep:
+    """Run what is missing of a sweep: algorithms x policies x suites x ablations x seeds. docs/sweeps.md tells what
+    its file holds. The same command again goes on where the last one stopped."""
+
+    file: tyro.conf.Positional[str]
+    """Sweep file (TOML)."""
+    executor: Literal["local", "slurm", "debug"] = "local"
+    """Where cells run: processes of this machine, array jobs of a SLURM cluster, or this very process, one by one."""
+    dry_run: bool = False
+    """Print the plan and stop: what is done, running, failed and missing, what it may cost, what is impossible."""
+    retry_failed: bool = False
+    """Try again the cells that failed, from their newest checkpoints."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """Show the cells of a sweep: a live table in a terminal, until nothing runs any more."""
+
+    file: tyro.conf.Positional[str]
+    """Sweep file (TOML)."""
+    once: bool = False
+    """Print the table once and stop; so it is without a terminal, too."""
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """Stop the cells of a sweep that run, and take those that wait out of the queue. `sweep` goes on with them."""
+
+    file: tyro.conf.Positional[str]
+    """Sweep file (TOML)."""
+
+
+@dataclass(frozen=True)
 class NoSettings:
     """Stands in for an algorithm's settings where --help is asked without --algo."""
 
@@ -282,6 +320,42 @@ def parse_run(args: list[str]) -> Run[Any]:
         numbers=BUDGETS[preset],
     )
     return parse(Run[settings], args, "vlarl-bench run", default)
+
+
+def to_arguments(config: RunConfig) -> list[str]:
+    """The command that asks for this run: `parse_run` reads the same run back. Defaults are left out."""
+    args = ["run", "--algo", config.algorithm, "--suite", config.suite]
+    numbers = dataclasses.asdict(config.budget)
+    preset = min(BUDGETS, key=lambda name: len(_differing(numbers, dataclasses.asdict(BUDGETS[name]))))
+    args += ["--budget", preset]
+    for name, value in _differing(numbers, dataclasses.asdict(BUDGETS[preset])).items():
+        args += _argument(f"budget.{name}", value)
+    defaults = dataclasses.asdict(type(config.settings)())
+    for name, value in _differing(dataclasses.asdict(config.settings), defaults).items():
+        args += _argument(f"algo.{name}", value)
+    for field in dataclasses.fields(Run):
+        if field.name in ("algo", "suite", "settings", "budget", "numbers", "tracker"):
+            continue
+        value = getattr(config, field.name)
+        if field.name in ("freeze", "tasks"):
+            value = ",".join(value)
+        if value != field.default:
+            args += _argument(field.name, value)
+    return args
+
+
+def _differing(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value != defaults[name]}
+
+
+def _argument(name: str, value: Any) -> list[str]:
+    group, _, last = name.replace("_", "-").rpartition(".")
+    flag = f"--{group}.{last}" if group else f"--{last}"
+    if isinstance(value, bool):
+        return [flag if value else (f"--{group}.no-{last}" if group else f"--no-{last}")]
+    if isinstance(value, tuple):
+        return [flag, *map(str, value)]
+    return [f"{flag}={value}"] if str(value).startswith("-") or not str(value) else [flag, str(value)]
 
 
 def parse(kind: type[Parsed], args: list[str], prog: str, default: Parsed | None = None) -> Parsed:

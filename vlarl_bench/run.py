@@ -29,7 +29,6 @@ from .records import (
     EpisodeLog,
     EpisodeRow,
     LossLog,
-    MetricsLog,
     Phase,
     explained,
     read_json,
@@ -37,6 +36,7 @@ from .records import (
     write_text_atomic,
 )
 from .rollout import Episode, Job, run_episodes
+from .trackers import TrackedMetrics
 from .training import STOPPED, spent_so_far, state, train
 
 if TYPE_CHECKING:
@@ -44,8 +44,9 @@ if TYPE_CHECKING:
     from .suite import Demonstration
 
 
-def run(config: RunConfig, resume: bool = False) -> Path:
-    """Runs or, with `resume`, continues `config`; prints the table and returns the run folder.
+def run(config: RunConfig, resume: bool = False, tracker: str = "") -> Path:
+    """Runs or, with `resume`, continues `config`; prints the table and returns the run folder. `tracker` names one of
+    `trackers.TRACKERS`.
 
     Raises:
         BenchError: for whatever the user can mend, if possible before anything heavy starts.
@@ -67,7 +68,7 @@ def run(config: RunConfig, resume: bool = False) -> Path:
         _write_manifest(plan, policy, out, learned_from)
         algorithm = method(config.settings, policy, config.budget, config.seed)
         log = stack.enter_context(EpisodeLog(out / "episodes.jsonl"))
-        metrics = stack.enter_context(MetricsLog(out / "metrics.jsonl"))
+        metrics = stack.enter_context(TrackedMetrics(out / "metrics.jsonl", tracker, config, progress.say))
         pool = stack.enter_context(_pool(plan, out, progress))
         progress.say(
             f"{config.algorithm} on {config.policy}: {len(plan.tasks)} of the {len(plan.suite.tasks)} tasks of "

@@ -1,0 +1,181 @@
+"""Claims, with real processes."""
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from dataclasses import asdict, replace
+
+import pytest
+
+from vlarl_bench import attempts
+from vlarl_bench.attempts import Claim, is_alive, newest, read_attempt, take, write_sealed
+from vlarl_bench.errors import BenchError
+from vlarl_bench.records import EpisodeLog, EpisodeRow, read_rows
+
+fork = multiprocessing.get_context("fork")
+
+
+def contend(folder, barrier, answers):
+    barrier.wait()
+    taken = take(folder, "cell", seen=0)
+    answers.put((os.getpid(), isinstance(taken, Claim)))
+    barrier.wait()  # the holder lives until all have tried
+
+
+def processes(number, target, *arguments):
+    """Starts processes that meet at a barrier."""
+    barrier = fork.Barrier(number)
+    found = [fork.Process(target=target, args=(*arguments[:1], barrier, *arguments[1:])) for _ in range(number)]
+    for process in found:
+        process.start()
+    return found
+
+
+def test_of_64_processes_one_gets_the_cell_and_again_when_it_is_dead(tmp_path):
+    for number in (1, 2):
+        answers = fork.SimpleQueue()
+        crowd = processes(64, contend, tmp_path, answers)
+        told = [answers.get() for _ in crowd]
+        for process in crowd:
+            process.join(60)
+        winners = [pid for pid, won in told if won]
+        assert len(winners) == 1
+        (path,) = newest(tmp_path).values()
+        attempt = read_attempt(path)
+        assert (attempt.pid, attempt.number, attempt.outcome) == (*winners, number, "")
+        assert not is_alive(path, attempt)
+    assert sorted(os.listdir(tmp_path)) == ["cell.0001.json", "cell.0002.json"]
+
+
+def test_a_process_that_was_killed_or_whose_id_another_has_is_dead(tmp_path):
+    def hold(ready):
+        take(tmp_path, "cell", seen=0)
+        ready.put(True)
+        time.sleep(600)
+
+    ready = fork.SimpleQueue()
+    holder = fork.Process(target=hold, args=(ready,))
+    holder.start()
+    ready.get()
+    path = tmp_path / "cell.0001.json"
+    attempt = read_attempt(path)
+    assert is_alive(path, attempt)
+    assert take(tmp_path, "cell", seen=0) == f"it is running: process {holder.pid} on {attempt.host}"
+    assert not is_alive(path, replace(attempt, started="1"))
+    os.kill(holder.pid, signal.SIGSTOP)  # however long it sleeps, it is not dead
+    os.utime(path, (0, 0))
+    assert is_alive(path, attempt)
+    os.kill(holder.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    while is_alive(path, attempt):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert isinstance(take(tmp_path, "cell", seen=0), Claim)
+
+
+@pytest.fixture
+def far(tmp_path):
+    """A claim that another machine holds."""
+    claim = take(tmp_path, "cell", seen=0)
+    attempt = replace(claim.attempt, host="far", job="7_1")
+    write_sealed(tmp_path / attempt.file, asdict(attempt))
+    return Claim(tmp_path, attempt)
+
+
+def test_a_holder_elsewhere_lives_by_its_heartbeat_whatever_the_clocks_say(far, tmp_path, monkeypatch):
+    path = tmp_path / far.attempt.file
+    monkeypatch.setattr(time, "time", lambda: 4e9)  # this machine's clock has jumped
+    assert is_alive(path, far.attempt)
+    assert take(tmp_path, "cell", seen=0) == "it is running: job 7_1 on far"
+    stored = attempts.file_clock(tmp_path)
+    os.utime(path, (stored - attempts.EXPIRES - 1,) * 2)
+    assert not is_alive(path, far.attempt)
+    assert far.beat()
+    assert is_alive(path, far.attempt)
+
+
+def test_a_holder_that_was_given_up_is_told_so(far, tmp_path):
+    os.utime(tmp_path / far.attempt.file, (0, 0))
+    assert isinstance(take(tmp_path, "cell", seen=0), Claim)
+    assert not far.beat()
+
+
+def test_a_requeued_job_takes_over_from_itself_at_once(far, tmp_path):
+    assert isinstance(take(tmp_path, "cell", seen=0, job="7_2"), str)
+    again = take(tmp_path, "cell", seen=0, job="7_1")
+    assert again.attempt.number == 2
+
+
+def test_done_is_final_and_a_failure_is_tried_again_only_by_who_saw_it(tmp_path):
+    take(tmp_path, "cell", seen=0).end("failed", "no space left")
+    assert take(tmp_path, "cell", seen=0) == "it failed; --retry-failed tries again"
+    claim = take(tmp_path, "cell", seen=1)
+    assert claim.end("done").seconds >= 0
+    assert take(tmp_path, "cell", seen=2) == "it is done"
+
+
+def test_wall_time_adds_up_over_attempts(tmp_path):
+    claim = take(tmp_path, "cell", seen=0)
+    time.sleep(0.2)
+    first = claim.end("interrupted").seconds
+    assert first >= 0.2
+    assert take(tmp_path, "cell", seen=0).end("done").seconds >= first
+
+
+def test_every_flipped_byte_and_every_truncation_is_named(tmp_path):
+    take(tmp_path, "cell", seen=0).end("done")
+    path = tmp_path / "cell.0001.json"
+    whole = path.read_bytes()
+    for i in range(len(whole)):
+        damaged = whole[:i] + bytes([whole[i] ^ 1 << i % 8]) + whole[i + 1 :]
+        for content in (damaged, whole[:i]):
+            path.write_bytes(content)
+            with pytest.raises(BenchError, match=r"cell\.0001\.json: "):
+                read_attempt(path)
+    path.write_bytes(whole)
+    os.rename(path, tmp_path / "other.0001.json")
+    with pytest.raises(BenchError, match=r"it holds the attempt 'cell.0001.json'"):
+        read_attempt(tmp_path / "other.0001.json")
+
+
+ROW = {
+    **{"run": "r", "phase": "base", "iteration": 0, "algorithm": "a", "policy": "p", "checkpoint": "c", "suite": "s"},
+    **{"task": "t", "init_state": 0, "repeat": 0, "seed": 0, "decoding": "sampled", "observation": "state"},
+    **{"success": True, "steps": 3, "return": 1.0, "protocol": "p", "fingerprint": "f", "code": "c"},
+}
+
+
+def append(folder, barrier, answers, shared):
+    barrier.wait()
+    name = "shared" if shared else str(os.getpid())
+    try:
+        with EpisodeLog(folder / name / "episodes.jsonl") as log:
+            for repeat in range(20):
+                log.append(EpisodeRow.from_json({**ROW, "run": str(os.getpid()), "repeat": repeat}))
+            barrier.wait()
+        answers.put("")
+    except BenchError as error:
+        answers.put(str(error))
+        barrier.wait()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_64_processes_append_rows_at_once_and_none_is_lost_or_torn(tmp_path, shared):
+    """Each cell has a file of its own. Where 64 are after one, one writes it and the others are told."""
+    answers = fork.SimpleQueue()
+    crowd = processes(64, append, tmp_path, answers, shared)
+    told = [answers.get() for _ in crowd]
+    for process in crowd:
+        process.join(60)
+    files = list(tmp_path.glob("*/episodes.jsonl"))
+    rows = [row for file in files for row in read_rows(file)]
+    writers = [error for error in told if not error]
+    assert len(files) == len(writers) == (1 if shared else 64)
+    assert len(rows) == 20 * len(writers)
+    for error in filter(None, told):
+        assert error.endswith("another process is writing here; wait or use another folder")
+    for file in files:
+        lines = file.read_text().splitlines()
+        assert [json.loads(line)["repeat"] for line in lines] == list(range(20))

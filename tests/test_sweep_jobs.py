@@ -1,0 +1,164 @@
+"""Cells run for real on this machine: disturbed, shared and damaged. On a real SLURM: tests/slurm."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+from sweeps import COMMAND, TOY, environment, history, outcomes, toml, vlarl
+
+from vlarl_bench.sweep_jobs import estimate
+
+
+@pytest.fixture(scope="module")
+def env(tmp_path_factory):
+    return environment(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture(scope="module")
+def calm(env, tmp_path_factory):
+    """An undisturbed sweep of two seeds."""
+    file = tmp_path_factory.mktemp("calm") / "calm.toml"
+    file.write_text(toml({**TOY, "seeds": [0, 1], "parallel": 2}))
+    assert "2 cells: 2 missing" in vlarl(env, "sweep", file, "--dry-run")
+    assert not file.with_suffix("").exists()  # a plan leaves nothing behind
+    assert "2 cells: 2 done" in vlarl(env, "sweep", file)
+    return file
+
+
+def wait_until(true, what="something happens"):
+    deadline = time.monotonic() + 300
+    while not true():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
+
+
+def start(env, file):
+    return subprocess.Popen(
+        [*COMMAND, "sweep", str(file)], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+
+
+def checkpointed(out, runs=1):
+    return len(list(out.glob("runs/*/checkpoints/000000"))) == runs
+
+
+def test_a_done_sweep_is_left_alone_and_tells_what_more_would_cost(calm, env):
+    before = history(calm.with_suffix(""))
+    assert "2 cells: 2 done" in vlarl(env, "sweep", calm)
+    assert history(calm.with_suffix("")) == before
+    more = calm.with_name("more.toml")
+    more.write_text(toml({**TOY, "seeds": [0, 1, 2, 3], "out": "calm"}))
+    told = vlarl(env, "sweep", more, "--dry-run")
+    assert "done 0-1" in told
+    assert "missing 2-3" in told
+    seconds = sum(attempt.seconds for attempt in before.values()) / 2
+    assert f"2 cells to run: about {2 * seconds / 3600:.3g} h" in told
+
+
+def test_the_manifest_names_a_command_that_asks_for_the_same_run(calm, env):
+    out = calm.with_suffix("")
+    (run, *_) = sorted((out / "runs").iterdir())
+    argv = json.loads((run / "manifest.json").read_text())["argv"]
+    assert argv[:3] == ["run", "--algo", "fpo"]
+    assert argv[argv.index("--algo.critic-steps") + 1] == "2"
+
+
+def test_a_killed_run_is_failed_with_its_log_and_a_retry_ends_as_if_nothing_was(calm, env, tmp_path):
+    file, out, order = tmp_path / "killed.toml", tmp_path / "killed", tmp_path / "order"
+    file.write_text(toml({**TOY, "seeds": [0]}))
+    order.touch()
+    told = vlarl({**env, "TOY_KILL": str(order)}, "sweep", file, status=1)
+    assert "1 cell: 1 failed" in told
+    (failed,) = history(out).values()
+    line = f"failed: {failed.cell}: the run was killed by SIGKILL: out of memory?; log: {out / failed.log}"
+    assert line in " ".join(told.split())
+    assert (out / failed.log).is_file()
+    assert line in " ".join(vlarl(env, "status", file).split())
+    vlarl(env, "sweep", file, status=1)  # without --retry-failed it stays so
+    assert "1 cell: 1 done" in vlarl(env, "sweep", file, "--retry-failed")
+    assert outcomes(out).items() < outcomes(calm.with_suffix("")).items()
+
+
+def test_kill_9_of_all_of_it_then_the_same_command_goes_on(calm, env, tmp_path):
+    file, out, slow = tmp_path / "dead.toml", tmp_path / "dead", tmp_path / "slow"
+    file.write_text(toml({**TOY, "seeds": [1]}))
+    slow.touch()
+    sweep = start({**env, "TOY_SLOW": str(slow)}, file)
+    wait_until(lambda: checkpointed(out))
+    sweep.kill()
+    (holder,) = [attempt.pid for attempt in history(out).values()]
+    os.kill(holder, signal.SIGKILL)
+    sweep.wait()
+    told = vlarl(env, "status", file)
+    assert "interrupted 1" in told
+    assert f"process {holder} on" in told
+    assert "1 cell: 1 done" in vlarl(env, "sweep", file)
+    assert outcomes(out).items() < outcomes(calm.with_suffix("")).items()
+    assert [attempt.number for attempt in history(out).values()] == [2]
+
+
+def test_two_people_on_one_sweep_and_cancel(calm, env, tmp_path):
+    file, out, slow = tmp_path / "two.toml", tmp_path / "two", tmp_path / "slow"
+    file.write_text(toml({**TOY, "seeds": [0, 1]}))
+    slow.touch()
+    both = [start({**env, "TOY_SLOW": str(slow)}, file) for _ in range(2)]
+    wait_until(lambda: checkpointed(out, 2))
+    assert "2 cells: 2 running" in vlarl(env, "status", file, "--once")
+    told = vlarl(env, "cancel", file)
+    assert told.count(": stopped") == 2
+    for process in both:
+        assert process.wait(60) == 0
+    assert [attempt.outcome for attempt in history(out).values()] == ["interrupted"] * 2
+    slow.unlink()
+    both = [start(env, file) for _ in range(2)]
+    for process in both:
+        assert process.wait(300) == 0
+    assert "2 cells: 2 done" in vlarl(env, "status", file)
+    assert [attempt.number for attempt in history(out).values()] == [2, 2]  # nobody ran a cell twice
+    assert outcomes(out) == outcomes(calm.with_suffix(""))
+    assert vlarl(env, "cancel", file).strip() == "nothing runs or waits"
+
+
+def test_what_was_altered_in_a_sweeps_folder_is_named_and_never_run(calm, env, tmp_path):
+    """A run's configuration, a cell's, and a pickle that somebody put there."""
+    file, out = tmp_path / "hurt.toml", tmp_path / "hurt"
+    file.write_text(toml({**TOY, "seeds": [0]}))
+    (cell,) = [cell for cell in history(calm.with_suffix("")) if "-seed0-" in cell]
+    for folder in ("cells", "attempts", "runs"):
+        (out / folder).mkdir(parents=True)
+    run = out / "runs" / cell
+    subprocess.run(["cp", "-r", calm.with_suffix("") / "runs" / cell, run], check=True)
+    evil = b"cos\nsystem\n(S'touch " + str(tmp_path / "owned").encode() + b"'\ntR."
+    for name in ("runs", "cells", "attempts"):
+        (out / name / f"{cell}.pkl").write_bytes(evil)
+    (run / "checkpoints" / "state.pkl").write_bytes(evil)
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, "slots": 3}))
+    told = vlarl(env, "sweep", file, status=1)
+    assert "config.json: slots is 3, but the sweep's cell has 2" in told
+    (run / "config.json").write_text(json.dumps(config))
+    path = out / "cells" / f"{cell}.json"
+    content = path.read_text()
+    path.write_text(content.replace('"slots": 2', '"slots": 4'))
+    done = subprocess.run([*COMMAND, "sweep", file, "--retry-failed"], env=env, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f"{path}: damaged" in done.stderr
+    path.write_text(content)
+    assert "1 cell: 1 done" in vlarl(env, "sweep", file, "--retry-failed")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_estimates_take_the_finished_cells_that_are_most_alike():
+    from types import SimpleNamespace as Any
+
+    def cell(name, policy, suite):
+        return Any(name=name, row=Any(algorithm="a", policy=policy, suite=suite))
+
+    cells = [cell("1", "p", "s"), cell("2", "p", "s"), cell("3", "p", "t"), cell("4", "p", "s"), cell("5", "q", "u")]
+    cells += [cell("6", "p", "v")]
+    done = [Any(word="done", attempt=Any(seconds=seconds)) for seconds in (10.0, 20.0, 60.0)]
+    left = [Any(word="missing", attempt=None)] * 3
+    assert estimate(cells, [*done, *left]) == {"4": 15.0, "5": 30.0, "6": 30.0}

@@ -1,0 +1,524 @@
+"""What becomes of a sweep's cells: their states on disk, one cell run under a claim, many of them on an executor.
+
+Everything is a file of the sweep's folder, and nothing of it is a pickle:
+
+    cells/NAME.json           the run that the cell is
+    attempts/NAME.0001.json   who runs or ran it, and how that ended (attempts.py)
+    logs/NAME.0001.log        what it printed
+    runs/NAME/                the run folder, as `vlarl-bench run` leaves it
+    submissions/TOKEN.json    one SLURM array: its job and the cells of its indices
+    slurm/                    its batch script, and what the scheduler printed
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import secrets
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from . import attempts
+from .attempts import BEAT, Attempt, Claim
+from .config import RunConfig
+from .errors import BenchError
+from .records import explained, read_json_object
+from .sweep import Cell, Resources, Sweep
+
+Word = Literal["done", "running", "queued", "failed", "interrupted", "missing", "impossible"]
+TO_RUN: tuple[Word, ...] = ("missing", "interrupted")
+INTERRUPTED = 75
+"""Exit status of a cell that was stopped and can go on (EX_TEMPFAIL)."""
+COMMAND = (sys.executable, "-P", "-m", "vlarl_bench")
+_PR_SET_PDEATHSIG = 1
+_SIGNALS = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
+
+
+@dataclass(frozen=True)
+class State:
+    """What is known of one cell."""
+
+    word: Word
+    attempt: Attempt | None = None
+    note: str = ""
+    """Who runs it, why it failed, or why it cannot run."""
+
+    @property
+    def seen(self) -> int:
+        """Number of the newest attempt; 0 if there is none."""
+        return self.attempt.number if self.attempt else 0
+
+
+def read_states(sweep: Sweep) -> list[State]:
+    """The state of each cell, in order, from the files on disk and the scheduler's queue."""
+    folder = sweep.out / "attempts"
+    newest = attempts.newest(folder)
+    now = attempts.file_clock(folder) if folder.is_dir() and os.access(folder, os.W_OK) else time.time()
+    found = [_state(sweep, cell, newest.get(cell.name), now) for cell in sweep.cells]
+    open_cells = {cell.name for cell, state in zip(sweep.cells, found, strict=True) if state.word in TO_RUN}
+    waiting = queued(sweep.out, open_cells)
+    return [
+        State("queued", state.attempt, f"job {waiting[cell.name]}")
+        if state.word in TO_RUN and cell.name in waiting
+        else state
+        for cell, state in zip(sweep.cells, found, strict=True)
+    ]
+
+
+def _state(sweep: Sweep, cell: Cell, path: Path | None, now: float) -> State:
+    if path is not None:
+        attempt = attempts.read_attempt(path)
+        if attempt.outcome == "failed":
+            return State("failed", attempt, attempt.error)
+        if attempt.outcome == "done" and (sweep.out / "runs" / cell.name / "table.md").is_file():
+            return State("done", attempt)
+        if not attempt.outcome and attempts.is_alive(path, attempt, now):
+            return State("running", attempt, attempts.where(attempt))
+        if attempt.outcome != "done":
+            return State("interrupted", attempt, attempt.error or f"{attempts.where(attempt)} is gone")
+    return State("impossible", None, cell.row.impossible) if cell.row.impossible else State("missing")
+
+
+# ---- one cell
+
+
+def prepare(sweep: Sweep, cells: Iterable[Cell]) -> None:
+    """Writes down the runs of cells, so that whoever runs one needs nothing but its name."""
+    for folder in ("cells", "attempts", "logs", "runs"):
+        with explained(sweep.out / folder):
+            (sweep.out / folder).mkdir(parents=True, exist_ok=True)
+
+    def write(cell: Cell) -> None:
+        content = {"cell": cell.name, "config": cell.config.to_dict(), "tracker": sweep.file.tracker}
+        path = sweep.out / "cells" / f"{cell.name}.json"
+        if not path.exists() or attempts.read_sealed(path) != content:
+            attempts.write_sealed(path, content)
+
+    with ThreadPoolExecutor(32) as pool:  # each waits for the disk, which serves many at once
+        list(pool.map(write, cells))
+
+
+def run_cell(out: Path, name: str, seen: int) -> int:
+    """Runs one cell in a process of its own, or continues it, and keeps its claim alive meanwhile.
+
+    Returns 0 if it is done or another process's, 1 if it failed, 75 if it was stopped and can go on.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    config, tracker = _read_cell(out, name)
+    claim = attempts.take(out / "attempts", name, seen, job=_slurm_job())
+    if isinstance(claim, str):
+        print(f"{name}: left alone: {claim}")
+        return 0
+    try:
+        arguments = _arguments(config, tracker)
+        before = _progress(Path(config.out))
+        status, asked = _supervise(claim, arguments, out / claim.attempt.log)
+    except BenchError as error:
+        claim.end("failed", str(error))
+        print(f"{name}: {error}")
+        return 1
+    if asked == signal.SIGUSR2 and _progress(Path(config.out)) == before:
+        claim.end("failed", "the job's time limit came before anything was done; raise resources.minutes")
+        return 1
+    if status == 0:
+        claim.end("done")
+        return 0
+    if asked or status in (130, -signal.SIGTERM, -signal.SIGINT):
+        claim.end("interrupted", f"stopped by {signal.Signals(asked or signal.SIGTERM).name}")
+        if asked == signal.SIGUSR2:
+            subprocess.run(["scontrol", "requeue", _slurm_job()], check=False)
+        return INTERRUPTED
+    claim.end("failed", _last_error(out / claim.attempt.log, status))
+    print(f"{name}: failed: {claim.attempt.error}; see {out / claim.attempt.log}")
+    return 1
+
+
+def _supervise(claim: Claim, arguments: Sequence[str], log: Path) -> tuple[int, int]:
+    """Runs a command to its end; returns its exit status, and the signal that asked this process to stop it (0: none).
+
+    The signals are blocked here and taken one by one, so nothing is lost between them and nothing polls.
+    """
+    parent, watcher = os.getpid(), os.getppid()
+
+    def in_child() -> None:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # it must not outlive the holder of its claim
+        if os.getppid() != parent:
+            os._exit(1)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+
+    with explained(log):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        output = log.open("ab")
+    asked = 0
+    with output:
+        child = subprocess.Popen(
+            [*COMMAND, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            preexec_fn=in_child if sys.platform == "linux" else None,
+        )
+        while child.poll() is None:
+            got = signal.sigtimedwait(_SIGNALS, BEAT)
+            lost = got is None and (not claim.beat() or os.getppid() != watcher)
+            if lost or (got is not None and got.si_signo != signal.SIGCHLD):
+                asked = signal.SIGTERM if got is None else got.si_signo
+                child.terminate()
+                try:
+                    child.wait(3)
+                except subprocess.TimeoutExpired:
+                    child.kill()
+    return child.wait(), asked
+
+
+@contextmanager
+def _beating(claim: Claim) -> Iterator[None]:
+    """Keeps a claim alive from a thread."""
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(BEAT):
+            claim.beat()
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _read_cell(out: Path, name: str) -> tuple[RunConfig, str]:
+    path = out / "cells" / f"{name}.json"
+    content = attempts.read_sealed(path)
+    if content.get("cell") != name:
+        raise BenchError(f"{path}: it holds the cell {content.get('cell')!r}; run the sweep's command again")
+    return RunConfig.from_dict(content["config"]), str(content["tracker"])
+
+
+def _arguments(config: RunConfig, tracker: str) -> list[str]:
+    """The command that starts a cell's run or, if it had begun, continues it."""
+    from .options import to_arguments
+
+    run = Path(config.out)
+    track = ["--tracker", tracker] if tracker else []
+    if not (run / "manifest.json").exists():  # nothing of it counts yet
+        with explained(run):
+            if run.exists():
+                shutil.rmtree(run)
+        return [*to_arguments(config), *track]
+    stored, wanted = read_json_object(run / "config.json"), config.to_dict()
+    for field in wanted:
+        if field not in ("out", "workers") and stored.get(field) != wanted[field]:
+            raise BenchError(
+                f"{run / 'config.json'}: {field} is {stored.get(field)!r}, but the sweep's cell has {wanted[field]!r}; "
+                "restore the file, or remove the run folder to begin again"
+            )
+    _wait_until_free(run / "episodes.jsonl")
+    return ["run", "--resume", str(run), *track]
+
+
+def _wait_until_free(rows: Path) -> None:
+    """A run that was killed with its supervisor may take a moment to die, and holds its rows until then."""
+    for _ in range(50):
+        try:
+            with rows.open("ab") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except FileNotFoundError:
+            return
+        except OSError:
+            time.sleep(0.2)
+
+
+def _progress(run: Path) -> tuple[int, int]:
+    """Grows as a run goes on: its checkpoints and the bytes of its rows."""
+    rounds = [int(path.name) for path in run.glob("checkpoints/*") if path.name.isdigit()]
+    rows = run / "episodes.jsonl"
+    return max(rounds, default=-1), rows.stat().st_size if rows.exists() else 0
+
+
+def _last_error(log: Path, status: int) -> str:
+    """The last line of a log that tells what went wrong."""
+    if status < 0:
+        name = signal.Signals(-status).name
+        return f"the run was killed by {name}{': out of memory?' if name == 'SIGKILL' else ''}"
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 2**16))
+        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("vlarl-bench: error:")]
+    return (errors or lines or [f"exit status {status}"])[-1][:500]
+
+
+# ---- executors
+
+
+def run_here(sweep: Sweep, cells: Sequence[tuple[Cell, int]]) -> None:
+    """Executor `debug`: one cell after another in this process, output on the terminal; the first error ends it."""
+    from .run import run
+
+    for cell, seen in cells:
+        config = cell.config
+        claim = attempts.take(sweep.out / "attempts", cell.name, seen, log=False)
+        if isinstance(claim, str):
+            print(f"{cell.name}: left alone: {claim}")
+            continue
+        try:
+            with _beating(claim):
+                resume = _arguments(config, "")[1] == "--resume"
+                run(config, resume=resume)
+        except KeyboardInterrupt:
+            claim.end("interrupted", "stopped by Ctrl-C")
+            raise
+        except BaseException as error:
+            claim.end("failed", " ".join(f"{type(error).__name__}: {error}".split())[:500])
+            raise
+        claim.end("done")
+
+
+def run_local(sweep: Sweep, cells: Sequence[tuple[Cell, int]], parallel: int, say: Any) -> None:
+    """Executor `local`: processes of this machine, `parallel` at a time, each told of by `say` as it begins and ends.
+    Ctrl-C stops them all; so does `vlarl-bench cancel`."""
+    running: set[subprocess.Popen[bytes]] = set()
+    stop = threading.Event()
+    token = _cancel_token(sweep.out)
+
+    def work(cell: Cell, seen: int) -> None:
+        if stop.is_set() or _cancel_token(sweep.out) != token:
+            return
+        say(f"{cell.name}: begins")
+        command = [*COMMAND, "sweep-cell", str(sweep.out), cell.name, str(seen)]
+        # In a group of its own, so that Ctrl-C in the terminal reaches it only through this process.
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+        running.add(process)
+        process.wait()
+        running.discard(process)
+        path = attempts.newest_of(sweep.out / "attempts", cell.name)
+        say(f"{cell.name}: {_outcome(path)}")
+
+    with ThreadPoolExecutor(parallel) as pool:
+        jobs = [pool.submit(work, cell, seen) for cell, seen in cells]
+        try:
+            for job in jobs:
+                job.result()
+        except BaseException:
+            stop.set()
+            for process in list(running):
+                process.terminate()
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _outcome(path: Path | None) -> str:
+    if path is None:
+        return "did not begin"
+    attempt = attempts.read_attempt(path)
+    return f"{attempt.outcome or 'running elsewhere'}{f': {attempt.error}' if attempt.error else ''}"
+
+
+def submit(sweep: Sweep, cells: Sequence[tuple[Cell, int]]) -> list[str]:
+    """Executor `slurm`: array jobs through submitit, in chunks that the cluster's MaxArraySize allows. Returns their
+    ids. With a limit on parallel cells, each array begins when the one before it has ended.
+
+    What an array runs is a plain command. submitit would pickle a Python function into its folder and have the job
+    unpickle it; nothing of a sweep is read that way.
+    """
+    groups: dict[Resources, list[tuple[Cell, int]]] = {}
+    for cell, seen in cells:
+        groups.setdefault(cell.row.resources, []).append((cell, seen))
+    most, submitted = _max_array_size(), list[str]()
+    for resources, members in groups.items():
+        for start in range(0, len(members), most):
+            after = submitted[-1] if submitted and sweep.file.parallel else ""
+            submitted.append(_submit_array(sweep, resources, members[start : start + most], after))
+    return submitted
+
+
+def _submit_array(sweep: Sweep, resources: Resources, members: Sequence[tuple[Cell, int]], after: str) -> str:
+    import submitit
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+    token = secrets.token_hex(4)
+    path = sweep.out / "submissions" / f"{token}.json"
+    record = {"job": "", "cells": [cell.name for cell, _ in members], "seen": [seen for _, seen in members]}
+    attempts.write_sealed(path, record)
+    scripts = sweep.out.absolute() / "slurm"
+    try:
+        scripts.mkdir(exist_ok=True)
+        executor = submitit.SlurmExecutor(scripts)
+    except RuntimeError:
+        raise BenchError("executor: 'slurm'; there is no srun on this machine; log in where SLURM is") from None
+    executor.update_parameters(
+        job_name=_job_name(token),
+        time=resources.minutes,
+        cpus_per_task=resources.cpus,
+        mem=f"{round(resources.memory_gib * 1024)}M",
+        gpus_per_node=resources.gpus or None,
+        partition=resources.partition or None,
+        account=resources.account or None,
+        dependency=f"afterany:{after}" if after else None,
+        array_parallelism=sweep.file.parallel or len(members),
+        stderr_to_stdout=True,
+        use_srun=False,
+        additional_parameters={"signal": f"B:USR2@{min(90, resources.minutes * 15)}", "requeue": True},
+    )
+    executor.parameters["map_count"] = len(members)
+    command = shlex.join([*COMMAND, "sweep-cell", str(sweep.out.absolute()), token])
+    try:
+        # exec: signals of the scheduler must reach the command, not a shell that waits for it.
+        job = executor._submit_command(f"exec {command}")
+    except (FailedJobError, FailedSubmissionError, subprocess.SubprocessError, OSError) as error:
+        path.unlink()
+        lines = [line.strip() for line in str(error).splitlines() if "error" in line.lower()] or [str(error)]
+        raise BenchError(f"sbatch: {lines[-1]}") from None
+    attempts.write_sealed(path, {**record, "job": job.job_id})
+    return str(job.job_id)
+
+
+def run_submitted(out: Path, token: str) -> int:
+    """Runs the cell of a SLURM array that this job's index names."""
+    path = out / "submissions" / f"{token}.json"
+    record, index = attempts.read_sealed(path), os.environ.get("SLURM_ARRAY_TASK_ID", "")
+    if not index.isdigit() or int(index) >= len(record["cells"]):
+        raise BenchError(f"SLURM_ARRAY_TASK_ID: {index!r}; {path} has {len(record['cells'])} cells")
+    return run_cell(out, record["cells"][int(index)], record["seen"][int(index)])
+
+
+def _job_name(token: str) -> str:
+    return f"vlarl-{token}"
+
+
+def _slurm_job() -> str:
+    """Id of the SLURM job that this process belongs to, an array's with its index; empty elsewhere."""
+    array, index = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{index}" if array and index else os.environ.get("SLURM_JOB_ID", "")
+
+
+def _max_array_size() -> int:
+    shown = _ask(["scontrol", "show", "config"])
+    for line in shown.splitlines():
+        name, _, value = line.partition("=")
+        if name.strip() == "MaxArraySize" and value.strip().isdigit():
+            return max(1, int(value))
+    raise BenchError("slurm: `scontrol show config` tells no MaxArraySize")
+
+
+def queued(out: Path, names: Iterable[str]) -> dict[str, str]:
+    """Cell -> SLURM job (with its index) that waits or runs, for those of `names` that have one."""
+    wanted = set(names)
+    submissions: dict[str, tuple[str, dict[str, int]]] = {}
+    for path in sorted((out / "submissions").glob("[0-9a-f]*.json")):
+        record = attempts.read_sealed(path)
+        indices = {name: i for i, name in enumerate(record["cells"]) if name in wanted}
+        if indices:
+            submissions[_job_name(path.stem)] = (record["job"], indices)
+    if not submissions or shutil.which("squeue") is None:
+        return {}
+    # By name as well as by id: a cluster that was set up anew counts from 1 again.
+    shown = _ask(["squeue", "--noheader", "--array", f"--name={','.join(submissions)}", "--format=%j %F %K"])
+    live = {tuple(line.split()) for line in shown.splitlines()}
+    found = {}
+    for job_name, (job, indices) in submissions.items():
+        for cell, index in indices.items():
+            if (job_name, job, str(index)) in live:
+                found[cell] = f"{job}_{index}"
+    return found
+
+
+def _ask(command: Sequence[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BenchError(f"slurm: {command[0]} does not answer: {error}") from None
+    if done.returncode:
+        raise BenchError(f"slurm: {command[0]}: {' '.join(done.stderr.split())}")
+    return done.stdout
+
+
+# ---- cancelling
+
+
+def cancel(sweep: Sweep) -> list[str]:
+    """Takes cells out of the queue and stops those that run; each goes on later from its checkpoint. Returns what was
+    done, a line each."""
+    attempts.write_sealed(sweep.out / "cancelled.json", {"token": secrets.token_hex(8)})
+    states = read_states(sweep)
+    told, jobs = [], []
+    for cell, state in zip(sweep.cells, states, strict=True):
+        if state.word == "queued":
+            jobs.append(state.note.removeprefix("job "))
+            told.append(f"{cell.name}: taken out of the queue")
+        elif state.word == "running" and state.attempt is not None:
+            told.append(f"{cell.name}: {_stop(state.attempt, jobs)}")
+    for start in range(0, len(jobs), 500):
+        _ask(["scancel", *jobs[start : start + 500]])
+    return told
+
+
+def _stop(attempt: Attempt, jobs: list[str]) -> str:
+    if attempt.job:
+        jobs.append(attempt.job)
+        return "stopped"
+    if not attempts.is_here(attempt):
+        return f"runs elsewhere; stop it there: {attempts.where(attempt)}"
+    with suppress(ProcessLookupError):
+        os.kill(attempt.pid, signal.SIGTERM)
+    return "stopped"
+
+
+def _cancel_token(out: Path) -> str:
+    path = out / "cancelled.json"
+    return str(attempts.read_sealed(path)["token"]) if path.exists() else ""
+
+
+# ---- what it costs
+
+
+def estimate(cells: Sequence[Cell], states: Sequence[State]) -> dict[str, float]:
+    """Cell -> seconds that it should take, for cells that are to run: the mean of finished cells like it (algorithm,
+    policy and suite; else algorithm and policy; else algorithm). Cells without any finished one like them are left
+    out."""
+    spent: dict[tuple[str, ...], list[float]] = {}
+    for cell, state in zip(cells, states, strict=True):
+        if state.word == "done" and state.attempt is not None:
+            for likeness in _likeness(cell):
+                spent.setdefault(likeness, []).append(state.attempt.seconds)
+    found = {}
+    for cell, state in zip(cells, states, strict=True):
+        if state.word in (*TO_RUN, "queued"):
+            like = next((spent[likeness] for likeness in _likeness(cell) if likeness in spent), None)
+            if like is not None:
+                found[cell.name] = sum(like) / len(like)
+    return found
+
+
+def _likeness(cell: Cell) -> list[tuple[str, ...]]:
+    row = cell.row
+    return [(row.algorithm, row.policy, row.suite), (row.algorithm, row.policy), (row.algorithm,)]
+
+
+def count(states: Iterable[State]) -> Mapping[Word, int]:
+    """How many cells are in each state."""
+    counts: dict[Word, int] = {}
+    for state in states:
+        counts[state.word] = counts.get(state.word, 0) + 1
+    return counts
+
+
+def choose(sweep: Sweep, states: Sequence[State], retry_failed: bool) -> list[tuple[Cell, int]]:
+    """The cells to run now, each with the newest attempt that is known of it."""
+    wanted = (*TO_RUN, "failed") if retry_failed else TO_RUN
+    return [(cell, state.seen) for cell, state in zip(sweep.cells, states, strict=True) if state.word in wanted]
