@@ -116,7 +116,7 @@ class DPPO(Algorithm):
     requires = frozenset({"chain"})
     learns_from = "rollouts"
     Settings = DPPOSettings
-    search = MappingProxyType({"lr": (3e-5, 1e-4, 3e-4), "noise": (0.05, 0.1, 0.2), "epochs": (2, 4, 8)})
+    search = MappingProxyType({"lr": (1e-5, 3e-5, 1e-4), "noise": (0.05, 0.1, 0.2), "epochs": (2, 4, 8)})
 
     def __init__(self, settings: DPPOSettings, policy: LikelihoodPolicy, budget: Budget, seed: int) -> None:
         self.settings = settings
