@@ -16,7 +16,7 @@ from vlarl_bench.algorithm import Algorithm
 from vlarl_bench.decisions import decisions
 from vlarl_bench.errors import BenchError
 from vlarl_bench.lazy import lazy_import
-from vlarl_bench.policy_gradient import ActorCritic, Score, ascend, check_actor_critic, only_actor_learns
+from vlarl_bench.policy_gradient import ActorCritic, Score, check_actor_critic, only_actor_learns
 
 if TYPE_CHECKING:
     import torch
@@ -138,14 +138,10 @@ class DPPO(Algorithm):
         assert taken.trace is not None
         steps = min(s.steps, taken.trace.shape[1] - 1)
         discount = s.gamma_denoising ** torch.arange(steps - 1, -1, -1)
-        return metrics | ascend(
+        return metrics | self.learner.ascend(
             lambda i: self.score(policy, taken, i, steps),
             advantage[:, None] * discount,
             clip_schedule(steps, s.clip_base, s.clip_eps, s.clip_rate),
-            self.learner.optimizer,
-            self.learner.generator,
-            s.epochs,
-            s.minibatch,
             target_kl=s.target_kl,
         )
 

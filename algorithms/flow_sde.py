@@ -17,7 +17,7 @@ from vlarl_bench.algorithm import Algorithm
 from vlarl_bench.decisions import decisions
 from vlarl_bench.errors import BenchError
 from vlarl_bench.lazy import lazy_import
-from vlarl_bench.policy_gradient import ActorCritic, Score, ascend, check_actor_critic, only_actor_learns
+from vlarl_bench.policy_gradient import ActorCritic, Score, check_actor_critic, only_actor_learns
 
 if TYPE_CHECKING:
     import torch
@@ -118,14 +118,10 @@ class FlowSDE(Algorithm):
         advantage, metrics = self.learner.judge(taken)
         if advantage is None:
             return metrics
-        return metrics | ascend(
+        return metrics | self.learner.ascend(
             lambda i: self.score(policy, taken, i),
             advantage,
             s.clip_eps,
-            self.learner.optimizer,
-            self.learner.generator,
-            s.epochs,
-            s.minibatch,
             target_kl=s.target_kl,
         )
 

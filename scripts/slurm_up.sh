@@ -5,11 +5,11 @@
 #   scripts/slurm_up.sh env       prints what a shell must export to use it
 #   scripts/slurm_up.sh down      ends its jobs and daemons, and removes the folder
 # As root, on Debian or Ubuntu, without systemd or cgroups; it listens on the loopback interface only.
-# SLURM_TEST_ROOT names the folder (default: /tmp/vlarl-slurm), SLURM_TEST_PORT the first of its ports (26800),
+# SLURM_TEST_ROOT names the folder (needed, but by install), SLURM_TEST_PORT the first of its ports (26800),
 # SLURM_TEST_CPUS how many CPUs the node claims to have (8: more than there are, so that toy jobs need not wait).
 set -euo pipefail
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
-root=${SLURM_TEST_ROOT:-/tmp/vlarl-slurm}
+root=${SLURM_TEST_ROOT:-}
 port=${SLURM_TEST_PORT:-26800}
 cpus=${SLURM_TEST_CPUS:-8}
 host=$(hostname -s)
@@ -121,6 +121,7 @@ down() {
     rm -rf "$root"
 }
 
+case ${1:-} in up | env | down) [ -n "$root" ] || { say "SLURM_TEST_ROOT: missing; name a folder for the state"; exit 2; } ;; esac
 case ${1:-} in
     install) install ;;
     up) up ;;

@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import registry
+from . import registry, sweep_commands
 from .errors import BenchError
+from .report import commands as report
 
 if TYPE_CHECKING:
     from .config import RunConfig
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(_overview())
             return 0 if args else 2
         if args[0] == "sweep-cell":  # for executors, not for people
-            return _sweep_cell(args[1:])
+            return sweep_commands.sweep_cell(args[1:])
         if args[0] not in COMMANDS:
             raise BenchError(f"command: {args[0]!r} is unknown; {registry.did_you_mean(args[0], COMMANDS)}")
         with _interrupts():
@@ -153,21 +154,9 @@ def _tune(args: list[str]) -> int:
     options = parse(Tune, args, "vlarl-bench tune", Tune(algo=MISSING, numbers=trial))
     registry.check_compatible(options.algo, options.policy)
     _check(options.suite, ())
-    from .tune import Tuning, tune
+    from .tune import tune
 
-    tune(
-        Tuning(
-            algorithm=options.algo,
-            policy=options.policy,
-            suite=options.suite,
-            budget=options.numbers,
-            trials=options.trials,
-            out=options.out,
-            base=options.base,
-            seed=options.seed,
-            workers=options.workers,
-        )
-    )
+    tune(options)
     return 0
 
 
@@ -269,181 +258,6 @@ def _init_state(wanted: int | None, default: Sequence[int], protocol: Any) -> in
     return wanted
 
 
-def _table(args: list[str]) -> int:
-    from .options import Table, parse
-
-    options = parse(Table, args, "vlarl-bench table")
-    if not options.runs:
-        raise BenchError("runs: missing; name one or more run folders")
-    if options.published and options.layout != "paper":
-        raise BenchError(f"published: published numbers go with --layout paper, not {options.layout}")
-    if not 0 < options.threshold <= 1:
-        raise BenchError(f"threshold: {options.threshold:g}; it must be above 0 and at most 1, such as 0.8")
-    from .report.paper import aggregate_table, paper_table
-    from .report.published import read_published
-    from .report.render import print_table, to_csv, to_json, to_latex, to_markdown
-    from .report.runs import read_runs
-    from .report.table import comparison_table, summary_table
-
-    runs = read_runs(options.runs)
-    if options.layout == "paper":
-        table = paper_table(runs, read_published(options.published) if options.published else ())
-    elif options.layout == "aggregate":
-        table = aggregate_table(runs, options.threshold)
-    else:
-        table = comparison_table(runs[0]) if len(runs) == 1 else summary_table(runs)
-    if options.format == "text":
-        print_table(table)
-    else:
-        written = {"markdown": to_markdown, "csv": to_csv, "latex": to_latex, "json": to_json}
-        print(written[options.format](table), end="")
-    return 0
-
-
-def _figures(args: list[str]) -> int:
-    from .options import Figures, parse
-
-    options = parse(Figures, args, "vlarl-bench figures")
-    if not options.runs:
-        raise BenchError("runs: missing; name one or more run folders")
-    if not options.out:
-        raise BenchError("out: ''; it must not be empty")
-    from .report.figures import write_figures
-    from .report.runs import read_runs
-
-    for path in write_figures(options.out, read_runs(options.runs)):
-        print(path)
-    return 0
-
-
-def _leaderboard(args: list[str]) -> int:
-    from .options import Leaderboard, parse
-
-    options = parse(Leaderboard, args, "vlarl-bench leaderboard")
-    if not options.out:
-        raise BenchError("out: ''; it must not be empty")
-    from .report.leaderboard import find_runs, write_leaderboard
-    from .report.published import read_published
-    from .report.runs import read_run
-
-    runs = [read_run(folder) for folder in dict.fromkeys(options.runs)] if options.runs else find_runs("results")
-    published = read_published(options.published) if options.published else []
-    if not runs and not published:
-        raise BenchError("runs: none given and none in results/; name at least one run folder")
-    path = Path(options.out) / "index.html"
-    size = write_leaderboard(path, runs, published)
-    print(f"{path}: {len(runs)} runs, {len(published)} published results, {size / 1e6:.2f} MB")
-    return 0
-
-
-def _lint(args: list[str]) -> int:
-    from .options import Lint, parse
-
-    options = parse(Lint, args, "vlarl-bench lint")
-    if not options.paths:
-        raise BenchError("paths: missing; name run folders, tables (.json) or published numbers (.toml)")
-    from .report.lint import lint
-
-    findings = lint(options.paths)
-    print("\n".join(findings) or "nothing found")
-    return 1 if findings else 0
-
-
-def _power(args: list[str]) -> int:
-    from .options import Power, parse
-    from .power import check_rates, episodes_needed, pairs_needed, seeds_needed, z_test_power
-
-    asked = parse(Power, args, "vlarl-bench power")
-    test = (asked.first, asked.second, asked.power, asked.alpha)
-    check_rates(*test)
-    n, pairs = episodes_needed(*test), pairs_needed(*test, asked.agreement)
-    seeds = seeds_needed(asked.first, asked.second, asked.episodes, asked.seed_sd, asked.power, asked.alpha)
-    print(
-        f"{asked.first:g} against {asked.second:g}, two-sided alpha {asked.alpha:g}, power {asked.power:g}; for each:\n"
-        f"  two policies      {n:,} episodes, all independent "
-        f"(z-test; exact power {z_test_power(asked.first, asked.second, n, asked.alpha):.3f})\n"
-        f"  the same, paired  {pairs.n:,} pairs of episodes whose outcomes correlate by {asked.agreement:g} "
-        f"(exact McNemar test; power {pairs.power:.3f})\n"
-        f"  two methods       {seeds.n:,} seeds with {asked.episodes:,} episodes each and a deviation of "
-        f"{asked.seed_sd:g} between seeds (t-test; power {seeds.power:.3f})"
-    )
-    return 0
-
-
-def _sweep(args: list[str]) -> int:
-    from .options import Sweep, parse
-    from .progress import Progress
-    from .sweep import read_sweep
-    from .sweep_jobs import choose, count, prepare, read_states, run_here, run_local, submit
-    from .sweep_table import print_plan, summary
-    from .trackers import check_tracker
-
-    options = parse(Sweep, args, "vlarl-bench sweep")
-    sweep = read_sweep(options.file)
-    states = read_states(sweep)
-    if options.dry_run:
-        print_plan(sweep, states)
-        return 0
-    if all(state.word == "impossible" for state in states):
-        raise BenchError(f"{options.file}: no cell can run: {states[0].note}")
-    check_tracker(sweep.file.tracker)
-    chosen = choose(sweep, states, options.retry_failed)
-    prepare(sweep, [cell for cell, _ in chosen])
-    if chosen and options.executor == "slurm":
-        for job in submit(sweep, chosen):
-            print(f"submitted job {job}")
-    elif chosen:
-        if options.executor == "local":
-            with Progress() as progress:
-                run_local(sweep, chosen, sweep.file.parallel or 1, progress.say)
-        else:
-            run_here(sweep, chosen)
-    states = read_states(sweep)
-    print(summary(states))
-    for cell, state in zip(sweep.cells, states, strict=True):
-        if state.word == "failed":
-            log = f"; log: {sweep.out / state.attempt.log}" if state.attempt and state.attempt.log else ""
-            print(f"failed: {cell.name}: {state.note}{log}")
-    return 1 if "failed" in count(states) else 0
-
-
-def _status(args: list[str]) -> int:
-    from .options import Status, parse
-    from .sweep import read_sweep
-    from .sweep_jobs import read_states
-    from .sweep_table import print_plan, watch
-
-    options = parse(Status, args, "vlarl-bench status")
-    sweep = read_sweep(options.file)
-    if options.once or not sys.stdout.isatty():
-        print_plan(sweep, read_states(sweep))
-    else:
-        watch(sweep)
-    return 0
-
-
-def _cancel(args: list[str]) -> int:
-    from .options import Cancel, parse
-    from .sweep import read_sweep
-    from .sweep_jobs import cancel
-
-    sweep = read_sweep(parse(Cancel, args, "vlarl-bench cancel").file)
-    print("\n".join(cancel(sweep)) or "nothing runs or waits")
-    return 0
-
-
-def _sweep_cell(args: list[str]) -> int:
-    """What an executor starts: one cell by its name, or that of a SLURM array's index."""
-    from .sweep_jobs import run_cell, run_submitted
-
-    match args:
-        case [out, token]:
-            return run_submitted(Path(out), token)
-        case [out, name, seen] if seen.isdigit():
-            return run_cell(Path(out), name, int(seen))
-    raise BenchError("sweep-cell: only `vlarl-bench sweep` calls this")
-
-
 def _list(args: list[str]) -> int:
     as_json = _flag(args, "list", "--json", "print JSON")
     found: dict[registry.Kind, dict[str, Any]] = {kind: {} for kind in registry.GROUPS}
@@ -501,14 +315,17 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "demos": (_demos, "make demonstrations with the suite's scripted expert"),
     "video": (_video, "film one episode of a policy or of the scripted expert"),
     "tune": (_tune, "try settings of one algorithm on training states, as many trials for each algorithm"),
-    "table": (_table, "print one table of several runs, from their rows on disk"),
-    "sweep": (_sweep, "run many cells: algorithms x policies x suites x ablations x seeds, here or on SLURM"),
-    "status": (_status, "show which cells of a sweep are done, running, failed or missing"),
-    "cancel": (_cancel, "stop the cells of a sweep; `sweep` goes on with them"),
-    "figures": (_figures, "draw several runs: learning curves, tasks, profiles, gain against cost"),
-    "leaderboard": (_leaderboard, "write the leaderboard, one HTML page of all runs"),
-    "lint": (_lint, "say what is wrong with results, in rows, tables and published numbers"),
-    "power": (_power, "say how many episodes and seeds tell two success rates apart"),
+    "table": (report.table, "print one table of several runs, from their rows on disk"),
+    "sweep": (
+        sweep_commands.sweep,
+        "run algorithms x policies x suites x ablations x seeds, here or on SLURM",
+    ),
+    "status": (sweep_commands.status, "show which cells of a sweep are done, running, failed or missing"),
+    "cancel": (sweep_commands.cancel, "stop the cells of a sweep; `sweep` goes on with them"),
+    "figures": (report.figures, "draw several runs: learning curves, tasks, profiles, gain against cost"),
+    "leaderboard": (report.leaderboard, "write the leaderboard, one HTML page of all runs"),
+    "lint": (report.lint, "say what is wrong with results, in rows, tables and published numbers"),
+    "power": (report.power, "say how many episodes and seeds tell two success rates apart"),
     "list": (_list, "show what is installed: algorithms, policies, suites, and which run on which"),
     "doctor": (_doctor, "say what this machine has, and what to do about what is missing"),
 }

@@ -187,6 +187,17 @@ class ActorCritic:
         advantage = advantages(taken, self.critic, s.gamma, s.gae_lambda)
         return standardise(advantage, taken.task), metrics | {"advantage_std": advantage.std(correction=0).item()}
 
+    def ascend(
+        self,
+        score: Callable[[torch.Tensor], Score],
+        advantage: torch.Tensor,
+        clip: torch.Tensor | float,
+        **options: Any,
+    ) -> dict[str, float]:
+        """`ascend` with the settings' epochs and minibatches; `options` are more of its arguments."""
+        s = self.settings
+        return ascend(score, advantage, clip, self.optimizer, self.generator, s.epochs, s.minibatch, **options)
+
     def state_dict(self) -> dict[str, Any]:
         """Optimiser, critic and generator."""
         return {

@@ -21,6 +21,8 @@ from .errors import BenchError
 Phase = Literal["base", "train", "final", "eval"]
 Decoding = Literal["sampled", "zero-noise", "explore"]
 Key = tuple[str, str, int, str, str, int, int]
+STOPPED = "stopped.json"
+"""In the folder of a run that was stopped because training had destroyed the policy: in which round, and why."""
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from .pool import Loss, Pool
 from .progress import Progress
 from .provenance import code_version, make_manifest
 from .records import (
+    STOPPED,
     EpisodeLog,
     EpisodeRow,
     LossLog,
@@ -37,7 +38,7 @@ from .records import (
 )
 from .rollout import Episode, Job, run_episodes
 from .trackers import TrackedMetrics
-from .training import STOPPED, spent_so_far, state, train
+from .training import spent_so_far, state, train
 
 if TYPE_CHECKING:
     from .policies.base import Policy

@@ -16,7 +16,7 @@ import numpy as np
 from .checkpoint import load_latest, save_checkpoint
 from .errors import Diverged
 from .plan import NOTHING, Plan, Spent
-from .records import EpisodeLog, MetricsLog, write_json_atomic
+from .records import STOPPED, EpisodeLog, MetricsLog, write_json_atomic
 from .rollout import Episode, Rollout, episode_seed, run_episodes
 
 if TYPE_CHECKING:
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from .progress import Phase, Progress
     from .suite import Demonstration
 
-STOPPED = "stopped.json"
-"""In the folder of a run that was stopped because training had destroyed the policy: in which round, and why."""
 COLLAPSED = 200
 """Training episodes in a row without a success, after there had been one, that end a run."""
 

@@ -9,36 +9,21 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from . import registry
-from .config import Budget, RunConfig
+from .config import RunConfig
 from .errors import BenchError
 from .records import read_json, write_text_atomic
 
+if TYPE_CHECKING:
+    from .options import Tune
+
 SUITE = "libero_object"
 """The declared tuning suite. Tasks of it are also compared on, from other initial states."""
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """What is tuned, and how much that may cost."""
-
-    algorithm: str
-    policy: str
-    suite: str
-    budget: Budget
-    trials: int
-    out: str
-    """Folder that the trials' folder goes into."""
-    base: str = "prior"
-    seed: int = 0
-    """Seeds the draw of settings, and every trial alike."""
-    workers: int = 2
 
 
 def choices(algorithm: str, trials: int, seed: int) -> list[Any]:
@@ -63,41 +48,41 @@ def choices(algorithm: str, trials: int, seed: int) -> list[Any]:
     return [default, *(others[i] for i in order[: trials - 1])]
 
 
-def tune(tuning: Tuning) -> Path:
+def tune(asked: Tune) -> Path:
     """Runs the trials that are missing, prints a table of all and the options of the best; returns their folder."""
     from .run import run
 
-    folder = Path(tuning.out) / f"{tuning.algorithm}-{tuning.policy}-{tuning.suite}"
-    for number, settings in enumerate(choices(tuning.algorithm, tuning.trials, tuning.seed)):
+    folder = Path(asked.out) / f"{asked.algo}-{asked.policy}-{asked.suite}"
+    for number, settings in enumerate(choices(asked.algo, asked.trials, asked.seed)):
         trial = folder / f"trial{number:02d}"
         config = RunConfig(
-            algorithm=tuning.algorithm,
-            suite=tuning.suite,
-            policy=tuning.policy,
-            budget=tuning.budget,
+            algorithm=asked.algo,
+            suite=asked.suite,
+            policy=asked.policy,
+            budget=asked.numbers,
             settings=settings,
             out=str(trial),
-            base=tuning.base,
+            base=asked.base,
             protocol="tuning",
-            seed=tuning.seed,
-            workers=tuning.workers,
+            seed=asked.seed,
+            workers=asked.workers,
             video=False,
         )
         begun = (trial / "config.json").is_file()
-        if (
-            begun
-            and dataclasses.replace(
-                RunConfig.from_dict(read_json(trial / "config.json")), out=str(trial), workers=tuning.workers
-            )
-            != config
-        ):
+        if begun and _elsewhere(trial, config) != config:
             raise BenchError(f"out: {trial} holds a trial of other settings; choose another folder with --out")
         if not (trial / "policy" / "config.json").is_file():
             run(config, resume=begun)
-    text = report(folder, tuning.trials)
+    text = report(folder, asked.trials)
     write_text_atomic(folder / "trials.md", text)
     print(text)
     return folder
+
+
+def _elsewhere(trial: Path, config: RunConfig) -> RunConfig:
+    """What a trial's folder holds, as if it had been started from here with so many workers."""
+    stored = RunConfig.from_dict(read_json(trial / "config.json"))
+    return dataclasses.replace(stored, out=config.out, workers=config.workers)
 
 
 def report(folder: Path, trials: int) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..errors import BenchError
 from ..protocol import Protocol
-from ..records import EpisodeRow, read_json, read_rows
+from ..records import STOPPED, EpisodeRow, read_json, read_rows
 
 PLACE_AND_SPEED = frozenset({"seed", "out", "workers", "slots", "threads", "video", "demos"})
 """Entries of a config in which two runs of the same experiment may differ."""
@@ -102,7 +102,7 @@ def read_run(folder: str | os.PathLike[str]) -> RunFolder:
         raise BenchError(f"{folder}: not a run folder, it has no manifest.json")
     manifest, config = read_json(folder / "manifest.json"), read_json(folder / "config.json")
     rows = read_rows(folder / "episodes.jsonl") if (folder / "episodes.jsonl").exists() else []
-    stopped = read_json(folder / "stopped.json") if (folder / "stopped.json").exists() else None
+    stopped = read_json(folder / STOPPED) if (folder / STOPPED).exists() else None
     try:
         return RunFolder(folder, manifest, config, tuple(rows), stopped)
     except (KeyError, TypeError) as error:

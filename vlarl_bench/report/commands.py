@@ -1,0 +1,113 @@
+"""The commands that read rows: `vlarl-bench table | figures | leaderboard | lint | power`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import BenchError
+
+
+def table(args: list[str]) -> int:
+    """Prints one table of several runs."""
+    from ..options import Table, parse
+
+    options = parse(Table, args, "vlarl-bench table")
+    if not options.runs:
+        raise BenchError("runs: missing; name one or more run folders")
+    if options.published and options.layout != "paper":
+        raise BenchError(f"published: published numbers go with --layout paper, not {options.layout}")
+    if not 0 < options.threshold <= 1:
+        raise BenchError(f"threshold: {options.threshold:g}; it must be above 0 and at most 1, such as 0.8")
+    from .paper import aggregate_table, paper_table
+    from .published import read_published
+    from .render import print_table, to_csv, to_json, to_latex, to_markdown
+    from .runs import read_runs
+    from .table import comparison_table, summary_table
+
+    runs = read_runs(options.runs)
+    if options.layout == "paper":
+        table = paper_table(runs, read_published(options.published) if options.published else ())
+    elif options.layout == "aggregate":
+        table = aggregate_table(runs, options.threshold)
+    else:
+        table = comparison_table(runs[0]) if len(runs) == 1 else summary_table(runs)
+    if options.format == "text":
+        print_table(table)
+    else:
+        written = {"markdown": to_markdown, "csv": to_csv, "latex": to_latex, "json": to_json}
+        print(written[options.format](table), end="")
+    return 0
+
+
+def figures(args: list[str]) -> int:
+    """Draws several runs, and prints the files."""
+    from ..options import Figures, parse
+
+    options = parse(Figures, args, "vlarl-bench figures")
+    if not options.runs:
+        raise BenchError("runs: missing; name one or more run folders")
+    if not options.out:
+        raise BenchError("out: ''; it must not be empty")
+    from .figures import write_figures
+    from .runs import read_runs
+
+    for path in write_figures(options.out, read_runs(options.runs)):
+        print(path)
+    return 0
+
+
+def leaderboard(args: list[str]) -> int:
+    """Writes the page, and prints where it is."""
+    from ..options import Leaderboard, parse
+
+    options = parse(Leaderboard, args, "vlarl-bench leaderboard")
+    if not options.out:
+        raise BenchError("out: ''; it must not be empty")
+    from .leaderboard import find_runs, write_leaderboard
+    from .published import read_published
+    from .runs import read_run
+
+    runs = [read_run(folder) for folder in dict.fromkeys(options.runs)] if options.runs else find_runs("results")
+    published = read_published(options.published) if options.published else []
+    if not runs and not published:
+        raise BenchError("runs: none given and none in results/; name at least one run folder")
+    path = Path(options.out) / "index.html"
+    size = write_leaderboard(path, runs, published)
+    print(f"{path}: {len(runs)} runs, {len(published)} published results, {size / 1e6:.2f} MB")
+    return 0
+
+
+def lint(args: list[str]) -> int:
+    """Prints findings; the exit status is 1 if there are any."""
+    from ..options import Lint, parse
+
+    options = parse(Lint, args, "vlarl-bench lint")
+    if not options.paths:
+        raise BenchError("paths: missing; name run folders, tables (.json) or published numbers (.toml)")
+    from .lint import lint as find
+
+    findings = find(options.paths)
+    print("\n".join(findings) or "nothing found")
+    return 1 if findings else 0
+
+
+def power(args: list[str]) -> int:
+    """Prints how much it takes to tell two rates apart."""
+    from ..options import Power, parse
+    from ..power import check_rates, episodes_needed, pairs_needed, seeds_needed, z_test_power
+
+    asked = parse(Power, args, "vlarl-bench power")
+    test = (asked.first, asked.second, asked.power, asked.alpha)
+    check_rates(*test)
+    n, pairs = episodes_needed(*test), pairs_needed(*test, asked.agreement)
+    seeds = seeds_needed(asked.first, asked.second, asked.episodes, asked.seed_sd, asked.power, asked.alpha)
+    print(
+        f"{asked.first:g} against {asked.second:g}, two-sided alpha {asked.alpha:g}, power {asked.power:g}; for each:\n"
+        f"  two policies      {n:,} episodes, all independent "
+        f"(z-test; exact power {z_test_power(asked.first, asked.second, n, asked.alpha):.3f})\n"
+        f"  the same, paired  {pairs.n:,} pairs of episodes whose outcomes correlate by {asked.agreement:g} "
+        f"(exact McNemar test; power {pairs.power:.3f})\n"
+        f"  two methods       {seeds.n:,} seeds with {asked.episodes:,} episodes each and a deviation of "
+        f"{asked.seed_sd:g} between seeds (t-test; power {seeds.power:.3f})"
+    )
+    return 0

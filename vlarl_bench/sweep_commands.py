@@ -1,0 +1,87 @@
+"""The commands of sweeps: `vlarl-bench sweep | status | cancel`, and what executors start."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from .errors import BenchError
+
+
+def sweep(args: list[str]) -> int:
+    """Runs what is missing, or prints the plan; the exit status is 1 if a cell has failed."""
+    from .options import Sweep, parse
+    from .progress import Progress
+    from .sweep import read_sweep
+    from .sweep_jobs import choose, count, prepare, read_states, run_here, run_local
+    from .sweep_slurm import submit
+    from .sweep_table import print_plan, summary
+    from .trackers import check_tracker
+
+    options = parse(Sweep, args, "vlarl-bench sweep")
+    found = read_sweep(options.file)
+    states = read_states(found)
+    if options.dry_run:
+        print_plan(found, states)
+        return 0
+    if all(state.word == "impossible" for state in states):
+        raise BenchError(f"{options.file}: no cell can run: {states[0].note}")
+    check_tracker(found.file.tracker)
+    chosen = choose(found, states, options.retry_failed)
+    prepare(found, [cell for cell, _ in chosen])
+    if chosen and options.executor == "slurm":
+        for job in submit(found, chosen):
+            print(f"submitted job {job}")
+    elif chosen:
+        if options.executor == "local":
+            with Progress() as progress:
+                run_local(found, chosen, found.file.parallel or 1, progress.say)
+        else:
+            run_here(found, chosen)
+    states = read_states(found)
+    print(summary(states))
+    for cell, state in zip(found.cells, states, strict=True):
+        if state.word == "failed":
+            log = f"; log: {found.out / state.attempt.log}" if state.attempt and state.attempt.log else ""
+            print(f"failed: {cell.name}: {state.note}{log}")
+    return 1 if "failed" in count(states) else 0
+
+
+def status(args: list[str]) -> int:
+    """Prints the plan, or shows it live in a terminal."""
+    from .options import Status, parse
+    from .sweep import read_sweep
+    from .sweep_jobs import read_states
+    from .sweep_table import print_plan, watch
+
+    options = parse(Status, args, "vlarl-bench status")
+    found = read_sweep(options.file)
+    if options.once or not sys.stdout.isatty():
+        print_plan(found, read_states(found))
+    else:
+        watch(found)
+    return 0
+
+
+def cancel(args: list[str]) -> int:
+    """Stops a sweep, and prints what that stopped."""
+    from .options import Cancel, parse
+    from .sweep import read_sweep
+    from .sweep_jobs import cancel as stop
+
+    found = read_sweep(parse(Cancel, args, "vlarl-bench cancel").file)
+    print("\n".join(stop(found)) or "nothing runs or waits")
+    return 0
+
+
+def sweep_cell(args: list[str]) -> int:
+    """What an executor starts: one cell by its name, or that of a SLURM array's index."""
+    from .sweep_jobs import run_cell
+    from .sweep_slurm import submitted_cell
+
+    match args:
+        case [out, token]:
+            return run_cell(Path(out), *submitted_cell(Path(out), token))
+        case [out, name, seen] if seen.isdigit():
+            return run_cell(Path(out), name, int(seen))
+    raise BenchError("sweep-cell: only `vlarl-bench sweep` calls this")
