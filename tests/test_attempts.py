@@ -26,7 +26,7 @@ def contend(folder, barrier, answers):
 
 def processes(number, target, *arguments):
     """Starts processes that meet at a barrier."""
-    barrier = fork.Barrier(number)
+    barrier = fork.Barrier(number, timeout=60)  # the others must not wait for ever for one that failed
     found = [fork.Process(target=target, args=(*arguments[:1], barrier, *arguments[1:])) for _ in range(number)]
     for process in found:
         process.start()
@@ -144,6 +144,7 @@ ROW = {
     **{"run": "r", "phase": "base", "iteration": 0, "algorithm": "a", "policy": "p", "checkpoint": "c", "suite": "s"},
     **{"task": "t", "init_state": 0, "repeat": 0, "seed": 0, "decoding": "sampled", "observation": "state"},
     **{"success": True, "steps": 3, "return": 1.0, "protocol": "p", "fingerprint": "f", "code": "c"},
+    **{"env_steps": 0, "gradient_steps": 0, "flops": 0},
 }
 
 
@@ -159,6 +160,9 @@ def append(folder, barrier, answers, shared):
     except BenchError as error:
         answers.put(str(error))
         barrier.wait()
+    except Exception as error:  # whoever waits for the answer must get one
+        answers.put(repr(error))
+        raise
 
 
 @pytest.mark.parametrize("shared", [False, True])
