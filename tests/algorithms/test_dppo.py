@@ -78,7 +78,7 @@ def test_credit_fades_towards_the_noisier_steps(monkeypatch):
         given.update(advantage=advantage, clip=clip, **more)
         return {}
 
-    monkeypatch.setattr("vlarl_bench.algorithms.dppo.ascend", keep)
+    monkeypatch.setattr("vlarl_bench.policy_gradient.ascend", keep)
     policy = ToyChain(0, inputs=2)
     algorithm = DPPO(settings(steps=3, gamma_denoising=0.5, warmup=0, target_kl=0.7), policy, BUDGET, 0)
     algorithm.update(policy, two_stages(policy, 16, 0, algorithm.act))
