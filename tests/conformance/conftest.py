@@ -12,6 +12,8 @@ import torch
 from vlarl_bench import registry
 from vlarl_bench.config import BUDGETS
 from vlarl_bench.errors import BenchError
+from vlarl_bench.rollout import Rollout
+from vlarl_bench.suite import Demonstration
 
 from .narrow import narrow
 
@@ -26,7 +28,7 @@ class Bench:
     policy: Any
     rollout: Any
     """Four episodes of three decisions, two from each of two initial states; of each two one counts as a success, so
-    there is something to learn."""
+    there is something to learn. Another policy may have acted in them: `data` is for what must be the policy's own."""
     demonstrations: Any
     """Two of 12 environment steps."""
 
@@ -80,21 +82,21 @@ def stage(spec):
 
 
 @functools.cache
-def _bench(policy_name):
+def _recorded(name):
+    """What policies that see the same share, since opening a scene takes longest: names of the objects, four short
+    episodes and two of single steps, as the policy called `name` acts."""
     from vlarl_bench.pool import Pool
-    from vlarl_bench.rollout import Job, Rollout, episode_seed, run_episodes
-    from vlarl_bench.suite import Demonstration
+    from vlarl_bench.rollout import Job, episode_seed, run_episodes
 
-    spec = registry.get("policy", policy_name)
+    spec = registry.get("policy", name)
     suite, protocol = stage(spec)
     task = suite.tasks[0]
     jobs = [Job(task, protocol.train_states[i // 2], i % 2, episode_seed(0, i)) for i in range(4)]
     short = dataclasses.replace(protocol, horizon={task.suite: 3 * protocol.execute})
     single = dataclasses.replace(protocol, horizon={task.suite: 12}, execute=1)
     with Pool(suite, protocol, workers=1) as pool:
-        seen = pool.call("reset", {0: (task, protocol.train_states[0])})[0]
-        vocabulary = [task.instruction for task in suite.tasks] + list(seen.objects)
-        policy = create(spec, suite.embodiment(protocol), vocabulary, 0)
+        objects = pool.call("reset", {0: (task, protocol.train_states[0])})[0].objects
+        policy = create(spec, suite.embodiment(protocol), _vocabulary(suite, objects), 0)
         episodes = run_episodes(pool, policy, jobs, short, slots=4)
         steps = run_episodes(pool, policy, jobs[:2], single, slots=2)
     for i, episode in enumerate(episodes):
@@ -103,7 +105,21 @@ def _bench(policy_name):
         Demonstration(task, e.job.init_state, True, tuple(e.observations[:-1]), np.concatenate(e.actions))
         for e in steps
     ]
-    return Bench(spec, suite, protocol, policy, Rollout(episodes, max_decisions=3), demonstrations)
+    return objects, Rollout(episodes, max_decisions=3), demonstrations
+
+
+def _vocabulary(suite, objects):
+    return [task.instruction for task in suite.tasks] + list(objects)
+
+
+@functools.cache
+def _bench(policy_name):
+    spec = registry.get("policy", policy_name)
+    suite, protocol = stage(spec)
+    alike = next(n for n in registry.names("policy") if stage(registry.get("policy", n)) == (suite, protocol))
+    objects, rollout, demonstrations = _recorded(alike)
+    policy = create(spec, suite.embodiment(protocol), _vocabulary(suite, objects), 0)
+    return Bench(spec, suite, protocol, policy, rollout, demonstrations)
 
 
 @pytest.fixture(scope="session")
