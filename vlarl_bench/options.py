@@ -175,7 +175,7 @@ class Table:
     """Print a table of runs, from their rows on disk."""
 
     runs: tyro.conf.Positional[tuple[str, ...]]
-    """Run folders: one shows each task, several one line a run and suite."""
+    """Run folders, packs, or runs of packs as PACK/NAME: one shows each task, several one line a run and suite."""
     format: Literal["text", "markdown", "csv", "latex", "json"] = "text"
     """How to print it; csv and json carry full precision, latex needs booktabs."""
     layout: Literal["runs", "paper", "aggregate"] = "runs"
@@ -193,7 +193,7 @@ class Figures:
     """Draw runs under one protocol: learning curves, tasks, performance profiles, gain against cost."""
 
     runs: tyro.conf.Positional[tuple[str, ...]]
-    """Run folders."""
+    """Run folders, packs, or runs of packs as PACK/NAME."""
     out: str = "figures"
     """Folder that the SVG and PNG files go to."""
 
@@ -203,7 +203,7 @@ class Leaderboard:
     """Write the leaderboard: one HTML page of all runs, that loads nothing from elsewhere."""
 
     runs: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Run folders; empty takes those in results/."""
+    """Run folders, packs, or runs of packs as PACK/NAME; empty takes all in results/."""
     published: str = "results/published"
     """Folder of numbers that others published; empty leaves them out."""
     out: str = "site"
@@ -211,11 +211,23 @@ class Leaderboard:
 
 
 @dataclass(frozen=True)
+class Pack:
+    """Put finished runs into a pack: one folder of three files, with all rows and metrics as compressed Parquet. Every
+    report reads it as it reads run folders. A run that is in the pack already is left alone."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    """Run folders, or other packs."""
+    out: str
+    """The pack: a folder that does not exist yet, or a pack to add to, such as results/NAME."""
+
+
+@dataclass(frozen=True)
 class Lint:
     """Say what is wrong with results: rows, tables in JSON, and numbers that others published. Exit status 1 if any."""
 
     paths: tyro.conf.Positional[tuple[str, ...]]
-    """Run folders; .json files of `table --format json`; .toml files of published numbers, or folders of such."""
+    """Run folders and packs; .json files of `table --format json`; .toml files of published numbers, or their
+    folders."""
 
 
 @dataclass(frozen=True)

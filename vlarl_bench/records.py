@@ -69,7 +69,7 @@ class EpisodeRow:
         return {field.rstrip("_"): value for field, value in dataclasses.asdict(self).items()}
 
     def __post_init__(self) -> None:
-        for name, (kind, allowed) in _field_types().items():
+        for name, (kind, allowed) in field_types().items():
             value = getattr(self, name)
             if type(value) is not kind or (allowed and value not in allowed):
                 raise ValueError(f"{name.rstrip('_')} is {value!r}, expected {list(allowed) or kind.__name__}")
@@ -77,15 +77,15 @@ class EpisodeRow:
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "EpisodeRow":
         """Raises ValueError where a field is missing, unknown, of another type or not one of its values."""
-        fields = {name.rstrip("_"): name for name in _field_types()}
+        fields = {name.rstrip("_"): name for name in field_types()}
         if record.keys() != fields.keys():
             raise ValueError(f"fields {sorted(record.keys() ^ fields.keys())} are missing or unknown")
         return cls(**{fields[name]: value for name, value in record.items()})
 
 
 @functools.cache
-def _field_types() -> dict[str, tuple[type, tuple[str, ...]]]:
-    """Field -> its type and, for a Literal, the values it may have."""
+def field_types() -> dict[str, tuple[type, tuple[str, ...]]]:
+    """Field of a row -> its type and, for a Literal, the values it may have."""
     hints = typing.get_type_hints(EpisodeRow)
     return {name: (str, allowed) if (allowed := typing.get_args(hint)) else (hint, ()) for name, hint in hints.items()}
 
@@ -131,7 +131,7 @@ class _Log(Generic[Record]):
         key = self._key(record)
         if key in self._records:
             # Compared as written, so that values that JSON cannot tell apart count as equal.
-            if _line(self._encode(self._records[key])) != _line(self._encode(record)):
+            if log_line(self._encode(self._records[key])) != log_line(self._encode(record)):
                 raise BenchError(f"{where}: {key} is already recorded with other content; one of the two is wrong")
             return False
         self._records[key] = record
@@ -144,7 +144,7 @@ class _Log(Generic[Record]):
         try:
             for record in records:
                 if self._accept(record, self._size + len(data), str(self.path)):
-                    data += _line(self._encode(record))
+                    data += log_line(self._encode(record))
             with explained(self.path):
                 written = 0
                 while written < len(data):
@@ -268,7 +268,8 @@ def _canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-def _line(record: Mapping[str, Any]) -> bytes:
+def log_line(record: Mapping[str, Any]) -> bytes:
+    """A record as a log has it: one canonical line with its crc."""
     return (_canonical({**record, "crc": f"{zlib.crc32(_canonical(record).encode()):08x}"}) + "\n").encode()
 
 
@@ -281,9 +282,9 @@ def _parse(path: Path, decode: Callable[[dict[str, Any]], Record]) -> tuple[list
     for number, line in enumerate(whole.split(b"\n")[:-1], 1):
         try:
             record = json.loads(line)
-            if not isinstance(record, dict) or _line({k: v for k, v in record.items() if k != "crc"}) != line + b"\n":
+            crc = record.pop("crc", "") if isinstance(record, dict) else ""
+            if not crc or log_line(record) != line + b"\n":
                 raise ValueError("its crc does not match")
-            del record["crc"]
             entries.append((number, start, decode(record)))
         except ValueError as error:
             raise BenchError(f"{path}:{number}: damaged line ({error}); restore the file from a copy") from None

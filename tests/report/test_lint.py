@@ -11,6 +11,7 @@ from vlarl_bench.records import EpisodeLog, read_rows
 from vlarl_bench.report.lint import average_off, impossible, lint, lint_published, lint_runs
 from vlarl_bench.report.published import read_published
 from vlarl_bench.report.render import to_json
+from vlarl_bench.report.rows import Rows
 from vlarl_bench.report.runs import read_run, read_runs
 from vlarl_bench.report.table import summary_table
 from vlarl_bench.stats import wilson_interval
@@ -100,7 +101,7 @@ def test_mixed_protocols(make_run, outcomes):
 
 def test_train_rows_in_an_evaluation(make_run, outcomes):
     run = read_run(make_run("r", evaluated=outcomes["half"]))
-    explored = dataclasses.replace(run, rows=tuple(dataclasses.replace(row, decoding="explore") for row in run.rows))
+    explored = dataclasses.replace(run, rows=Rows.of(dataclasses.replace(row, decoding="explore") for row in run.rows))
     assert any("16 scored rows were played while exploring" in each for each in lint_runs([explored]))
     overlapping = Protocol("openpi", 1, "state", {"suite_a": 200}, 10, 8, (4, 5), (4, 5, 6, 7))
     leaky = read_run(make_run("leaky", evaluated=outcomes["half"], protocol=overlapping))

@@ -10,6 +10,7 @@ from vlarl_bench.errors import BenchError
 from vlarl_bench.protocol import Protocol
 from vlarl_bench.records import EpisodeLog, read_rows, write_json_atomic
 from vlarl_bench.report.render import print_table, to_csv, to_json, to_markdown
+from vlarl_bench.report.rows import Rows
 from vlarl_bench.report.runs import read_run, read_runs
 from vlarl_bench.report.table import comparison_table, spans, summary_table
 from vlarl_bench.stats import wilson_interval
@@ -72,7 +73,7 @@ def test_only_the_latest_final_iteration_counts(make_run, outcomes):
     earlier = [
         dataclasses.replace(row, iteration=1, success=False, return_=0.0) for row in run.rows if row.phase == "final"
     ]
-    both = dataclasses.replace(run, rows=(*run.rows, *earlier))
+    both = dataclasses.replace(run, rows=Rows.of([*run.rows, *earlier]))
     assert comparison_table(both).records[-1]["successes"] == 16
 
 
@@ -88,7 +89,7 @@ def test_an_evaluation_alone_has_no_base(make_run, outcomes):
 def test_decodings_are_kept_apart(make_run, outcomes):
     run = read_run(make_run("r", evaluated=outcomes["half"]))
     zero = [dataclasses.replace(row, decoding="zero-noise", repeat=row.repeat + 2) for row in run.rows]
-    table = comparison_table(dataclasses.replace(run, rows=(*run.rows, *zero)))
+    table = comparison_table(dataclasses.replace(run, rows=Rows.of([*run.rows, *zero])))
     assert [cell["decoding"] for cell in table.cells] == ["sampled", "zero-noise"]
     assert [cell["episodes"] for cell in table.cells] == [16, 16]
 
@@ -171,7 +172,7 @@ def test_rows_that_contradict_the_manifest_are_refused(make_run, outcomes, field
     folder = make_run("r", base=outcomes["half"])
     run = read_run(folder)
     with pytest.raises(BenchError, match=words):
-        dataclasses.replace(run, rows=(dataclasses.replace(run.rows[0], **fields),))
+        dataclasses.replace(run, rows=Rows.of([dataclasses.replace(run.rows[0], **fields)]))
 
 
 def test_training_on_a_held_out_state_is_refused(make_run, outcomes):

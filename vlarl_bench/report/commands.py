@@ -1,4 +1,4 @@
-"""The commands that read rows: `vlarl-bench table | figures | leaderboard | lint | power`."""
+"""The commands that read rows: `vlarl-bench table | figures | leaderboard | pack | lint | power`."""
 
 from __future__ import annotations
 
@@ -63,17 +63,33 @@ def leaderboard(args: list[str]) -> int:
     options = parse(Leaderboard, args, "vlarl-bench leaderboard")
     if not options.out:
         raise BenchError("out: ''; it must not be empty")
-    from .leaderboard import find_runs, write_leaderboard
+    from .leaderboard import write_leaderboard
     from .published import read_published
-    from .runs import read_run
+    from .runs import find_runs, read_all
 
-    runs = [read_run(folder) for folder in dict.fromkeys(options.runs)] if options.runs else find_runs("results")
+    runs = read_all(options.runs) if options.runs else find_runs("results")
     published = read_published(options.published) if options.published else []
     if not runs and not published:
         raise BenchError("runs: none given and none in results/; name at least one run folder")
     path = Path(options.out) / "index.html"
     size = write_leaderboard(path, runs, published)
     print(f"{path}: {len(runs)} runs, {len(published)} published results, {size / 1e6:.2f} MB")
+    return 0
+
+
+def pack(args: list[str]) -> int:
+    """Puts runs into a pack, and says how large it is."""
+    from ..options import Pack, parse
+
+    options = parse(Pack, args, "vlarl-bench pack")
+    if not options.runs:
+        raise BenchError("runs: missing; name one or more run folders")
+    if not options.out:
+        raise BenchError("out: ''; it must not be empty")
+    from .packing import pack as add
+
+    added, before, size = add(options.runs, options.out)
+    print(f"{options.out}: {before + added} runs, {added} of them new, {size / 1e6:.2f} MB")
     return 0
 
 

@@ -6,7 +6,6 @@ import os
 import shlex
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 from ..records import write_text_atomic
@@ -14,7 +13,7 @@ from .lint import lint_published, lint_runs
 from .methods import Method, base_of, best, cell, change, compared_methods, planned_tasks, suites_of
 from .paper import budget_text
 from .published import Published
-from .runs import RunFolder, read_run, training_curve
+from .runs import RunFolder, training_curve
 from .table import spans
 
 MOST_EPISODES = 200_000
@@ -38,11 +37,6 @@ def write_leaderboard(path: str | os.PathLike[str], runs: Iterable[RunFolder], p
     page = make_page(list(runs), published)
     write_text_atomic(path, page)
     return len(page.encode())
-
-
-def find_runs(folder: str | os.PathLike[str]) -> list[RunFolder]:
-    """The run folders directly below a folder."""
-    return [read_run(manifest.parent) for manifest in sorted(Path(folder).glob("*/manifest.json"))]
 
 
 def make_page(runs: Sequence[RunFolder], published: Sequence[Published]) -> str:

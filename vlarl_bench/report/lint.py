@@ -10,8 +10,9 @@ from ..errors import BenchError
 from ..power import episodes_needed
 from ..records import read_json_object
 from .methods import Method, base_of, cell, compared_methods, separation, suites_of
+from .pack import PACK
 from .published import Published, read_published
-from .runs import RunFolder, read_run
+from .runs import RunFolder, read_all
 
 FEW_SEEDS = 3
 """Fewer training seeds than this say next to nothing about a method."""
@@ -25,9 +26,11 @@ def lint(paths: Iterable[str]) -> list[str]:
     findings: list[str] = []
     runs: list[RunFolder] = []
     for path in map(Path, paths):
-        if (path / "manifest.json").exists():
+        if any(
+            (folder / name).exists() for folder, name in ((path, "manifest.json"), (path, PACK), (path.parent, PACK))
+        ):
             try:
-                runs.append(read_run(path))
+                runs += read_all([path])
             except BenchError as error:
                 findings.append(str(error))
         elif path.suffix == ".json":
@@ -46,7 +49,7 @@ def lint_runs(runs: Sequence[RunFolder]) -> list[str]:
         shared = set(run.manifest["protocol"]["train_states"]) & set(run.manifest["protocol"]["eval_states"])
         if shared:
             findings.append(f"{run.folder}: evaluates on {len(shared)} initial states that training may use")
-        explored = sum(row.decoding == "explore" for row in run.base + run.evaluated)
+        explored = sum(int((rows.column("decoding") == "explore").sum()) for rows in (run.base, run.evaluated))
         if explored:
             findings.append(f"{run.folder}: {explored} scored rows were played while exploring, as in training")
     by_protocol: dict[str, list[RunFolder]] = {}

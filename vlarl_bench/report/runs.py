@@ -1,7 +1,9 @@
 """A run folder as reports see it: manifest, config and rows, checked against one another."""
 
+import fnmatch
+import functools
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ import numpy as np
 from ..errors import BenchError
 from ..protocol import Protocol
 from ..records import STOPPED, EpisodeRow, read_json, read_rows
+from .pack import PACK, read_pack
+from .rows import Rows
 
 PLACE_AND_SPEED = frozenset({"seed", "out", "workers", "slots", "threads", "video", "demos"})
 """Entries of a config in which two runs of the same experiment may differ."""
@@ -23,9 +27,11 @@ class RunFolder:
     folder: Path
     manifest: dict[str, Any]
     config: dict[str, Any]
-    rows: tuple[EpisodeRow, ...]
+    rows: Rows
     stopped: dict[str, Any] | None = None
     """In which round (`iteration`) training had destroyed the policy, and the `reason`, if it had."""
+    submitted: dict[str, str] | None = None
+    """Who sent it (`by`, `contact`, `source`, `licence`); None where it is our own."""
 
     def __post_init__(self) -> None:
         protocol, tasks = self.manifest["protocol"], set(self.manifest["evaluation"]["tasks"])
@@ -37,37 +43,53 @@ class RunFolder:
         if self.config.get("seed") != self.manifest["seed"]:
             told, asked = self.manifest["seed"], self.config.get("seed")
             raise BenchError(f"{self.folder}: seed is {told} in manifest.json and {asked} in config.json; altered?")
-        for row in self.rows:
-            where = f"{self.folder}: episode {row.key}"
-            for name in ("run", "policy"):
-                if getattr(row, name) != self.manifest[name]:
-                    raise BenchError(f"{where} is of the {name} {getattr(row, name)!r}, not {self.manifest[name]!r}")
-            if row.protocol != protocol["hash"]:
-                raise BenchError(f"{where} has protocol {row.protocol}, but the manifest says {protocol['label']}")
-            if f"{row.suite}/{row.task}" not in tasks:
-                raise BenchError(f"{where} is of a task that the manifest does not list")
-            if row.phase == "train" and row.init_state not in protocol["train_states"]:
-                raise BenchError(f"{where} trains on an initial state that {protocol['label']} does not train on")
-            if row.phase != "train" and row.init_state not in protocol["eval_states"]:
-                raise BenchError(f"{where} evaluates on an initial state that {protocol['label']} does not hold out")
+        rows, label = self.rows, protocol["label"]
+        train, states = rows.column("phase") == "train", rows.column("init_state")
+        for name in ("run", "policy"):
+            told = self.manifest[name]
+            self._refuse(
+                rows.column(name) != told,
+                lambda row, name=name, told=told: f"is of the {name} {getattr(row, name)!r}, not {told!r}",
+            )
+        self._refuse(
+            rows.column("protocol") != protocol["hash"],
+            lambda row: f"has protocol {row.protocol}, but the manifest says {label}",
+        )
+        for suite, task in set(zip(rows.column("suite"), rows.column("task"), strict=True)):
+            if f"{suite}/{task}" not in tasks:
+                other = (rows.column("suite") == suite) & (rows.column("task") == task)
+                self._refuse(other, lambda _: "is of a task that the manifest does not list")
+        self._refuse(
+            train & ~np.isin(states, protocol["train_states"]),
+            lambda _: f"trains on an initial state that {label} does not train on",
+        )
+        self._refuse(
+            ~train & ~np.isin(states, protocol["eval_states"]),
+            lambda _: f"evaluates on an initial state that {label} does not hold out",
+        )
 
-    @property
-    def evaluated(self) -> tuple[EpisodeRow, ...]:
+    def _refuse(self, wrong: np.ndarray, why: Callable[[EpisodeRow], str]) -> None:
+        """Raises BenchError about the first row that a mask [N] marks, if any."""
+        if wrong.any():
+            row = self.rows[int(wrong.argmax())]
+            raise BenchError(f"{self.folder}: episode {row.key} {why(row)}")
+
+    @functools.cached_property
+    def evaluated(self) -> Rows:
         """The scored rows: `final`, or `eval` in a folder of `vlarl-bench eval`; those of the latest iteration."""
-        phase = "final" if self.compares else "eval"
-        rows = [row for row in self.rows if row.phase == phase]
-        latest = max((row.iteration for row in rows), default=0)
-        return tuple(row for row in rows if row.iteration == latest)
+        rows = self.rows.where(self.rows.column("phase") == ("final" if self.compares else "eval"))
+        iteration = rows.column("iteration")
+        return rows.where(iteration == iteration.max(initial=0))
 
-    @property
-    def base(self) -> tuple[EpisodeRow, ...]:
+    @functools.cached_property
+    def base(self) -> Rows:
         """The base policy's rows."""
-        return tuple(row for row in self.rows if row.phase == "base")
+        return self.rows.where(self.rows.column("phase") == "base")
 
-    @property
+    @functools.cached_property
     def compares(self) -> bool:
         """Whether this is a run (before and after) and not a lone evaluation."""
-        return not any(row.phase == "eval" for row in self.rows)
+        return not (self.rows.column("phase") == "eval").any()
 
     @property
     def title(self) -> str:
@@ -80,7 +102,21 @@ class RunFolder:
     @property
     def decodings(self) -> list[str]:
         """How the scored rows were decoded; the protocol's way if there are none yet."""
-        return sorted({row.decoding for row in self.evaluated + self.base}) or [self.manifest["protocol"]["decoding"]]
+        scored = {*self.evaluated.column("decoding"), *self.base.column("decoding")}
+        return sorted(scored) or [self.manifest["protocol"]["decoding"]]
+
+    @property
+    def missing(self) -> int:
+        """How many of the evaluation episodes that it owes are not there."""
+        plan, missing = self.manifest["evaluation"], 0
+        owed = len(plan["tasks"]) * len(plan["init_states"]) * plan["repeats"]
+        for rows in (self.evaluated, *((self.base,) if self.compares and self.config.get("base") != "scratch" else ())):
+            planned = np.isin(rows.column("init_state"), plan["init_states"]) & (
+                rows.column("repeat") < plan["repeats"]
+            )
+            for decoding in self.decodings:
+                missing += owed - int((planned & (rows.column("decoding") == decoding)).sum())
+        return missing
 
     @property
     def suites(self) -> list[str]:
@@ -103,15 +139,52 @@ def read_run(folder: str | os.PathLike[str]) -> RunFolder:
     manifest, config = read_json(folder / "manifest.json"), read_json(folder / "config.json")
     rows = read_rows(folder / "episodes.jsonl") if (folder / "episodes.jsonl").exists() else []
     stopped = read_json(folder / STOPPED) if (folder / STOPPED).exists() else None
+    return _checked(folder, manifest, config, Rows.of(rows), stopped)
+
+
+def _checked(folder: Path, manifest: Any, config: Any, rows: Rows, stopped: Any, submitted: Any = None) -> RunFolder:
     try:
-        return RunFolder(folder, manifest, config, tuple(rows), stopped)
+        return RunFolder(folder, manifest, config, rows, stopped, submitted)
     except (KeyError, TypeError) as error:
         raise BenchError(f"{folder / 'manifest.json'}: not a manifest of this version ({error!r} is missing)") from None
 
 
+def read_all(paths: Iterable[str | os.PathLike[str]]) -> list[RunFolder]:
+    """Reads run folders, packs, and single runs of packs (PACK/NAME, where NAME may have * and ?), each run once."""
+    found: dict[Path, RunFolder] = {}
+    packs: dict[Path, list[RunFolder]] = {}
+    for path in map(Path, paths):
+        inside = not path.is_dir() and (path.parent / PACK).is_file()
+        if not inside and not (path / PACK).is_file():
+            runs = [read_run(path)]
+        else:
+            pack = path.parent if inside else path
+            runs = packs[pack] = packs.get(pack) or _packed_runs(pack)
+            runs = [run for run in runs if fnmatch.fnmatchcase(run.folder.name, path.name)] if inside else runs
+            if not runs:
+                raise BenchError(f"{path}: {pack} has no run of that name")
+        for run in runs:
+            found.setdefault(run.folder.resolve(), run)
+    return list(found.values())
+
+
+def _packed_runs(pack: Path) -> list[RunFolder]:
+    return [
+        _checked(pack / each.name, each.manifest, each.config, each.rows, each.stopped, each.submitted)
+        for each in read_pack(pack)
+    ]
+
+
+def find_runs(folder: str | os.PathLike[str]) -> list[RunFolder]:
+    """The run folders and packs directly below a folder, if any."""
+    return read_all(
+        found.parent for name in ("manifest.json", PACK) for found in sorted(Path(folder).glob(f"*/{name}"))
+    )
+
+
 def read_runs(folders: Iterable[str | os.PathLike[str]]) -> list[RunFolder]:
-    """Reads several run folders, each once, and refuses those that do not compare."""
-    runs = [read_run(folder) for folder in {Path(folder).resolve(): folder for folder in folders}.values()]
+    """Reads several run folders and packs, each run once, and refuses those that do not compare."""
+    runs = read_all(folders)
     for run in runs[1:]:
         first, other = runs[0].manifest["protocol"], run.manifest["protocol"]
         if first["hash"] != other["hash"]:
@@ -125,13 +198,12 @@ def read_runs(folders: Iterable[str | os.PathLike[str]]) -> list[RunFolder]:
 def training_curve(rows: Iterable[EpisodeRow]) -> tuple[list[float], list[float]]:
     """Environment steps by the end of each round of training, and the success rate of its episodes, as the learner
     explored."""
-    rounds: dict[int, list[EpisodeRow]] = {}
-    for row in rows:
-        if row.phase == "train":
-            rounds.setdefault(row.iteration, []).append(row)
-    order = sorted(rounds)
-    steps = np.cumsum([sum(row.steps for row in rounds[i]) for i in order])
-    return [float(s) for s in steps], [float(np.mean([row.success for row in rounds[i]])) for i in order]
+    rows = rows if isinstance(rows, Rows) else Rows.of(rows)
+    rows = rows.where(rows.column("phase") == "train")
+    _, place, played = np.unique(rows.column("iteration"), return_inverse=True, return_counts=True)
+    taken = np.bincount(place, rows.column("steps"), len(played))
+    successes = np.bincount(place, rows.column("success"), len(played))
+    return np.cumsum(taken).tolist(), (successes / played).tolist()
 
 
 def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -147,7 +147,7 @@ def _record(run: RunFolder, keys: Sequence[str], decoding: str) -> Record:
         **{f"base_{name}": value for name, value in _score(base).items()},
         **(change if change["n_pairs"] else dict.fromkeys(change)),
         "protocol": run.manifest["protocol"]["hash"],
-        "run": str(run.folder),
+        "run": run.folder.name,
     }
 
 
@@ -262,7 +262,7 @@ def protocol_notes(runs: Sequence[RunFolder]) -> tuple[str, ...]:
     states = sorted({state for plan in plans for state in plan["init_states"]})
     repeats = sorted({plan["repeats"] for plan in plans})
     seeds = sorted({run.manifest["seed"] for run in runs})
-    scored = [row for run in runs for row in run.base + run.evaluated]
+    scored = [row for run in runs for rows in (run.base, run.evaluated) for row in rows]
     decodings = sorted({row.decoding for row in scored}) or [protocol["decoding"]]
     notes = [
         f"Covers {'; '.join(coverage)}. Protocol {protocol['label']}. Observation {seen}.",

@@ -1,0 +1,69 @@
+"""Putting finished runs into a pack: `vlarl-bench pack`."""
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from ..errors import BenchError
+from ..records import explained, read_metrics
+from .pack import PACK, Entry, make_entry, read_pack, write_pack
+from .runs import read_run
+
+
+def pack(paths: Iterable[str | os.PathLike[str]], out: str | os.PathLike[str]) -> tuple[int, int, int]:
+    """Adds the runs of run folders and packs to the pack `out`, which is made if need be: all of them or, on an error,
+    none.
+
+    Returns how many were added, how many were there already, and the size in bytes. Raises BenchError for a run that
+    is not finished, and for one whose name is taken by a run with other content.
+    """
+    entries = [entry for path in dict.fromkeys(map(Path, paths)) for entry in read_entries(path)]
+    out = Path(out)
+    if out.exists() and not (out / PACK).exists() and (not out.is_dir() or any(out.iterdir())):
+        raise BenchError(f"out: {out} is there and no pack; name a folder that does not exist yet, or a pack to add to")
+    with _locked(out):
+        before = read_pack(out) if (out / PACK).exists() else []
+        packed = {entry.name: entry for entry in before}
+        for entry in entries:
+            known = packed.setdefault(entry.name, entry)
+            differing = sorted(name for name, _ in known.sha256.items() ^ entry.sha256.items())
+            if differing:
+                raise BenchError(
+                    f"out: {out} already has a run {entry.name} with another {differing[0]}; rename the folder of one, "
+                    "or choose another --out"
+                )
+        size = write_pack(out, list(packed.values()))
+    return len(packed) - len(before), len(before), size
+
+
+def read_entries(path: Path) -> list[Entry]:
+    """What a run folder or a pack holds, ready for another pack."""
+    if (path / PACK).is_file():
+        return read_pack(path)
+    run = read_run(path)
+    if run.missing:
+        raise BenchError(
+            f"{path}: not finished, {run.missing} evaluation episodes are missing; `run --resume` plays them"
+        )
+    metrics = read_metrics(path / "metrics.jsonl") if (path / "metrics.jsonl").exists() else []
+    return [make_entry(path.resolve().name, run.manifest, run.config, run.stopped, run.rows, metrics)]
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One writer at a time."""
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BenchError(f"{folder}: another process is writing here; wait, or use another folder") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(handle)

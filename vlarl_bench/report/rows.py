@@ -1,0 +1,66 @@
+"""Episode rows as columns: what a report reads a million of."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, overload
+
+import numpy as np
+
+from ..records import EpisodeRow, field_types
+
+
+class Rows(Sequence[EpisodeRow]):
+    """Rows in the order of writing: a sequence of `EpisodeRow`, each made when it is asked for, over one array [N] for
+    each of its fields. Reports that see many rows ask for `column` and `where`."""
+
+    def __init__(self, columns: dict[str, np.ndarray]) -> None:
+        self._columns = columns
+
+    @classmethod
+    def of(cls, rows: Iterable[EpisodeRow]) -> "Rows":
+        """Rows that are there one by one. Equal texts are kept once."""
+        rows, seen = list(rows), dict[str, str]()
+        columns: dict[str, np.ndarray] = {}
+        for name, (kind, _) in field_types().items():
+            values = [getattr(row, name) for row in rows]
+            if kind is str:
+                values = [seen.setdefault(value, value) for value in values]
+            try:
+                columns[name] = np.array(values, dtype=object if kind is str else kind)
+            except OverflowError:  # more FLOPs than 63 bits hold
+                columns[name] = np.array(values, dtype=object)
+        return cls(columns)
+
+    @staticmethod
+    def joined(parts: Sequence["Rows"]) -> "Rows":
+        """All rows of several."""
+        if not parts:
+            return Rows.of(())
+        return Rows({name: np.concatenate([part.column(name) for part in parts]) for name in field_types()})
+
+    def column(self, name: str) -> np.ndarray:
+        """[N] values of a field of `EpisodeRow`; texts are objects."""
+        return self._columns[name]
+
+    def where(self, chosen: np.ndarray | slice) -> "Rows":
+        """The rows that a mask [N], indices or a slice choose."""
+        return Rows({name: values[chosen] for name, values in self._columns.items()})
+
+    def __len__(self) -> int:
+        return len(self._columns["run"])
+
+    def __iter__(self) -> Iterator[EpisodeRow]:
+        return (EpisodeRow(*values) for values in zip(*(c.tolist() for c in self._columns.values()), strict=True))
+
+    @overload
+    def __getitem__(self, index: int) -> EpisodeRow: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Rows": ...
+    def __getitem__(self, index: Any) -> Any:
+        return self.where(index) if isinstance(index, slice) else next(iter(self.where([index])))  # type: ignore[arg-type]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Rows):
+            return NotImplemented
+        return all(np.array_equal(values, other.column(name)) for name, values in self._columns.items())
+
+    __hash__ = None  # type: ignore[assignment]
