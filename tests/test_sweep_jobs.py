@@ -5,11 +5,12 @@ import os
 import signal
 import subprocess
 import time
+from types import SimpleNamespace
 
 import pytest
 from sweeps import COMMAND, TOY, environment, history, outcomes, toml, vlarl
 
-from vlarl_bench.sweep_jobs import estimate
+from vlarl_bench.sweep_jobs import State, choose, estimate
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +57,26 @@ def test_a_done_sweep_is_left_alone_and_tells_what_more_would_cost(calm, env):
     assert "missing 2-3" in told
     seconds = sum(attempt.seconds for attempt in before.values()) / 2
     assert f"2 cells to run: about {2 * seconds / 3600:.3g} h" in told
+
+
+def test_cells_of_a_pack_are_done_wherever_they_were_run(calm, env):
+    elsewhere = calm.with_name("elsewhere.toml")
+    elsewhere.write_text(toml({**TOY, "seeds": [0, 1, 2], "packed": "packed"}))
+    assert "3 cells: 3 missing" in vlarl(env, "sweep", elsewhere, "--dry-run")
+    vlarl(env, "pack", *sorted((calm.with_suffix("") / "runs").iterdir()), "--out", calm.with_name("packed"))
+    told = vlarl(env, "sweep", elsewhere, "--dry-run")
+    assert "done 0-1" in told
+    assert "missing 2" in told
+
+
+def test_one_seed_of_all_rows_runs_before_the_next():
+    def cell(name, seed):
+        return SimpleNamespace(name=name, seed=seed, row=SimpleNamespace(seeds=(7, 3)))
+
+    cells = [cell("a", 7), cell("a", 3), cell("b", 7), cell("b", 3)]
+    states = [State("missing"), State("missing"), State("done"), State("interrupted")]
+    chosen = choose(SimpleNamespace(cells=cells), states, retry_failed=False)
+    assert [(found.name, found.seed) for found, _ in chosen] == [("a", 7), ("a", 3), ("b", 3)]
 
 
 def test_the_manifest_names_a_command_that_asks_for_the_same_run(calm, env):
@@ -152,13 +173,11 @@ def test_what_was_altered_in_a_sweeps_folder_is_named_and_never_run(calm, env, t
 
 
 def test_estimates_take_the_finished_cells_that_are_most_alike():
-    from types import SimpleNamespace as Any
-
     def cell(name, policy, suite):
-        return Any(name=name, row=Any(algorithm="a", policy=policy, suite=suite))
+        return SimpleNamespace(name=name, row=SimpleNamespace(algorithm="a", policy=policy, suite=suite))
 
     cells = [cell("1", "p", "s"), cell("2", "p", "s"), cell("3", "p", "t"), cell("4", "p", "s"), cell("5", "q", "u")]
     cells += [cell("6", "p", "v")]
-    done = [Any(word="done", attempt=Any(seconds=seconds)) for seconds in (10.0, 20.0, 60.0)]
-    left = [Any(word="missing", attempt=None)] * 3
+    done = [SimpleNamespace(word="done", attempt=SimpleNamespace(seconds=s)) for s in (10.0, 20.0, 60.0)]
+    left = [SimpleNamespace(word="missing", attempt=None)] * 3
     assert estimate(cells, [*done, *left]) == {"4": 15.0, "5": 30.0, "6": 30.0}

@@ -129,6 +129,8 @@ class SweepFile:
     """Where metrics are shown besides the run folder: wandb, tensorboard or trackio."""
     out: str = ""
     """Folder of the sweep, from the file's own; empty takes the file's name without its suffix."""
+    packed: str = ""
+    """A pack, from the file's own folder: cells that it holds are done, wherever they were run."""
 
 
 DEFAULT = "default"
@@ -256,8 +258,9 @@ def _read_file(data: Mapping[str, Any]) -> SweepFile:
         raise BenchError(f"parallel: {file.parallel}; it must be at least 1")
     if file.tracker and file.tracker not in TRACKERS:
         raise BenchError(f"tracker: {file.tracker!r}; {registry.did_you_mean(file.tracker, TRACKERS)}")
-    if "\0" in file.out:
-        raise BenchError(f"out: {file.out!r}; it must be the name of a folder")
+    for name in ("out", "packed"):
+        if "\0" in getattr(file, name):
+            raise BenchError(f"{name}: {getattr(file, name)!r}; it must be the name of a folder")
     for name in _table(file.settings, "settings"):
         if name not in file.algorithms:
             raise BenchError(f"settings.{name}: not in algorithms; {registry.did_you_mean(name, file.algorithms)}")

@@ -65,7 +65,11 @@ def read_states(sweep: Sweep) -> list[State]:
     folder = sweep.out / "attempts"
     newest = attempts.newest(folder)
     now = attempts.file_clock(folder) if folder.is_dir() and os.access(folder, os.W_OK) else time.time()
-    found = [_state(sweep, cell, newest.get(cell.name), now) for cell in sweep.cells]
+    packed = _packed(sweep)
+    found = [
+        State("done", note="packed") if cell.name in packed else _state(sweep, cell, newest.get(cell.name), now)
+        for cell in sweep.cells
+    ]
     open_cells = {cell.name for cell, state in zip(sweep.cells, found, strict=True) if state.word in TO_RUN}
     waiting = queued(sweep.out, open_cells)
     return [
@@ -74,6 +78,16 @@ def read_states(sweep: Sweep) -> list[State]:
         else state
         for cell, state in zip(sweep.cells, found, strict=True)
     ]
+
+
+def _packed(sweep: Sweep) -> set[str]:
+    """Cells that the sweep's pack holds; the pack comes into being with the first of them."""
+    pack = sweep.path.parent / sweep.file.packed
+    if not sweep.file.packed or not pack.exists():
+        return set()
+    from .report.pack import read_pack
+
+    return {entry.name for entry in read_pack(pack)}
 
 
 def _state(sweep: Sweep, cell: Cell, path: Path | None, now: float) -> State:
@@ -399,6 +413,8 @@ def count(states: Iterable[State]) -> Mapping[Word, int]:
 
 
 def choose(sweep: Sweep, states: Sequence[State], retry_failed: bool) -> list[tuple[Cell, int]]:
-    """The cells to run now, each with the newest attempt that is known of it."""
+    """The cells to run now, each with the newest attempt that is known of it: all of one seed before those of the
+    next, so that a sweep which is cut short has played as much of each row."""
     wanted = (*TO_RUN, "failed") if retry_failed else TO_RUN
-    return [(cell, state.seen) for cell, state in zip(sweep.cells, states, strict=True) if state.word in wanted]
+    chosen = [(cell, state.seen) for cell, state in zip(sweep.cells, states, strict=True) if state.word in wanted]
+    return sorted(chosen, key=lambda item: item[0].row.seeds.index(item[0].seed))
