@@ -7,7 +7,7 @@ STAMP := $(VENV)/.setup-done
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint type bench bench-sim bench-policies bench-updates clean
+.PHONY: help setup demo reproduce test lint type bench bench-sim bench-policies bench-updates clean
 
 help: ## show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,6 +21,10 @@ $(STAMP): pyproject.toml constraints.txt scripts/setup.sh
 
 demo: $(STAMP) ## fine-tune a flow policy with FPO on LIBERO and show what it gained
 	$(BIN)/vlarl-bench run --algo fpo --suite libero
+
+reproduce: $(STAMP) ## run a published run again: make reproduce CELL=results/fpo-demo-seed0
+	@[ -n "$(CELL)" ] || { echo 'make: CELL: missing; name a run folder, or a run of a pack as PACK/NAME' >&2; exit 2; }
+	$(BIN)/vlarl-bench reproduce $(CELL)
 
 test: $(STAMP) ## run the tests in two processes (benchmarks run once, untimed)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --benchmark-disable -n 2 --dist loadfile

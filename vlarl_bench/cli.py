@@ -160,6 +160,16 @@ def _tune(args: list[str]) -> int:
     return 0
 
 
+def _reproduce(args: list[str]) -> int:
+    import dataclasses
+
+    from .options import Reproduce, parse
+    from .reproduce import default_folder, reproduce
+
+    options = parse(Reproduce, args, "vlarl-bench reproduce")
+    return 0 if reproduce(dataclasses.replace(options, out=options.out or default_folder(options.run))) else 1
+
+
 def _demos(args: list[str]) -> int:
     from .config import MOST_WORKERS, check_range, select_tasks
     from .demonstrations import make_demonstrations
@@ -314,6 +324,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "eval": (_eval, "evaluate a policy without training it"),
     "demos": (_demos, "make demonstrations with the suite's scripted expert"),
     "video": (_video, "film one episode of a policy or of the scripted expert"),
+    "reproduce": (_reproduce, "run a published run again and say whether it comes to the same"),
     "tune": (_tune, "try settings of one algorithm on training states, as many trials for each algorithm"),
     "table": (report.table, "print one table of several runs, from their rows on disk"),
     "sweep": (

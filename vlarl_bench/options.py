@@ -275,6 +275,22 @@ class Tune:
 
 
 @dataclass(frozen=True)
+class Reproduce:
+    """Run a published run again, from the same weights, and say whether it comes to the same. Exit status 1 if not."""
+
+    run: tyro.conf.Positional[str]
+    """Run folder, or a run of a pack as PACK/NAME. Of a whole pack, one run is chosen at random."""
+    smoke: bool = False
+    """In less than a minute: whether it still runs, not whether it comes to the same."""
+    demos: str = ""
+    """Demonstrations, where the method learns from any; empty makes what is missing in demos/."""
+    workers: int = 2
+    """Simulator processes; changes the speed, never the rows."""
+    out: str = ""
+    """Run folder, which must not exist; empty takes runs/again-NAME."""
+
+
+@dataclass(frozen=True)
 class Sweep:
     """Run what is missing of a sweep: algorithms x policies x suites x ablations x seeds. docs/sweeps.md tells what
     its file holds. The same command again goes on where the last one stopped."""
