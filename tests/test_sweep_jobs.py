@@ -63,7 +63,9 @@ def test_cells_of_a_pack_are_done_wherever_they_were_run(calm, env):
     elsewhere = calm.with_name("elsewhere.toml")
     elsewhere.write_text(toml({**TOY, "seeds": [0, 1, 2], "packed": "packed"}))
     assert "3 cells: 3 missing" in vlarl(env, "sweep", elsewhere, "--dry-run")
-    vlarl(env, "pack", *sorted((calm.with_suffix("") / "runs").iterdir()), "--out", calm.with_name("packed"))
+    for run in (calm.with_suffix("") / "runs").iterdir():
+        subprocess.run(["cp", "-r", run, calm.with_name(f"renamed-{run.name}")], check=True)
+    vlarl(env, "pack", *sorted(calm.parent.glob("renamed-*")), "--out", calm.with_name("packed"))
     told = vlarl(env, "sweep", elsewhere, "--dry-run")
     assert "done 0-1" in told
     assert "missing 2" in told

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import json
 import os
 import secrets
 import shutil
@@ -34,7 +35,7 @@ from .attempts import BEAT, Attempt, Claim
 from .config import RunConfig
 from .errors import BenchError
 from .records import explained, read_json_object
-from .sweep import Cell, Sweep
+from .sweep import IGNORED, Cell, Sweep
 from .sweep_slurm import COMMAND, ask, job_here, queued
 
 Word = Literal["done", "running", "queued", "failed", "interrupted", "missing", "impossible"]
@@ -81,13 +82,18 @@ def read_states(sweep: Sweep) -> list[State]:
 
 
 def _packed(sweep: Sweep) -> set[str]:
-    """Cells that the sweep's pack holds; the pack comes into being with the first of them."""
+    """Names of the cells that a run of the sweep's pack is: its configuration is the cell's, whatever its name."""
     pack = sweep.path.parent / sweep.file.packed
     if not sweep.file.packed or not pack.exists():
         return set()
     from .report.pack import read_pack
 
-    return {entry.name for entry in read_pack(pack)}
+    def decides(config: Mapping[str, Any]) -> str:
+        kept = {name: value for name, value in config.items() if name not in IGNORED or name == "seed"}
+        return json.dumps(kept, sort_keys=True)
+
+    runs = {decides(entry.config) for entry in read_pack(pack)}
+    return {cell.name for cell in sweep.cells if decides(cell.config.to_dict()) in runs}
 
 
 def _state(sweep: Sweep, cell: Cell, path: Path | None, now: float) -> State:
