@@ -130,7 +130,7 @@ class SweepFile:
     out: str = ""
     """Folder of the sweep, from the file's own; empty takes the file's name without its suffix."""
     packed: str = ""
-    """A pack, from the file's own folder: cells whose configuration a run of it has are done, wherever they were run."""
+    """A pack, from the file's own folder: cells whose configuration a run of it has are done."""
 
 
 DEFAULT = "default"
