@@ -6,12 +6,12 @@ that counts as independent; tasks and initial states are taken as they are.
 """
 
 import math
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import numpy as np
-from scipy.stats import binomtest, quantile_test, ttest_1samp
+from scipy.stats import binom, binomtest, quantile_test, ttest_1samp
 from scipy.stats import t as student
 
 CONFIDENCE = 0.95
@@ -60,20 +60,24 @@ def paired_result(base: Mapping[Episode, bool], final: Mapping[Episode, bool]) -
     """Compares the episodes that are in both; the others do not count. With no pair at all, the interval is [-1, 1]
     and p is 1."""
     pairs = sorted(base.keys() & final.keys())
+    number = {cluster: i for i, cluster in enumerate(dict.fromkeys(pair[:-1] for pair in pairs))}
     changes = np.array([int(final[pair]) - int(base[pair]) for pair in pairs], dtype=int)
-    clusters: dict[Hashable, int] = {pair[:-1]: 0 for pair in pairs}
-    index = {cluster: i for i, cluster in enumerate(clusters)}
-    which = np.array([index[pair[:-1]] for pair in pairs], dtype=int)
-    totals = np.bincount(which, weights=changes, minlength=len(clusters)).round().astype(int)
-    sizes = np.bincount(which, minlength=len(clusters))
+    return paired_changes(changes, np.array([number[pair[:-1]] for pair in pairs], dtype=int))
+
+
+def paired_changes(changes: np.ndarray, clusters: np.ndarray) -> PairedResult:
+    """As `paired_result`, of [P] changes (-1, 0 or 1) and the number of each pair's cluster."""
+    _, which = np.unique(clusters, return_inverse=True)
+    sizes = np.bincount(which)
+    totals = np.bincount(which, weights=changes, minlength=len(sizes)).round().astype(int)
     gained, lost = int((changes > 0).sum()), int((changes < 0).sum())
     low, high = difference_interval(totals, sizes)
     return PairedResult(
-        n_pairs=len(pairs),
-        n_clusters=len(clusters),
+        n_pairs=len(changes),
+        n_clusters=len(sizes),
         gained=gained,
         lost=lost,
-        difference=float(changes.mean()) if len(pairs) else 0.0,
+        difference=float(changes.mean()) if len(changes) else 0.0,
         low=low,
         high=high,
         p_value=sign_flip_p(totals),
@@ -91,17 +95,23 @@ def sign_flip_p(totals: Sequence[int] | np.ndarray) -> float:
 
     totals [C]: the sum of changes in each cluster. If before and after were the same policy, swapping them within a
     cluster would change nothing, so all 2^C sign patterns are equally likely; p is the share of them whose absolute
-    sum is at least the one seen. The totals are integers, so the distribution of the sum is built exactly, one cluster
-    at a time, without drawing patterns. With one pair a cluster this is the exact McNemar test.
+    sum is at least the one seen. The totals are integers, so this is exact, without drawing patterns: n clusters of one
+    size sum to that size times (2 Binomial(n, 1/2) - n). With one pair a cluster this is the exact McNemar test.
     """
-    sizes, seen = np.abs(np.asarray(totals, dtype=int)), int(np.sum(totals))
-    reach = int(sizes.sum())
-    chances = np.zeros(2 * reach + 1)  # of each sum from -reach to reach
-    chances[reach] = 1.0
-    for size in sizes:
-        chances = (np.roll(chances, size) + np.roll(chances, -size)) / 2  # never wraps: |sum| <= reach
-    sums = np.arange(-reach, reach + 1)
-    return min(1.0, float(chances[np.abs(sums) >= abs(seen)].sum()))
+    seen = abs(int(np.sum(totals)))
+    sizes, counts = np.unique(np.abs(np.asarray(totals, dtype=int)), return_counts=True)
+    groups = sorted((int(count), int(size)) for size, count in zip(sizes, counts, strict=True) if size)
+    if not seen:
+        return 1.0
+    chances = np.ones(1)  # of each sum of the groups so far, from the lowest to the highest
+    for count, size in groups[:-1]:
+        sums = np.zeros(2 * count * size + 1)
+        sums[:: 2 * size] = binom.pmf(np.arange(count + 1), count, 0.5)
+        chances = np.convolve(chances, sums)
+    count, size = groups[-1]
+    missing = seen - (np.arange(len(chances)) - len(chances) // 2)  # what the last and largest group must add
+    least = -((-missing - count * size) // (2 * size))
+    return min(1.0, 2 * float(chances @ binom.sf(least - 1, count, 0.5)))
 
 
 def difference_interval(

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from typing import Any
 
+import numpy as np
+
 from ..records import write_text_atomic
 from .lint import lint_published, lint_runs
 from .methods import Method, base_of, best, cell, change, compared_methods, planned_tasks, suites_of
@@ -106,35 +108,35 @@ def _measured_cell(method: Method, suite: str, base: Method | None, is_best: boo
 def _task(method: Method, base: Method | None, suite: str, task: str, single: bool) -> dict[str, Any]:
     """Counts of one task, of all seeds and of each; outcomes: a string for each seed, by initial state and repeat."""
 
-    def of(which: Method) -> dict[int, list[bool]]:
-        found: dict[int, list[bool]] = {seed: [] for seed in which.seeds}
-        for key in sorted(key for key in which.outcomes if key[1:3] == (suite, task)):
-            found[key[0]].append(which.outcomes[key])
-        return found
+    def of(which: Method) -> list[np.ndarray]:
+        at = which.played(suite) & (which.episodes["task"] == task).to_numpy()
+        seeds = which.episodes["seed"].to_numpy()[at]
+        return [which.results[at][seeds == seed] for seed in which.seeds]
 
-    def count(outcomes: Iterable[bool]) -> list[int]:
+    def count(outcomes: Iterable[np.ndarray]) -> list[int]:
         listed = list(outcomes)
-        return [sum(listed), len(listed)]
+        return [sum(int(each.sum()) for each in listed), sum(map(len, listed))]
 
     mine = of(method)
     record: dict[str, Any] = {
         "name": task,
-        "all": count(success for outcomes in mine.values() for success in outcomes),
-        "seeds": [count(outcomes) for outcomes in mine.values()],
+        "all": count(mine),
+        "seeds": [count([outcomes]) for outcomes in mine],
     }
     if base is not None:
-        record["base"] = count(success for outcomes in of(base).values() for success in outcomes)
+        record["base"] = count(of(base))
     if single:
-        record["outcomes"] = ["".join("01"[success] for success in outcomes) for outcomes in mine.values()]
+        record["outcomes"] = ["".join(map(str, outcomes.tolist())) for outcomes in mine]
     return record
 
 
 def _run(run: RunFolder, method: Method, suite: str) -> dict[str, Any]:
-    rows = [row for row in (run.base if method.is_base else run.evaluated) if row.suite == suite]
+    rows = run.base if method.is_base else run.evaluated
+    successes = rows.column("success")[rows.column("suite") == suite]
     return {
         "seed": run.manifest["seed"],
-        "episodes": len(rows),
-        "successes": sum(row.success for row in rows),
+        "episodes": len(successes),
+        "successes": int(successes.sum()),
         "command": shlex.join(["vlarl-bench", *run.manifest["argv"]]),
         "folder": f"{run.folder.name}, initial states {spans(sorted(run.manifest['evaluation']['init_states']))}",
         "code": run.manifest["code"],

@@ -2,24 +2,34 @@
 
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from ..errors import BenchError
-from ..stats import CONFIDENCE, holm, mean, paired_result, seeds_estimate, seeds_interval, wilson_interval
+from ..stats import (
+    CONFIDENCE,
+    PairedResult,
+    holm,
+    mean,
+    paired_changes,
+    seeds_estimate,
+    seeds_interval,
+    wilson_interval,
+)
 from .runs import RunFolder
 from .table import settings_labels
 
 BASE = "base policy"
 
-Episode = tuple[int, str, str, int, int]
-"""(training seed, suite, task, init_state, repeat)"""
+EPISODE = ["seed", "suite", "task", "init_state", "repeat"]
+"""What makes episodes of two methods a pair; `seed` is the training seed."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Method:
     """One line of a comparison: an algorithm with its settings, an evaluation alone, or a base policy."""
 
@@ -33,8 +43,11 @@ class Method:
     runs: tuple[RunFolder, ...]
     seeds: tuple[int, ...]
     """Training seeds; a base policy's are those of the noise it was played with."""
-    outcomes: dict[Episode, bool]
-    """Success of the scored rows of all seeds."""
+    episodes: pd.DataFrame
+    """[N] the distinct episodes that any of the compared methods is scored on, in order: the columns `EPISODE`, and
+    `cluster`, the same number for repeats of one seed, task and initial state. One object for all of them."""
+    results: np.ndarray
+    """[N] of this method on each: 1 success, 0 failure, -1 not played."""
 
     @property
     def label(self) -> str:
@@ -56,16 +69,18 @@ class Method:
     def budget(self) -> dict[str, float]:
         """What the average run spent on training: episodes and environment steps, counted from rows, and what the
         rows say of gradient steps and FLOPs."""
-        train = [row for run in self.runs for row in run.rows if row.phase == "train"]
         spent = {
-            "train_episodes": len(train) / len(self.runs),
-            "env_steps": sum(r.steps for r in train) / len(self.runs),
+            name: sum(run.spent[name] for run in self.runs) / len(self.runs) for name in ("train_episodes", "env_steps")
         }
         for name in ("gradient_steps", "flops"):
-            last = [max((getattr(row, name) for row in run.rows), default=0) for run in self.runs]
+            last = [run.spent[name] for run in self.runs]
             if any(last):
                 spent[name] = float(np.mean(last))
         return dict.fromkeys(spent, 0.0) if self.is_base else spent
+
+    def played(self, suite: str) -> np.ndarray:
+        """[N] mask of the episodes of a suite that it was scored on."""
+        return (self.results >= 0) & (self.episodes["suite"] == suite).to_numpy()
 
 
 def compared_methods(runs: Sequence[RunFolder]) -> list[Method]:
@@ -77,39 +92,76 @@ def compared_methods(runs: Sequence[RunFolder]) -> list[Method]:
         for decoding in run.decodings:
             experiment = (name, run.manifest["policy"], run.manifest["base_checkpoint"], settings, decoding)
             groups.setdefault(experiment, []).append(run)
-    trained = [_method(*key, members, base=False) for key, members in sorted(groups.items())]
-    bases: dict[tuple[str, str, str, str], list[RunFolder]] = {}
-    for run in runs:
-        judged = ", ".join(sorted(run.manifest["evaluation"]["tasks"]))
-        for decoding in {row.decoding for row in run.base}:
-            key = (run.manifest["policy"], run.manifest["base_checkpoint"], judged, decoding)
-            bases.setdefault(key, []).append(run)
-    several = len({judged for _, _, judged, _ in bases}) > 1
-    untrained = [
-        _method(BASE, policy, checkpoint, f"tasks=[{judged}]" if several else "", decoding, members, base=True)
-        for (policy, checkpoint, judged, decoding), members in sorted(bases.items())
-    ]
-    return untrained + trained
-
-
-def _method(
-    name: str, policy: str, checkpoint: str, settings: str, decoding: str, runs: list[RunFolder], base: bool
-) -> Method:
-    runs = sorted(runs, key=lambda run: (run.manifest["seed"], str(run.folder)))
-    if not base:
-        for one, two in itertools.pairwise(runs):
+    trained = [_Group(*key, tuple(_by_seed(members))) for key, members in sorted(groups.items())]
+    for group in trained:
+        for one, two in itertools.pairwise(group.runs):
             if one.manifest["seed"] == two.manifest["seed"]:
                 raise BenchError(
                     f"{one.folder} and {two.folder} are seed {one.manifest['seed']} of the same experiment; give one"
                 )
-    outcomes = {
-        (run.manifest["seed"], row.suite, row.task, row.init_state, row.repeat): row.success
-        for run in runs
-        for row in (run.base if base else run.evaluated)
-        if row.decoding == decoding
-    }
-    seeds = tuple(sorted({run.manifest["seed"] for run in runs}))
-    return Method(name, policy, checkpoint, settings, decoding, tuple(runs), seeds, outcomes)
+    bases: dict[tuple[str, str, str, str], list[RunFolder]] = {}
+    for run in runs:
+        judged = ", ".join(sorted(run.manifest["evaluation"]["tasks"]))
+        for decoding in set(run.base.column("decoding")):
+            key = (run.manifest["policy"], run.manifest["base_checkpoint"], judged, decoding)
+            bases.setdefault(key, []).append(run)
+    several = len({judged for _, _, judged, _ in bases}) > 1
+    untrained = [
+        _Group(BASE, policy, checkpoint, f"tasks=[{judged}]" if several else "", decoding, tuple(_by_seed(members)))
+        for (policy, checkpoint, judged, decoding), members in sorted(bases.items())
+    ]
+    return _methods(untrained + trained)
+
+
+class _Group(NamedTuple):
+    """A method before its episodes are set beside those of others; fields as there."""
+
+    name: str
+    policy: str
+    checkpoint: str
+    settings: str
+    decoding: str
+    runs: tuple[RunFolder, ...]
+
+
+def _by_seed(runs: Iterable[RunFolder]) -> list[RunFolder]:
+    return sorted(runs, key=lambda run: (run.manifest["seed"], str(run.folder)))
+
+
+def _methods(groups: Sequence[_Group]) -> list[Method]:
+    parts = [_scored(group) for group in groups]
+    together = pd.concat([_NOTHING, *parts], ignore_index=True)
+    for name in ("suite", "task"):
+        together[name] = together[name].astype("category")
+    number = together.groupby(EPISODE, observed=True).ngroup().to_numpy()
+    _, first = np.unique(number, return_index=True)
+    episodes = together[EPISODE].iloc[first].reset_index(drop=True)
+    episodes["cluster"] = episodes.groupby(EPISODE[:-1], observed=True).ngroup()
+    methods, start = [], 0
+    for group, part in zip(groups, parts, strict=True):
+        results = np.full(len(episodes), -1, dtype=np.int8)
+        results[number[start : start + len(part)]] = part["success"]
+        start += len(part)
+        seeds = tuple(sorted({run.manifest["seed"] for run in group.runs}))
+        methods.append(Method(*group, seeds, episodes, results))
+    return methods
+
+
+_NOTHING = pd.DataFrame({
+    name: pd.Series(dtype={"suite": object, "task": object, "success": bool}.get(name, np.int64))
+    for name in (*EPISODE, "success")
+})  # fmt: skip
+
+
+def _scored(group: _Group) -> pd.DataFrame:
+    """The scored rows of a group's runs."""
+    found = []
+    for run in group.runs:
+        rows = run.base if group.name == BASE else run.evaluated
+        rows = rows.where(rows.column("decoding") == group.decoding)
+        columns = {name: rows.column(name) for name in (*EPISODE[1:], "success")}
+        found.append(pd.DataFrame({"seed": np.full(len(rows), run.manifest["seed"])} | columns))
+    return pd.concat([_NOTHING, *found], ignore_index=True)
 
 
 def base_of(method: Method, methods: Iterable[Method]) -> Method | None:
@@ -130,13 +182,13 @@ def suites_of(methods: Iterable[Method]) -> list[str]:
 def scores(method: Method, suite: str) -> np.ndarray:
     """Success rates [S, T] over seeds and planned tasks of a suite; NaN where nothing was played."""
     tasks = planned_tasks(method, suite)
-    wins, played = np.zeros((2, len(method.seeds), len(tasks)))
-    at_seed, at_task = {seed: i for i, seed in enumerate(method.seeds)}, {task: i for i, task in enumerate(tasks)}
-    for (seed, its_suite, task, _, _), success in method.outcomes.items():
-        if its_suite == suite:
-            wins[at_seed[seed], at_task[task]] += success
-            played[at_seed[seed], at_task[task]] += 1
-    return np.divide(wins, played, out=np.full_like(wins, np.nan), where=played > 0)
+    at = method.played(suite)
+    shape = (len(method.seeds), len(tasks))
+    cells = pd.Index(method.seeds).get_indexer(method.episodes["seed"][at]) * len(tasks)
+    cells += pd.Index(tasks).get_indexer(method.episodes["task"][at])
+    played = np.bincount(cells, minlength=shape[0] * shape[1]).reshape(shape)
+    wins = np.bincount(cells, method.results[at], shape[0] * shape[1]).reshape(shape)
+    return np.divide(wins, played, out=np.full(shape, np.nan), where=played > 0)
 
 
 def planned_tasks(method: Method, suite: str) -> list[str]:
@@ -158,9 +210,9 @@ def planned_episodes(method: Method, suite: str) -> int:
 def cell(method: Method, suite: str) -> dict[str, Any]:
     """Score and counts of one method on one suite. The interval is over seeds where there are several, else Wilson's
     over episodes; none where episodes are missing."""
-    outcomes = [success for key, success in method.outcomes.items() if key[1] == suite]
+    outcomes = method.results[method.played(suite)]
     table, owed = scores(method, suite), planned_episodes(method, suite)
-    n, successes = len(outcomes), sum(outcomes)
+    n, successes = len(outcomes), int(outcomes.sum())
     found: dict[str, Any] = {
         "algorithm": method.name,
         "policy": method.policy,
@@ -194,28 +246,27 @@ def cell(method: Method, suite: str) -> dict[str, Any]:
 def change(method: Method, base: Method, suite: str) -> dict[str, Any] | None:
     """How a method changed its base policy on shared episodes, with interval and p: over seeds where several are
     shared (Student's t), else over initial states. None without shared episodes."""
-    before, after = ({key: s for key, s in m.outcomes.items() if key[1] == suite} for m in (base, method))
-    shared = before.keys() & after.keys()
-    if not shared:
+    shared = base.played(suite) & method.played(suite)
+    if not shared.any():
         return None
-    paired = paired_result(before, after)
+    paired, by_seed = _paired(base, method, suite)
     found: dict[str, Any] = {
-        "value": paired.difference, "base": sum(before[key] for key in shared) / len(shared), "low": None, "high": None,
-        "p": None, "resamples": "seeds",
+        "value": paired.difference, "base": float(base.results[shared].mean()), "low": None, "high": None, "p": None,
+        "resamples": "seeds",
     }  # fmt: skip
-    by_seed = _changes_by_seed(before, after)
     if len(by_seed) > 1:
         over_seeds = seeds_interval(by_seed)
         return found if over_seeds is None else found | dict(zip(("low", "high", "p"), over_seeds, strict=True))
     return found | {"low": paired.low, "high": paired.high, "p": paired.p_value, "resamples": "initial states"}
 
 
-def _changes_by_seed(before: Mapping[Episode, bool], after: Mapping[Episode, bool]) -> list[float]:
-    """Mean change of each seed's shared episodes."""
-    changes: dict[Any, list[int]] = {}
-    for key in before.keys() & after.keys():
-        changes.setdefault(key[0], []).append(int(after[key]) - int(before[key]))
-    return [float(np.mean(each)) for each in changes.values()]
+def _paired(before: Method, after: Method, suite: str) -> tuple[PairedResult, list[float]]:
+    """How the shared episodes of a suite changed, and the mean change of each seed that has any."""
+    shared = before.played(suite) & after.played(suite)
+    changes = after.results[shared] - before.results[shared]
+    _, seed = np.unique(after.episodes["seed"].to_numpy()[shared], return_inverse=True)
+    by_seed = np.bincount(seed, changes) / np.bincount(seed)
+    return paired_changes(changes, after.episodes["cluster"].to_numpy()[shared]), by_seed.tolist()
 
 
 def separation(methods: Sequence[Method], suite: str) -> tuple[np.ndarray, np.ndarray]:
@@ -230,10 +281,9 @@ def separation(methods: Sequence[Method], suite: str) -> tuple[np.ndarray, np.nd
     pairs = list(itertools.combinations(range(n), 2))
     raw = []
     for i, j in pairs:
-        one, two = ({key: success for key, success in methods[k].outcomes.items() if key[1] == suite} for k in (i, j))
-        paired = paired_result(two, one)
+        paired, by_seed = _paired(methods[j], methods[i], suite)
         differences[i, j], differences[j, i] = paired.difference, -paired.difference
-        over_seeds = seeds_interval(_changes_by_seed(two, one))
+        over_seeds = seeds_interval(by_seed)
         raw.append(1.0 if over_seeds is None else max(paired.p_value, over_seeds[2]))
     for (i, j), value in zip(pairs, holm(raw), strict=True):
         p[i, j] = p[j, i] = value

@@ -164,8 +164,8 @@ def _aggregates(
     found: dict[str, Any] = {
         "algorithm": method.name, "policy": method.policy, "settings": method.settings, "suite": suite,
         "seeds": list(method.seeds), "tasks": table.shape[1],
-        "episodes": sum(key[1] == suite for key in method.outcomes),
-        "successes": sum(success for key, success in method.outcomes.items() if key[1] == suite),
+        "episodes": int(method.played(suite).sum()),
+        "successes": int(method.results[method.played(suite)].sum()),
     }  # fmt: skip
     found |= {name: _pair(seeds_estimate(estimator, table)) for name, estimator in estimators.items()}
     versus_base = None

@@ -13,7 +13,7 @@ class Rows(Sequence[EpisodeRow]):
     each of its fields. Reports that see many rows ask for `column` and `where`."""
 
     def __init__(self, columns: dict[str, np.ndarray]) -> None:
-        self._columns = columns
+        self._columns = {name: columns[name] for name in field_types()}
 
     @classmethod
     def of(cls, rows: Iterable[EpisodeRow]) -> "Rows":

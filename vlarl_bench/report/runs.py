@@ -91,6 +91,14 @@ class RunFolder:
         """Whether this is a run (before and after) and not a lone evaluation."""
         return not (self.rows.column("phase") == "eval").any()
 
+    @functools.cached_property
+    def spent(self) -> dict[str, int]:
+        """What training took: episodes and environment steps, counted from rows, and what the rows say of gradient
+        steps and FLOPs."""
+        train = self.rows.column("phase") == "train"
+        counted = {"train_episodes": int(train.sum()), "env_steps": int(self.rows.column("steps")[train].sum())}
+        return counted | {name: int(self.rows.column(name).max(initial=0)) for name in ("gradient_steps", "flops")}
+
     @property
     def title(self) -> str:
         """What was run; a control says that it is one."""

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from ..errors import BenchError
-from ..records import EpisodeRow
 from ..stats import paired_result, seeds_interval, wilson_interval
+from .rows import Rows
 from .runs import RunFolder
 
 Record = dict[str, Any]
@@ -120,10 +121,7 @@ def summary_table(runs: Sequence[RunFolder]) -> Table:
 def _record(run: RunFolder, keys: Sequence[str], decoding: str) -> Record:
     """The numbers of one line: these tasks of one run."""
     plan = run.manifest["evaluation"]
-    after, base = (
-        {_pair(row): row.success for row in rows if f"{row.suite}/{row.task}" in keys and row.decoding == decoding}
-        for rows in (run.evaluated, run.base)
-    )
+    after, base = (_outcomes(rows, keys, decoding) for rows in (run.evaluated, run.base))
     owed = {
         (*key.split("/", 1), state, repeat)
         for key in keys for state in plan["init_states"] for repeat in range(plan["repeats"])
@@ -151,8 +149,11 @@ def _record(run: RunFolder, keys: Sequence[str], decoding: str) -> Record:
     }
 
 
-def _pair(row: EpisodeRow) -> Episode:
-    return (row.suite, row.task, row.init_state, row.repeat)
+def _outcomes(rows: Rows, keys: Sequence[str], decoding: str) -> dict[Episode, bool]:
+    wanted = pd.Series(rows.column("suite") + "/" + rows.column("task")).isin(keys).to_numpy()
+    rows = rows.where(wanted & (rows.column("decoding") == decoding))
+    pairs = zip(*(rows.column(name).tolist() for name in ("suite", "task", "init_state", "repeat")), strict=True)
+    return dict(zip(pairs, rows.column("success").tolist(), strict=True))
 
 
 def _score(outcomes: dict[Episode, bool]) -> Record:
@@ -262,18 +263,20 @@ def protocol_notes(runs: Sequence[RunFolder]) -> tuple[str, ...]:
     states = sorted({state for plan in plans for state in plan["init_states"]})
     repeats = sorted({plan["repeats"] for plan in plans})
     seeds = sorted({run.manifest["seed"] for run in runs})
-    scored = [row for run in runs for rows in (run.base, run.evaluated) for row in rows]
-    decodings = sorted({row.decoding for row in scored}) or [protocol["decoding"]]
+    scored = [rows for run in runs for rows in (run.base, run.evaluated)]
+    decodings, codes, machines = (
+        sorted({value for rows in scored for value in set(rows.column(name))})
+        for name in ("decoding", "code", "fingerprint")
+    )
     notes = [
         f"Covers {'; '.join(coverage)}. Protocol {protocol['label']}. Observation {seen}.",
-        f"Decoding {', '.join(decodings)}. Held-out initial states {spans(states)}, "
+        f"Decoding {', '.join(decodings or [protocol['decoding']])}. Held-out initial states {spans(states)}, "
         f"{' or '.join(map(str, repeats))} episode(s) each; seed {spans(seeds)}; "
         f"{sum(len(run.base) for run in runs)} base and {sum(len(run.evaluated) for run in runs)} scored episodes. "
-        f"Code {', '.join(sorted({row.code for row in scored})) or '-'}.",
+        f"Code {', '.join(codes) or '-'}.",
     ]
-    machines = {row.fingerprint for row in scored}
     if len(machines) > 1:
-        notes.append(f"Rows come from {len(machines)} machines or installations: {', '.join(sorted(machines))}.")
+        notes.append(f"Rows come from {len(machines)} machines or installations: {', '.join(machines)}.")
     for run in runs:
         if run.stopped:
             notes.append(
