@@ -174,6 +174,17 @@ def test_rows_that_contradict_the_manifest_are_refused(make_run, outcomes, field
         dataclasses.replace(run, rows=(dataclasses.replace(run.rows[0], **fields),))
 
 
+def test_an_unfinished_last_line_is_told(make_run, outcomes):
+    folder = make_run("torn", base=outcomes["half"], final=outcomes["always"])
+    assert not any("unfinished" in note for note in comparison_table(read_run(folder)).notes)
+    log = folder / "episodes.jsonl"
+    log.write_bytes(log.read_bytes()[:-1])
+    for table in (comparison_table(read_run(folder)), summary_table(read_runs([folder]))):
+        (note,) = [note for note in table.notes if "unfinished" in note]
+        assert note.startswith(f"{log}: its last line is unfinished and left out")
+        assert f"vlarl-bench run --resume {folder}" in note
+
+
 def test_training_on_a_held_out_state_is_refused(make_run, outcomes):
     folder = make_run("leak", base=outcomes["never"], final=outcomes["always"], train=((1, True),))
     leak = dataclasses.replace(read_rows(folder / "episodes.jsonl")[-1], init_state=5)

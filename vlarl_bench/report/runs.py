@@ -10,7 +10,8 @@ import numpy as np
 
 from ..errors import BenchError
 from ..protocol import Protocol
-from ..records import STOPPED, EpisodeRow, read_json, read_rows
+from ..records import STOPPED, EpisodeRow, is_torn, read_rows
+from ..sealed import read_sealed
 
 PLACE_AND_SPEED = frozenset({"seed", "out", "workers", "slots", "threads", "video", "demos"})
 """Entries of a config in which two runs of the same experiment may differ."""
@@ -26,6 +27,8 @@ class RunFolder:
     rows: tuple[EpisodeRow, ...]
     stopped: dict[str, Any] | None = None
     """In which round (`iteration`) training had destroyed the policy, and the `reason`, if it had."""
+    torn: tuple[str, ...] = ()
+    """Logs whose last line is unfinished and left out."""
 
     def __post_init__(self) -> None:
         protocol, tasks = self.manifest["protocol"], set(self.manifest["evaluation"]["tasks"])
@@ -100,11 +103,13 @@ def read_run(folder: str | os.PathLike[str]) -> RunFolder:
     folder = Path(folder)
     if not (folder / "manifest.json").is_file():
         raise BenchError(f"{folder}: not a run folder, it has no manifest.json")
-    manifest, config = read_json(folder / "manifest.json"), read_json(folder / "config.json")
+    manifest, config = (read_sealed(folder / name, older=True) for name in ("manifest.json", "config.json"))
     rows = read_rows(folder / "episodes.jsonl") if (folder / "episodes.jsonl").exists() else []
-    stopped = read_json(folder / STOPPED) if (folder / STOPPED).exists() else None
+    stopped = read_sealed(folder / STOPPED, older=True) if (folder / STOPPED).exists() else None
+    logs = [folder / name for name in ("episodes.jsonl", "metrics.jsonl") if (folder / name).exists()]
+    torn = tuple(log.name for log in logs if is_torn(log))
     try:
-        return RunFolder(folder, manifest, config, tuple(rows), stopped)
+        return RunFolder(folder, manifest, config, tuple(rows), stopped, torn)
     except (KeyError, TypeError) as error:
         raise BenchError(f"{folder / 'manifest.json'}: not a manifest of this version ({error!r} is missing)") from None
 
