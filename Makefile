@@ -7,7 +7,7 @@ STAMP := $(VENV)/.setup-done
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo reproduce test lint type bench bench-sim bench-policies bench-updates clean
+.PHONY: help setup demo reproduce test torture lint type bench bench-sim bench-policies bench-updates clean
 
 help: ## show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ lint: $(STAMP) ## ruff: rules and formatting
 
 type: $(STAMP) ## mypy
 	$(BIN)/mypy
+
+torture: $(STAMP) ## kill, fill, flip and unplug everything as often as promised; writes docs/torture.md
+	$(BIN)/python scripts/torture.py
 
 bench: $(STAMP) ## speed of the parts that decide how long a run takes
 	$(BIN)/python -m pytest tests/benchmarks --benchmark-only

@@ -5,7 +5,6 @@
 The model card names the run's command, its tasks and what it scored; reproduce the prior by that command and this one.
 """
 
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from vlarl_bench.policies.store import CARD, read_policy, save_policy
 from vlarl_bench.report.render import to_markdown
 from vlarl_bench.report.runs import RunFolder, read_run
 from vlarl_bench.report.table import comparison_table
+from vlarl_bench.sealed import read_sealed
 from vlarl_bench.stats import wilson_interval
 
 
@@ -26,7 +26,7 @@ def main() -> None:
     policy = spec.load(run / "policy")
     config, _ = read_policy(run / "policy")
     card = {key: config[key] for key in sorted(config.keys() - policy.config.keys())}
-    manifest, asked = (json.loads((run / name).read_text()) for name in ("manifest.json", "config.json"))
+    manifest, asked = (read_sealed(run / name, older=True) for name in ("manifest.json", "config.json"))
     card["made_by"] = shlex.join(["vlarl-bench", *manifest["argv"]])
     folder = PRIORS / name / registry.get("suite", manifest["suite"]).benchmark
     folder.parent.mkdir(parents=True, exist_ok=True)

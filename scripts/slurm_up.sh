@@ -6,12 +6,14 @@
 #   scripts/slurm_up.sh down      ends its jobs and daemons, and removes the folder
 # As root, on Debian or Ubuntu, without systemd or cgroups; it listens on the loopback interface only.
 # SLURM_TEST_ROOT names the folder (needed, but by install), SLURM_TEST_PORT the first of its ports (26800),
-# SLURM_TEST_CPUS how many CPUs the node claims to have (8: more than there are, so that toy jobs need not wait).
+# SLURM_TEST_CPUS how many CPUs the node claims to have (8: more than there are, so that toy jobs need not wait),
+# SLURM_TEST_ARRAY the most jobs of one array (1001).
 set -euo pipefail
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 root=${SLURM_TEST_ROOT:-}
 port=${SLURM_TEST_PORT:-26800}
 cpus=${SLURM_TEST_CPUS:-8}
+array=${SLURM_TEST_ARRAY:-1001}
 host=$(hostname -s)
 socket=$root/munge/socket
 export SLURM_CONF=$root/slurm.conf
@@ -77,7 +79,7 @@ JobRequeue=1
 KillWait=5
 OverTimeLimit=0
 MinJobAge=600
-MaxArraySize=1001
+MaxArraySize=$array
 DefMemPerCPU=256
 NodeName=n1 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 1)) CPUs=$cpus CoresPerSocket=$cpus RealMemory=$(awk '/MemTotal/{print int($2/1024)}' /proc/meminfo) State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=10
@@ -127,5 +129,5 @@ case ${1:-} in
     up) up ;;
     env) echo "export SLURM_CONF=$SLURM_CONF" ;;
     down) down ;;
-    *) sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+    *) sed -n '2,10s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
 esac

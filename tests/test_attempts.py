@@ -10,9 +10,10 @@ from dataclasses import asdict, replace
 import pytest
 
 from vlarl_bench import attempts
-from vlarl_bench.attempts import Claim, is_alive, newest, read_attempt, take, write_sealed
+from vlarl_bench.attempts import Claim, is_alive, newest, read_attempt, take
 from vlarl_bench.errors import BenchError
 from vlarl_bench.records import EpisodeLog, EpisodeRow, read_rows
+from vlarl_bench.sealed import write_sealed
 
 fork = multiprocessing.get_context("fork")
 
@@ -33,7 +34,8 @@ def processes(number, target, *arguments):
     return found
 
 
-def test_of_64_processes_one_gets_the_cell_and_again_when_it_is_dead(tmp_path):
+@pytest.mark.torture
+def test_of_64_processes_one_gets_the_cell_and_again_when_it_is_dead(tmp_path, record_property):
     for number in (1, 2):
         answers = fork.SimpleQueue()
         crowd = processes(64, contend, tmp_path, answers)
@@ -47,6 +49,7 @@ def test_of_64_processes_one_gets_the_cell_and_again_when_it_is_dead(tmp_path):
         assert (attempt.pid, attempt.number, attempt.outcome) == (*winners, number, "")
         assert not is_alive(path, attempt)
     assert sorted(os.listdir(tmp_path)) == ["cell.0001.json", "cell.0002.json"]
+    record_property("torture", "64 processes after one cell, twice: 1 winner each time")
 
 
 def test_a_process_that_was_killed_or_whose_id_another_has_is_dead(tmp_path):
@@ -94,6 +97,30 @@ def test_a_holder_elsewhere_lives_by_its_heartbeat_whatever_the_clocks_say(far, 
     assert not is_alive(path, far.attempt)
     assert far.beat()
     assert is_alive(path, far.attempt)
+
+
+def test_after_a_clock_was_set_back_a_dead_holder_does_not_seem_alive_for_ever(far, tmp_path):
+    path, day = tmp_path / far.attempt.file, 86400
+    os.utime(path, (attempts.file_clock(tmp_path) + day,) * 2)
+    assert not is_alive(path, far.attempt)
+    assert far.beat()  # one that lives tells so by the new clock
+    assert is_alive(path, far.attempt)
+
+
+def test_wall_time_is_counted_by_the_file_systems_clock(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 1e9)
+    take(tmp_path, "cell", seen=0)
+    monkeypatch.setattr(attempts, "is_alive", lambda *_: False)
+    assert 0 <= take(tmp_path, "cell", seen=0).attempt.seconds < 60
+
+
+def test_an_attempt_whose_folder_is_gone_is_not_written_anew(tmp_path):
+    claim = take(tmp_path / "attempts", "cell", seen=0)
+    (tmp_path / "attempts").rename(tmp_path / "moved")
+    assert not claim.beat()
+    with pytest.raises(BenchError, match=r"cell\.0001\.json: no such file"):
+        claim.end("done")
+    assert not (tmp_path / "attempts").exists()
 
 
 def test_a_holder_that_was_given_up_is_told_so(far, tmp_path):
@@ -165,8 +192,9 @@ def append(folder, barrier, answers, shared):
         raise
 
 
+@pytest.mark.torture
 @pytest.mark.parametrize("shared", [False, True])
-def test_64_processes_append_rows_at_once_and_none_is_lost_or_torn(tmp_path, shared):
+def test_64_processes_append_rows_at_once_and_none_is_lost_or_torn(tmp_path, shared, record_property):
     """Each cell has a file of its own. Where 64 are after one, one writes it and the others are told."""
     answers = fork.SimpleQueue()
     crowd = processes(64, append, tmp_path, answers, shared)
@@ -183,3 +211,4 @@ def test_64_processes_append_rows_at_once_and_none_is_lost_or_torn(tmp_path, sha
     for file in files:
         lines = file.read_text().splitlines()
         assert [json.loads(line)["repeat"] for line in lines] == list(range(20))
+    record_property("torture", f"64 processes, {len(files)} files: {len(rows)} rows, none lost, none torn")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torture import count
 
 from vlarl_bench.checkpoint import checkpoints, load_checkpoint, load_latest, save_checkpoint
 from vlarl_bench.errors import BenchError
@@ -185,7 +186,7 @@ from vlarl_bench.checkpoint import load_latest, save_checkpoint
 torch.set_num_threads(1)
 rng = random.Random(0)
 folder, newest, seen = sys.argv[1], 0, set()
-for attempt in range(20):
+for attempt in range(int(sys.argv[2])):
     child = os.fork()
     if child == 0:
         iteration = newest
@@ -208,6 +209,10 @@ assert newest > 3 and ".tmp" in seen, (newest, seen)
 """
 
 
-def test_kill_9_never_leaves_a_half_checkpoint(tmp_path):
-    done = subprocess.run([sys.executable, "-c", KILL, str(tmp_path / "c")], capture_output=True, text=True)
+@pytest.mark.torture
+def test_kill_9_never_leaves_a_half_checkpoint(tmp_path, record_property):
+    kills = count(20, 200)
+    command = [sys.executable, "-c", KILL, str(tmp_path / "c"), str(kills)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    record_property("torture", f"{kills} kills inside the writer; the newest checkpoint was whole each time")

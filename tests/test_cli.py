@@ -10,6 +10,7 @@ from vlarl_bench.cli import main
 from vlarl_bench.config import BUDGETS, RunConfig
 from vlarl_bench.errors import BenchError
 from vlarl_bench.run import _claimed
+from vlarl_bench.sealed import read_sealed
 
 RUN = ["run", "--algo", "fpo", "--suite", "libero", "--no-video"]
 HEAVY = ("torch", "transformers", "mujoco", "libero", "robosuite", "scipy", "matplotlib", "pandas")
@@ -97,6 +98,9 @@ def test_help_shows_defaults_units_and_the_preset(capsys):
         (["list", "--jsno"], "list: unknown option '--jsno'; did you mean '--json'?"),
         (["doctor", "--fix"], "doctor: unknown option '--fix'; "),
         (["run", "--resume", "no-such-run"], "resume: no-such-run is not a run folder; it has no config.json"),
+        (["sweep"], "algo: missing; name a sweep file, or give --algo, --suite and --out in its place"),
+        (["sweep", "--algo", "fpo", "--suite", "libero"], "out: missing; name a sweep file"),
+        (["sweep", "--algo", "fpoo", "--suite", "libero", "--out", "x"], "algorithms[0]: algorithm: 'fpoo' is not "),
         (["run", "--resume", "x", "--algo", "fpo"], "Unrecognized options: --algo, fpo"),
     ],
 )
@@ -164,7 +168,7 @@ def test_a_folder_is_taken_once_and_given_back_if_nothing_was_started(tmp_path):
     config = RunConfig("sft", "libero", "pi0-tiny", BUDGETS["smoke"], settings, str(tmp_path / "run"), base="scratch")
     mine = _claimed(config, resume=False)
     out = mine.__enter__()
-    assert json.loads((out / "config.json").read_text()) == config.to_dict()
+    assert read_sealed(out / "config.json") == json.loads(json.dumps(config.to_dict()))
     with pytest.raises(BenchError, match="exists; choose another folder"):
         _claimed(config, resume=False).__enter__()
     assert mine.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None) is False
@@ -210,6 +214,9 @@ def test_a_run_folder_is_not_a_policy_and_an_evaluation_does_not_resume(capsys, 
     assert f"is a run folder; pass {tmp_path / 'policy'}" in capsys.readouterr().err
     assert main(["run", "--resume", str(tmp_path)]) == 2
     assert "is an evaluation, and only runs resume" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text("")
+    assert main(["run", "--resume", str(tmp_path)]) == 2
+    assert "killed before it began; remove the folder and start again" in capsys.readouterr().err
 
 
 def test_a_deleted_working_directory_and_a_closed_output(tmp_path):

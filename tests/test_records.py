@@ -2,6 +2,7 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from vlarl_bench.records import (
     MetricsLog,
     atomic_file,
     explain_oserror,
+    is_torn,
     read_json,
     read_metrics,
     read_rows,
@@ -87,6 +89,41 @@ def test_a_torn_last_line_is_dropped_and_the_rest_kept(tmp_path, kept):
         assert log.rows == tuple(rows(2))
         log.append(rows(3)[2])
     assert path.read_bytes() == whole
+
+
+def test_a_torn_last_line_is_told(tmp_path):
+    path = tmp_path / "e.jsonl"
+    with EpisodeLog(path) as log:
+        assert log.torn == 0
+        assert not is_torn(path)
+        log.append_all(rows(2))
+    assert not is_torn(path)
+    path.write_bytes(path.read_bytes()[:-1])
+    assert is_torn(path)
+    with EpisodeLog(path) as log:
+        assert log.torn == len(path.read_bytes()) - 1 > 100
+    assert not is_torn(path)
+
+
+@pytest.mark.parametrize("how", ["moved", "removed", "replaced"])
+def test_a_file_that_is_no_longer_in_its_place_is_not_written(tmp_path, how):
+    path = tmp_path / "run" / "e.jsonl"
+    log = EpisodeLog(path)
+    log.append(rows(2)[0])
+    path.parent.rename(tmp_path / "moved")
+    if how == "removed":
+        shutil.rmtree(tmp_path / "moved")
+    if how == "replaced":
+        EpisodeLog(path).close()
+    with pytest.raises(BenchError, match=r"e\.jsonl: moved, removed or unmounted .* continue with --resume"):
+        log.append(rows(2)[1])
+    log.close()
+    assert path.exists() == (how == "replaced")
+    if how == "moved":
+        (tmp_path / "moved").rename(path.parent)
+        with EpisodeLog(path) as log:
+            log.append(rows(2)[1])
+        assert read_rows(path) == rows(2)
 
 
 def test_every_flipped_byte_is_named_by_file_and_line(tmp_path):

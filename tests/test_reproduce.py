@@ -1,7 +1,6 @@
 """What is said of a published run and its repetition. One is run again for real, at smoke size, by `.ci/run`."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +8,7 @@ import pytest
 from vlarl_bench import cli
 from vlarl_bench.report.runs import read_all
 from vlarl_bench.reproduce import verdict
+from vlarl_bench.sealed import read_sealed, write_sealed
 
 from .report.conftest import make_run  # noqa: F401  (a fixture)
 
@@ -55,8 +55,7 @@ def test_what_cannot_be_run_again_is_told_in_one_line(tmp_path, capsys):
     copy.mkdir()
     for name in ("manifest.json", "config.json", "episodes.jsonl"):
         (copy / name).write_bytes((published / name).read_bytes())
-    manifest = json.loads((copy / "manifest.json").read_text())
-    (copy / "manifest.json").write_text(json.dumps({**manifest, "base_checkpoint": "0" * 12}))
+    write_sealed(copy / "manifest.json", {**read_sealed(copy / "manifest.json"), "base_checkpoint": "0" * 12})
     for run, told in ((copy, "it started from 000000000000, and --base prior is"), (tmp_path, "manifest.json")):
         assert cli.main(["reproduce", str(run), "--out", str(tmp_path / "out")]) == 2
         (line,) = capsys.readouterr().err.splitlines()

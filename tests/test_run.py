@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from vlarl_bench.records import LossLog, read_metrics, read_rows
+from vlarl_bench.sealed import read_sealed, write_sealed
 
 COMMAND = [str(Path(sys.executable).parent / "vlarl-bench")]
 SMALL = [
@@ -242,12 +243,12 @@ def test_a_damaged_checkpoint_is_passed_over_and_a_foreign_folder_refused(whole,
     assert "no checkpoint to go on from" in kept.stderr
     assert (folder / "episodes.jsonl").read_bytes() == before
     for name in ("base_checkpoint", "run"):  # another prior is installed now; the folder was renamed
-        manifest = json.loads((folder / "manifest.json").read_text())
-        (folder / "manifest.json").write_text(json.dumps(manifest | {name: "0123456789ab"}))
+        manifest = read_sealed(folder / "manifest.json")
+        write_sealed(folder / "manifest.json", manifest | {name: "0123456789ab"})
         changed = vlarl("run", "--resume", folder, check=False)
         assert changed.returncode == 2
         assert "was 0123456789ab and is now" in changed.stderr.splitlines()[-1]
-        (folder / "manifest.json").write_text(json.dumps(manifest))
+        write_sealed(folder / "manifest.json", manifest)
     empty = tmp_path / "empty"
     empty.mkdir()
     refused = vlarl("run", "--resume", empty, check=False)

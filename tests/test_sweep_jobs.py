@@ -10,6 +10,8 @@ from types import SimpleNamespace
 import pytest
 from sweeps import COMMAND, TOY, environment, history, outcomes, toml, vlarl
 
+from vlarl_bench.cli import main
+from vlarl_bench.sealed import read_sealed, write_sealed
 from vlarl_bench.sweep_jobs import State, choose, estimate
 
 
@@ -121,6 +123,8 @@ def test_kill_9_of_all_of_it_then_the_same_command_goes_on(calm, env, tmp_path):
     assert "1 cell: 1 done" in vlarl(env, "sweep", file)
     assert outcomes(out).items() < outcomes(calm.with_suffix("")).items()
     assert [attempt.number for attempt in history(out).values()] == [2]
+    file.write_text(toml({**TOY, "seeds": [2]}))
+    assert f"besides: 1 cells in {out} that the file no longer names" in vlarl(env, "status", file)
 
 
 def test_two_people_on_one_sweep_and_cancel(calm, env, tmp_path):
@@ -158,11 +162,11 @@ def test_what_was_altered_in_a_sweeps_folder_is_named_and_never_run(calm, env, t
     for name in ("runs", "cells", "attempts"):
         (out / name / f"{cell}.pkl").write_bytes(evil)
     (run / "checkpoints" / "state.pkl").write_bytes(evil)
-    config = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps({**config, "slots": 3}))
+    config = read_sealed(run / "config.json")
+    write_sealed(run / "config.json", {**config, "slots": 3})
     told = vlarl(env, "sweep", file, status=1)
     assert "config.json: slots is 3, but the sweep's cell has 2" in told
-    (run / "config.json").write_text(json.dumps(config))
+    write_sealed(run / "config.json", config)
     path = out / "cells" / f"{cell}.json"
     content = path.read_text()
     path.write_text(content.replace('"slots": 2', '"slots": 4'))
@@ -172,6 +176,32 @@ def test_what_was_altered_in_a_sweeps_folder_is_named_and_never_run(calm, env, t
     path.write_text(content)
     assert "1 cell: 1 done" in vlarl(env, "sweep", file, "--retry-failed")
     assert not (tmp_path / "owned").exists()
+
+
+def test_options_write_the_file_that_they_stand_for_and_go_on_with_it(tmp_path, capsys, monkeypatch):
+    asked = ["sweep", "--algo", "fpo", "dppo", "--suite", "libero_object", "--seeds", "0", "3", "--budget", "smoke"]
+    asked += ["--out", str(tmp_path / "mine")]
+    assert main([*asked, "--dry-run"]) == 0
+    assert "4 cells: 4 missing" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir()), "a plan leaves nothing behind"
+    monkeypatch.setenv("PATH", "")
+    assert main([*asked, "--executor", "slurm"]) == 2
+    assert "slurm: scontrol does not answer" in capsys.readouterr().err
+    file = tmp_path / "mine.toml"
+    axes = 'algorithms = ["fpo", "dppo"]\npolicies = ["pi0-tiny"]\nsuites = ["libero_object"]\nseeds = [0, 3]\n'
+    assert file.read_text() == axes + 'budget = "smoke"\n'
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "mine.toml"]
+    assert main([*asked, "--dry-run"]) == 0
+    assert main([*asked, "--seeds", "4", "--dry-run"]) == 2
+    assert f"out: {file} says something else than these options" in capsys.readouterr().err
+
+
+@pytest.mark.torture
+def test_executor_debug_ends_with_the_same_rows(calm, env, tmp_path):
+    file = tmp_path / "here.toml"
+    file.write_text(toml({**TOY, "seeds": [0]}))
+    assert "1 cell: 1 done" in vlarl(env, "sweep", file, "--executor", "debug")
+    assert outcomes(tmp_path / "here").items() < outcomes(calm.with_suffix("")).items()
 
 
 def test_estimates_take_the_finished_cells_that_are_most_alike():

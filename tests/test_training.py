@@ -1,10 +1,11 @@
-"""When training has gone on for too long without a success."""
+"""When training has gone on for too long without a success, and what it goes on from."""
 
 import pytest
 
-from vlarl_bench.errors import Diverged
-from vlarl_bench.records import EpisodeLog
-from vlarl_bench.training import COLLAPSED, _check_collapse
+from vlarl_bench.checkpoint import Restored
+from vlarl_bench.errors import BenchError, Diverged
+from vlarl_bench.records import EpisodeLog, MetricsLog
+from vlarl_bench.training import COLLAPSED, _check_collapse, check_whole
 
 from .test_records import row
 
@@ -23,3 +24,20 @@ def test_collapse_is_many_failures_after_a_success(tmp_path, first, failures, st
                 _check_collapse(log)
         else:
             _check_collapse(log)
+
+
+@pytest.mark.parametrize("short", ["", "episodes.jsonl", "metrics.jsonl"])
+def test_logs_that_lost_whole_lines_since_the_checkpoint_are_named(tmp_path, short):
+    with EpisodeLog(tmp_path / "episodes.jsonl") as log, MetricsLog(tmp_path / "metrics.jsonl") as metrics:
+        log.append_all(row(phase=phase, iteration=i) for phase, i in (("base", 0), ("train", 1), ("train", 2)))
+        metrics.append({"iteration": 1})
+        metrics.append({"iteration": 2})
+        lines = {"episodes.jsonl": 2, "metrics.jsonl": 1}  # by the end of round 1
+        check_whole(Restored(1, {}, []), log, metrics)  # a checkpoint of an earlier version
+        if not short:
+            check_whole(Restored(1, {"lines": lines}, []), log, metrics)
+            return
+        lines[short] += 1
+        found = f"{lines[short] - 1} lines up to round 1, but its checkpoint was made with {lines[short]}"
+        with pytest.raises(BenchError, match=f"{short}: {found}"):
+            check_whole(Restored(1, {"lines": lines}, []), log, metrics)

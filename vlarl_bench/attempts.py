@@ -10,20 +10,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
 import os
 import re
 import socket
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from .config import read
 from .errors import BenchError
-from .records import explained, fsync, read_json_object, write_json_atomic
+from .records import explained, fsync
+from .sealed import read_sealed, write_sealed
 
 BEAT = 15.0
 """Seconds between two heartbeats."""
@@ -50,7 +48,7 @@ class Attempt:
     job: str
     """SLURM job, or empty."""
     begun: float
-    """Seconds since 1970, by the holder's clock."""
+    """Seconds since 1970, by the file system's clock."""
     log: str
     """Its output, from the sweep's folder; empty where it went to the terminal."""
     outcome: Outcome = ""
@@ -63,23 +61,6 @@ class Attempt:
     def file(self) -> str:
         """Name of its file."""
         return f"{self.cell}.{self.number:04d}.json"
-
-
-def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON object whole or not at all, with a digest of itself."""
-    write_json_atomic(path, {**content, "sha256": _digest(content)})
-
-
-def read_sealed(path: Path) -> dict[str, Any]:
-    """Reads what `write_sealed` wrote. Raises BenchError naming the file if anything in it was altered."""
-    content = read_json_object(path)
-    # The text, too: two numbers may be written differently and still be read as the same.
-    as_written = path.read_text(encoding="utf-8", errors="replace") == json.dumps(content, indent=2) + "\n"
-    if content.pop("sha256", None) != _digest(content) or not as_written:
-        raise BenchError(
-            f"{path}: damaged: its content does not match its SHA-256; restore it from a copy or remove it"
-        )
-    return content
 
 
 def newest(folder: Path) -> dict[str, Path]:
@@ -114,7 +95,8 @@ def is_alive(path: Path, attempt: Attempt, now: float | None = None) -> bool:
         beat = path.stat().st_mtime
     except FileNotFoundError:
         return False
-    return (file_clock(path.parent) if now is None else now) - beat < EXPIRES
+    # A beat from the future is no sign of life, either: that clock was set back, and the living beat again.
+    return abs((file_clock(path.parent) if now is None else now) - beat) < EXPIRES
 
 
 def is_here(attempt: Attempt) -> bool:
@@ -145,19 +127,24 @@ class Claim:
         """Shows that the holder lives; False if another took the cell, because this one seemed dead for too long."""
         path = self._folder / self.attempt.file
         following = dataclasses.replace(self.attempt, number=self.attempt.number + 1)
-        if (self._folder / following.file).exists():
-            return False
         try:
+            if (self._folder / following.file).exists():
+                return False
             os.utime(path)
         except FileNotFoundError:
             return False
+        except OSError:  # a network folder that does not answer now may do so at the next beat
+            return True
         return True
 
     def end(self, outcome: Outcome, error: str = "") -> Attempt:
-        """Writes down how it ended."""
+        """Writes down how it ended. Raises BenchError if the folder is gone: it is not made anew elsewhere."""
+        path = self._folder / self.attempt.file
+        with explained(path):
+            path.stat()
         seconds = self._earlier + time.monotonic() - self._begun
         self.attempt = dataclasses.replace(self.attempt, outcome=outcome, error=error, seconds=round(seconds, 3))
-        write_sealed(self._folder / self.attempt.file, dataclasses.asdict(self.attempt))
+        write_sealed(path, dataclasses.asdict(self.attempt))
         return self.attempt
 
 
@@ -182,12 +169,22 @@ def take(folder: Path, cell: str, seen: int, log: bool = True, job: str = "") ->
             seconds += max(0.0, path.stat().st_mtime - last.begun)
     output = f"logs/{cell}.{number:04d}.log" if log else ""
     pid = os.getpid()
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     attempt = Attempt(
-        cell, number, socket.gethostname(), _space(), pid, _started(pid), job, time.time(), output, seconds=seconds
+        cell=cell,
+        number=number,
+        host=socket.gethostname(),
+        space=_space(),
+        pid=pid,
+        started=_started(pid),
+        job=job,
+        begun=file_clock(folder),
+        log=output,
+        seconds=seconds,
     )
     temporary = folder / f".{cell}.{socket.gethostname()}.{pid}.tmp"
     with explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
         try:
             write_sealed(temporary, dataclasses.asdict(attempt))
             os.link(temporary, folder / attempt.file)
@@ -210,10 +207,6 @@ def newest_of(folder: Path, cell: str) -> Path | None:
 def where(attempt: Attempt) -> str:
     """Who holds an attempt."""
     return f"job {attempt.job} on {attempt.host}" if attempt.job else f"process {attempt.pid} on {attempt.host}"
-
-
-def _digest(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(dict(content), sort_keys=True).encode()).hexdigest()
 
 
 @functools.cache

@@ -71,15 +71,15 @@ def _run(args: list[str]) -> int:
 
     resuming = any(arg.split("=")[0] == "--resume" for arg in args)
     if resuming:
-        from .records import read_json
+        from .sealed import read_sealed
 
         resume = parse(Resume, args, "vlarl-bench run")
         file = Path(resume.resume) / "config.json"
         if not file.is_file():
             raise BenchError(f"resume: {resume.resume} is not a run folder; it has no config.json")
-        stored = read_json(file)
-        if not isinstance(stored, dict):
-            raise BenchError(f"resume: {file} does not hold a configuration")
+        if not file.stat().st_size:
+            raise BenchError(f"resume: {resume.resume}: killed before it began; remove the folder and start again")
+        stored = read_sealed(file, older=True)
         if "states" in stored:
             raise BenchError(f"resume: {resume.resume} is an evaluation, and only runs resume; evaluate again")
         changes = {"workers": resume.workers} if resume.workers else {}

@@ -293,10 +293,24 @@ class Reproduce:
 @dataclass(frozen=True)
 class Sweep:
     """Run what is missing of a sweep: algorithms x policies x suites x ablations x seeds. docs/sweeps.md tells what
-    its file holds. The same command again goes on where the last one stopped."""
+    its file holds. The same command again goes on where the last one stopped.
 
-    file: tyro.conf.Positional[str]
+    `--algo`, `--suite` and `--out` in place of a file write the file that they stand for, and go on with it."""
+
+    file: tyro.conf.Positional[str] = ""
     """Sweep file (TOML)."""
+    algo: tuple[str, ...] = ()
+    """Without a file: algorithms ..."""
+    policy: tuple[str, ...] = (DEFAULT_POLICY,)
+    """... policies ..."""
+    suite: tuple[str, ...] = ()
+    """... suites ..."""
+    seeds: tuple[int, ...] = (0,)
+    """... seeds ..."""
+    budget: str = "quick"
+    """... the preset of the budget ..."""
+    out: str = ""
+    """... and the sweep's folder; the file is written beside it, as OUT.toml."""
     executor: Literal["local", "slurm", "debug"] = "local"
     """Where cells run: processes of this machine, array jobs of a SLURM cluster, or this very process, one by one."""
     dry_run: bool = False

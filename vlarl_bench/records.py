@@ -102,6 +102,9 @@ Record = TypeVar("Record")
 class _Log(Generic[Record]):
     """Append-only JSON lines, each with the crc32 of its own content. One writer at a time (advisory lock)."""
 
+    torn: int
+    """Bytes of a last line without an end, which opening removed."""
+
     def __init__(
         self,
         path: str | os.PathLike[str],
@@ -128,6 +131,7 @@ class _Log(Generic[Record]):
             for number, start, record in entries:
                 self._accept(record, start, f"{self.path}:{number}")
             with explained(self.path):
+                self.torn = self._file.seek(0, os.SEEK_END) - self._size
                 self._file.truncate(self._size)
         except BaseException:
             self._file.close()
@@ -151,6 +155,7 @@ class _Log(Generic[Record]):
             for record in records:
                 if self._accept(record, self._size + len(data), str(self.path)):
                     data += log_line(self._encode(record))
+            self._check_place()
             with explained(self.path):
                 written = 0
                 while written < len(data):
@@ -163,6 +168,19 @@ class _Log(Generic[Record]):
             self._records, self._starts = known, starts
             raise
         self._size += len(data)
+
+    def _check_place(self) -> None:
+        """Raises BenchError if the file is no longer where it was opened: what is written next would be elsewhere."""
+        mine = os.fstat(self._file.fileno())
+        try:
+            there = self.path.stat()
+        except OSError:
+            there = None
+        if there is None or (there.st_dev, there.st_ino) != (mine.st_dev, mine.st_ino):
+            raise BenchError(
+                f"{self.path}: moved, removed or unmounted while the run went on; put the folder back, and continue "
+                "with --resume"
+            )
 
     def rewind(self, iteration: int) -> int:
         """Forgets every record later than `iteration`, and whatever follows the first of them.
@@ -257,12 +275,22 @@ class LossLog(_Log[dict[str, Any]]):
 
 
 def read_rows(path: str | os.PathLike[str]) -> list[EpisodeRow]:
-    """Rows for a report. Leaves the file alone: a run may be writing, so an unfinished last line is skipped."""
+    """Rows for a report. Leaves the file alone: a run may be writing, so an unfinished last line is skipped
+    (`is_torn` tells)."""
     rows: dict[Key, EpisodeRow] = {}
     for number, _, row in _parse(Path(path), EpisodeRow.from_json)[0]:
         if rows.setdefault(row.key, row) != row:
             raise BenchError(f"{path}:{number}: {row.key} is already recorded with other content; one of them is wrong")
     return list(rows.values())
+
+
+def is_torn(path: str | os.PathLike[str]) -> bool:
+    """Whether a log's last line has no end: its writer was killed, or is writing right now."""
+    with explained(path), open(path, "rb") as file:
+        if not file.seek(0, os.SEEK_END):
+            return False
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -388,5 +416,5 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         data = Path(path).read_bytes()
     try:
         return json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BenchError(f"{path}: not valid JSON ({error}); restore it from a copy") from None

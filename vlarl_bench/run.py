@@ -25,20 +25,11 @@ from .plan import NOTHING, Plan, Spent, plan_evaluation, plan_run
 from .pool import Loss, Pool
 from .progress import Progress
 from .provenance import code_version, make_manifest
-from .records import (
-    STOPPED,
-    EpisodeLog,
-    EpisodeRow,
-    LossLog,
-    Phase,
-    explained,
-    read_json,
-    write_json_atomic,
-    write_text_atomic,
-)
+from .records import STOPPED, EpisodeLog, EpisodeRow, LossLog, Phase, explained, read_json, write_text_atomic
 from .rollout import Episode, Job, run_episodes
+from .sealed import read_sealed, write_sealed
 from .trackers import TrackedMetrics
-from .training import spent_so_far, state, train
+from .training import check_whole, spent_so_far, state, train
 
 if TYPE_CHECKING:
     from .policies.base import Policy
@@ -70,6 +61,9 @@ def run(config: RunConfig, resume: bool = False, tracker: str = "") -> Path:
         algorithm = method(config.settings, policy, config.budget, config.seed)
         log = stack.enter_context(EpisodeLog(out / "episodes.jsonl"))
         metrics = stack.enter_context(TrackedMetrics(out / "metrics.jsonl", tracker, config, progress.say))
+        for found in (log, metrics):
+            if found.torn:
+                progress.say(f"{found.path}: its last line had no end and was removed ({found.torn} bytes)")
         pool = stack.enter_context(_pool(plan, out, progress))
         progress.say(
             f"{config.algorithm} on {config.policy}: {len(plan.tasks)} of the {len(plan.suite.tasks)} tasks of "
@@ -81,15 +75,18 @@ def run(config: RunConfig, resume: bool = False, tracker: str = "") -> Path:
         if restored is None:
             if plan.base is not None:  # random weights solve nothing
                 _evaluate(plan, "base", 0, policy, pool, log, progress, NOTHING)
-            save_checkpoint(out / "checkpoints", 0, state(policy, algorithm))
+            save_checkpoint(out / "checkpoints", 0, state(policy, algorithm, log, metrics))
             done = 0
         else:
             for problem in restored.problems:
                 progress.say(f"passed over {problem}")
+            check_whole(restored, log, metrics)
             done = restored.iteration
             policy.load_state_dict(restored.state["policy"])
             algorithm.load_state_dict(restored.state["algorithm"])
-        if not (out / STOPPED).exists():
+        if (out / STOPPED).exists():
+            read_sealed(out / STOPPED, older=True)
+        else:
             log.rewind(done)
             metrics.rewind(done)
             train(plan, config, policy, algorithm, demonstrations, done, pool, log, metrics, progress)
@@ -143,7 +140,7 @@ def _claimed(config: RunConfig | EvalConfig, resume: bool) -> Iterator[Path]:
         except FileExistsError:
             raise BenchError(f"out: {out} was just taken by another process; choose another folder") from None
     try:
-        write_json_atomic(out / "config.json", config.to_dict())
+        write_sealed(out / "config.json", config.to_dict())
         yield out
     except BaseException:
         if not (out / "manifest.json").exists():
@@ -276,9 +273,9 @@ def _write_manifest(plan: Plan, policy: Policy, out: Path, demonstrations: dict[
         demonstrations=demonstrations,
     )
     if not (out / "manifest.json").exists():
-        write_json_atomic(out / "manifest.json", manifest)
+        write_sealed(out / "manifest.json", manifest)
         return
-    first = read_json(out / "manifest.json")
+    first = read_sealed(out / "manifest.json", older=True)
     for name, was, now in (
         ("run", first["run"], manifest["run"]),
         ("base policy", first["base_checkpoint"], manifest["base_checkpoint"]),
@@ -297,7 +294,7 @@ def _save_policy(plan: Plan, policy: Policy, out: Path, spent: Spent) -> None:
 
     card = {
         "tasks": [task.key for task in plan.tasks],
-        "made_by": shlex.join(["vlarl-bench", *read_json(out / "manifest.json")["argv"]]),
+        "made_by": shlex.join(["vlarl-bench", *read_sealed(out / "manifest.json", older=True)["argv"]]),
         "algorithm": plan.algorithm,
         "protocol": plan.protocol.hash,
         "code": code_version(),

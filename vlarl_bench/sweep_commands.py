@@ -2,31 +2,43 @@
 
 from __future__ import annotations
 
+import json
 import sys
+import tomllib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .errors import BenchError
+from .records import explained
+
+if TYPE_CHECKING:
+    from .options import Sweep
 
 
 def sweep(args: list[str]) -> int:
     """Runs what is missing, or prints the plan; the exit status is 1 if a cell has failed."""
     from .options import Sweep, parse
     from .progress import Progress
-    from .sweep import read_sweep
+    from .records import write_text_atomic
+    from .sweep import plan_sweep, read_sweep
     from .sweep_jobs import choose, count, prepare, read_states, run_here, run_local
     from .sweep_slurm import submit
     from .sweep_table import print_plan, summary
     from .trackers import check_tracker
 
     options = parse(Sweep, args, "vlarl-bench sweep")
-    found = read_sweep(options.file)
+    file, text = (Path(options.file), "") if options.file else _file_of(options)
+    found = read_sweep(file) if not text else plan_sweep(tomllib.loads(text), file)
     states = read_states(found)
     if options.dry_run:
         print_plan(found, states)
         return 0
     if all(state.word == "impossible" for state in states):
-        raise BenchError(f"{options.file}: no cell can run: {states[0].note}")
+        raise BenchError(f"{file}: no cell can run: {states[0].note}")
     check_tracker(found.file.tracker)
+    if text:
+        write_text_atomic(file, text)
+        print(f"wrote {file}")
     chosen = choose(found, states, options.retry_failed)
     prepare(found, [cell for cell, _ in chosen])
     if chosen and options.executor == "slurm":
@@ -45,6 +57,21 @@ def sweep(args: list[str]) -> int:
             log = f"; log: {found.out / state.attempt.log}" if state.attempt and state.attempt.log else ""
             print(f"failed: {cell.name}: {state.note}{log}")
     return 1 if "failed" in count(states) else 0
+
+
+def _file_of(options: Sweep) -> tuple[Path, str]:
+    """The sweep file that options without one stand for, and what to write into it: nothing if it is there already."""
+    for name in ("algo", "suite", "out"):
+        if not getattr(options, name):
+            raise BenchError(f"{name}: missing; name a sweep file, or give --algo, --suite and --out in its place")
+    axes = {"algorithms": options.algo, "policies": options.policy, "suites": options.suite, "seeds": options.seeds}
+    # JSON's texts, numbers and lists are TOML's, too.
+    text = "".join(f"{name} = {json.dumps(value)}\n" for name, value in {**axes, "budget": options.budget}.items())
+    file = Path(f"{options.out.rstrip('/')}.toml")
+    with explained(file):
+        if file.exists() and file.read_bytes() != text.encode():
+            raise BenchError(f"out: {file} says something else than these options; name that file, or choose another")
+        return file, "" if file.exists() else text
 
 
 def status(args: list[str]) -> int:

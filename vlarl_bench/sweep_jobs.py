@@ -34,7 +34,8 @@ from . import attempts
 from .attempts import BEAT, Attempt, Claim
 from .config import RunConfig
 from .errors import BenchError
-from .records import explained, read_json_object
+from .records import explained
+from .sealed import read_sealed, write_sealed
 from .sweep import IGNORED, Cell, Sweep
 from .sweep_slurm import COMMAND, ask, job_here, queued
 
@@ -122,8 +123,8 @@ def prepare(sweep: Sweep, cells: Iterable[Cell]) -> None:
     def write(cell: Cell) -> None:
         content = {"cell": cell.name, "config": cell.config.to_dict(), "tracker": sweep.file.tracker}
         path = sweep.out / "cells" / f"{cell.name}.json"
-        if not path.exists() or attempts.read_sealed(path) != content:
-            attempts.write_sealed(path, content)
+        if not path.exists() or read_sealed(path) != content:
+            write_sealed(path, content)
 
     with ThreadPoolExecutor(32) as pool:  # each waits for the disk, which serves many at once
         list(pool.map(write, cells))
@@ -222,7 +223,7 @@ def _beating(claim: Claim) -> Iterator[None]:
 
 def _read_cell(out: Path, name: str) -> tuple[RunConfig, str]:
     path = out / "cells" / f"{name}.json"
-    content = attempts.read_sealed(path)
+    content = read_sealed(path)
     if content.get("cell") != name:
         raise BenchError(f"{path}: it holds the cell {content.get('cell')!r}; run the sweep's command again")
     return RunConfig.from_dict(content["config"]), str(content["tracker"])
@@ -239,7 +240,7 @@ def _arguments(config: RunConfig, tracker: str) -> list[str]:
             if run.exists():
                 shutil.rmtree(run)
         return [*to_arguments(config), *track]
-    stored, wanted = read_json_object(run / "config.json"), config.to_dict()
+    stored, wanted = read_sealed(run / "config.json", older=True), config.to_dict()
     for field in wanted:
         if field not in ("out", "workers") and stored.get(field) != wanted[field]:
             raise BenchError(
@@ -354,7 +355,7 @@ def _outcome(path: Path | None) -> str:
 def cancel(sweep: Sweep) -> list[str]:
     """Takes cells out of the queue and stops those that run; each goes on later from its checkpoint. Returns what was
     done, a line each."""
-    attempts.write_sealed(sweep.out / "cancelled.json", {"token": secrets.token_hex(8)})
+    write_sealed(sweep.out / "cancelled.json", {"token": secrets.token_hex(8)})
     states = read_states(sweep)
     told, jobs = [], []
     for cell, state in zip(sweep.cells, states, strict=True):
@@ -381,7 +382,7 @@ def _stop(attempt: Attempt, jobs: list[str]) -> str:
 
 def _cancel_token(out: Path) -> str:
     path = out / "cancelled.json"
-    return str(attempts.read_sealed(path)["token"]) if path.exists() else ""
+    return str(read_sealed(path)["token"]) if path.exists() else ""
 
 
 # ---- what it costs

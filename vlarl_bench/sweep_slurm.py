@@ -11,8 +11,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from . import attempts
 from .errors import BenchError
+from .sealed import read_sealed, write_sealed
 from .sweep import Cell, Resources, Sweep
 
 COMMAND = (sys.executable, "-P", "-m", "vlarl_bench")
@@ -44,7 +44,7 @@ def _submit_array(sweep: Sweep, resources: Resources, members: Sequence[tuple[Ce
     token = secrets.token_hex(4)
     path = sweep.out / "submissions" / f"{token}.json"
     record = {"job": "", "cells": [cell.name for cell, _ in members], "seen": [seen for _, seen in members]}
-    attempts.write_sealed(path, record)
+    write_sealed(path, record)
     scripts = sweep.out.absolute() / "slurm"
     try:
         scripts.mkdir(exist_ok=True)
@@ -74,14 +74,14 @@ def _submit_array(sweep: Sweep, resources: Resources, members: Sequence[tuple[Ce
         path.unlink()
         lines = [line.strip() for line in str(error).splitlines() if "error" in line.lower()] or [str(error)]
         raise BenchError(f"sbatch: {lines[-1]}") from None
-    attempts.write_sealed(path, {**record, "job": job.job_id})
+    write_sealed(path, {**record, "job": job.job_id})
     return str(job.job_id)
 
 
 def submitted_cell(out: Path, token: str) -> tuple[str, int]:
     """The cell that this job's index in its SLURM array names, and the newest attempt that was known of it."""
     path = out / "submissions" / f"{token}.json"
-    record, index = attempts.read_sealed(path), os.environ.get("SLURM_ARRAY_TASK_ID", "")
+    record, index = read_sealed(path), os.environ.get("SLURM_ARRAY_TASK_ID", "")
     if not index.isdigit() or int(index) >= len(record["cells"]):
         raise BenchError(f"SLURM_ARRAY_TASK_ID: {index!r}; {path} has {len(record['cells'])} cells")
     return record["cells"][int(index)], record["seen"][int(index)]
@@ -105,7 +105,7 @@ def queued(out: Path, names: Iterable[str]) -> dict[str, str]:
     wanted = set(names)
     submissions: dict[str, tuple[str, dict[str, int]]] = {}
     for path in sorted((out / "submissions").glob("[0-9a-f]*.json")):
-        record = attempts.read_sealed(path)
+        record = read_sealed(path)
         indices = {name: i for i, name in enumerate(record["cells"]) if name in wanted}
         if indices:
             submissions[_job_name(path.stem)] = (record["job"], indices)

@@ -118,6 +118,10 @@ def _attention(sweep: Sweep, states: Sequence[State]) -> list[str]:
             lines.append(f"failed: {cell.name}: {state.note}{log}")
         elif state.word in ("running", "interrupted"):
             lines.append(f"{state.word}: {cell.name}: {state.note}{log}")
+    names = {f"{cell.name}.json" for cell in sweep.cells}
+    others = sum(path.name not in names for path in (sweep.out / "cells").glob("[!.]*.json"))
+    if others:
+        lines.append(f"besides: {others} cells in {sweep.out} that the file no longer names")
     reasons = {row.impossible: f"{row.algorithm} on {row.policy}, {row.suite}" for row in reversed(sweep.rows)}
     lines += [f"impossible: {who}: {why}" for why, who in reversed(reasons.items()) if why]
     return [*lines[:MOST_LINES], f"... and {len(lines) - MOST_LINES} more"] if len(lines) > MOST_LINES else lines

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .checkpoint import load_latest, save_checkpoint
-from .errors import Diverged
+from .checkpoint import Restored, load_latest, save_checkpoint
+from .errors import BenchError, Diverged
 from .plan import NOTHING, Plan, Spent
-from .records import STOPPED, EpisodeLog, MetricsLog, write_json_atomic
+from .records import STOPPED, EpisodeLog, MetricsLog
 from .rollout import Episode, Rollout, episode_seed, run_episodes
+from .sealed import write_sealed
 
 if TYPE_CHECKING:
     from .algorithm import Algorithm
@@ -55,14 +56,14 @@ def train(
             try:
                 line = _round(plan, config, policy, algorithm, demonstrations, iteration, pool, log, metrics, bar)
             except Diverged as error:
-                write_json_atomic(out / STOPPED, {"iteration": iteration, "reason": str(error)})
+                write_sealed(out / STOPPED, {"iteration": iteration, "reason": str(error)})
                 progress.say(f"stopped in round {iteration} of {budget.iterations}: {error}; it is scored as it was")
                 restored = load_latest(out / "checkpoints")
                 assert restored is not None
                 policy.load_state_dict(restored.state["policy"])
                 return
             metrics.append(line)
-            save_checkpoint(out / "checkpoints", iteration, state(policy, algorithm))
+            save_checkpoint(out / "checkpoints", iteration, state(policy, algorithm, log, metrics))
 
 
 def _round(
@@ -173,6 +174,20 @@ def _rewarded(plan: Plan, config: RunConfig, episodes: list[Episode], iteration:
     return [dataclasses.replace(episode, success=outcome[i]) for i, episode in enumerate(episodes)]
 
 
-def state(policy: Policy, algorithm: Algorithm) -> dict[str, Any]:
-    """What a checkpoint holds."""
-    return {"policy": policy.state_dict(), "algorithm": algorithm.state_dict()}
+def state(policy: Policy, algorithm: Algorithm, log: EpisodeLog, metrics: MetricsLog) -> dict[str, Any]:
+    """What a checkpoint holds: what training goes on with, and how many lines the logs had by then."""
+    lines = {log.path.name: len(log.rows), metrics.path.name: len(metrics.lines)}
+    return {"policy": policy.state_dict(), "algorithm": algorithm.state_dict(), "lines": lines}
+
+
+def check_whole(restored: Restored, log: EpisodeLog, metrics: MetricsLog) -> None:
+    """Raises BenchError if a log has lost whole lines, which their own checksums cannot tell, since the checkpoint."""
+    rows = [row for row in log.rows if row.phase != "final" and row.iteration <= restored.iteration]
+    lines = [line for line in metrics.lines if line["iteration"] <= restored.iteration]
+    for path, found in ((log.path, len(rows)), (metrics.path, len(lines))):
+        owed = restored.state.get("lines", {}).get(path.name, found)  # checkpoints of earlier versions do not say
+        if found != owed:
+            raise BenchError(
+                f"{path}: {found} lines up to round {restored.iteration}, but its checkpoint was made with {owed}; "
+                "restore the file from a copy, or start a new run"
+            )

@@ -17,7 +17,8 @@ import numpy as np
 from . import registry
 from .config import RunConfig
 from .errors import BenchError
-from .records import read_json, write_text_atomic
+from .records import write_text_atomic
+from .sealed import read_sealed
 
 if TYPE_CHECKING:
     from .options import Tune
@@ -81,7 +82,7 @@ def tune(asked: Tune) -> Path:
 
 def _elsewhere(trial: Path, config: RunConfig) -> RunConfig:
     """What a trial's folder holds, as if it had been started from here with so many workers."""
-    stored = RunConfig.from_dict(read_json(trial / "config.json"))
+    stored = RunConfig.from_dict(read_sealed(trial / "config.json", older=True))
     return dataclasses.replace(stored, out=config.out, workers=config.workers)
 
 

@@ -35,7 +35,7 @@ def rewrite(folder, name, data):
     (folder / name).write_bytes(data)
     hashes = json.loads((folder / "hashes.json").read_text())
     hashes[name] = hashlib.sha256(data).hexdigest()
-    (folder / "hashes.json").write_text(json.dumps(hashes))
+    (folder / "hashes.json").write_text(json.dumps(hashes, indent=1, sort_keys=True) + "\n")
 
 
 def refused(folder, *needles, spec=PI0_TINY):
@@ -107,6 +107,18 @@ def test_damaged_files(folder, name, damage):
         data[len(data) // 2] ^= 1
     (folder / name).write_bytes(bytes(data) if damage == "flipped" else data[: 0 if damage == "empty" else -1])
     refused(folder, str(folder / name), "damaged")
+
+
+def test_every_flipped_byte_of_the_hashes_is_named(folder):
+    """Also one that changes no meaning, such as a tab for a space."""
+    path = folder / "hashes.json"
+    whole = path.read_bytes()
+    for i in range(len(whole)):
+        path.write_bytes(whole[:i] + bytes([whole[i] ^ 1 << i % 8]) + whole[i + 1 :])
+        refused(folder, str(path))
+    for i in range(0, len(whole), 9):
+        path.write_bytes(whole[:i])
+        refused(folder, str(path))
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "hashes.json"])

@@ -6,7 +6,8 @@ import pytest
 
 from vlarl_bench.protocol import Protocol
 from vlarl_bench.provenance import make_manifest
-from vlarl_bench.records import EpisodeLog, EpisodeRow, write_json_atomic
+from vlarl_bench.records import EpisodeLog, EpisodeRow
+from vlarl_bench.sealed import write_sealed
 
 PROTOCOL = Protocol("tiny-state", 1, "state", {"suite_a": 200, "suite_b": 200}, 10, 8, (0, 1, 2, 3), (4, 5, 6, 7))
 TASKS = ("suite_a/pick_it_up", "suite_a/put_it_down")
@@ -62,13 +63,13 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         with EpisodeLog(folder / "episodes.jsonl") as log:
             log.append_all(rows)
         resolved = {"algorithm": algorithm, "seed": seed, "out": str(folder), "base": "prior", "budget": {"tasks": 2}}
-        write_json_atomic(folder / "config.json", resolved | (config or {}))
+        write_sealed(folder / "config.json", resolved | (config or {}))
         manifest = make_manifest(
             run=name, argv=["run"], algorithm=algorithm, policy="pi0-tiny", suite="suite", seed=seed,
             base_checkpoint="0" * 12, protocol=protocol, tasks=tasks, suite_tasks=20,
             init_states=protocol.eval_states, repeats=2,
         )  # fmt: skip
-        write_json_atomic(folder / "manifest.json", manifest)
+        write_sealed(folder / "manifest.json", manifest)
         return folder
 
     return make

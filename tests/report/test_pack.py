@@ -7,10 +7,11 @@ import pytest
 
 from vlarl_bench import cli
 from vlarl_bench.errors import BenchError
-from vlarl_bench.records import MetricsLog, read_metrics, read_rows, write_json_atomic
+from vlarl_bench.records import MetricsLog, read_metrics, read_rows
 from vlarl_bench.report.pack import PACK, metric_lines, read_pack
 from vlarl_bench.report.packing import pack
 from vlarl_bench.report.runs import find_runs, read_all, read_run
+from vlarl_bench.sealed import write_sealed
 
 LINES = [{"iteration": 1, "loss": 0.1, "flops": 2**53 + 1, "kl": None}, {"iteration": 2, "loss": 1.0}]
 
@@ -28,7 +29,7 @@ def folders(make_run, outcomes):
     with MetricsLog(made[0] / "metrics.jsonl") as log:
         for line in LINES:
             log.append(line)
-    write_json_atomic(made[3] / "stopped.json", {"iteration": 1, "reason": "the policy fell apart"})
+    write_sealed(made[3] / "stopped.json", {"iteration": 1, "reason": "the policy fell apart"})
     return [str(folder) for folder in made]
 
 

@@ -13,6 +13,7 @@ from vlarl_bench.report.render import print_table, to_csv, to_json, to_markdown
 from vlarl_bench.report.rows import Rows
 from vlarl_bench.report.runs import read_run, read_runs
 from vlarl_bench.report.table import comparison_table, spans, summary_table
+from vlarl_bench.sealed import read_sealed, write_sealed
 from vlarl_bench.stats import wilson_interval
 
 
@@ -175,6 +176,17 @@ def test_rows_that_contradict_the_manifest_are_refused(make_run, outcomes, field
         dataclasses.replace(run, rows=Rows.of([dataclasses.replace(run.rows[0], **fields)]))
 
 
+def test_an_unfinished_last_line_is_told(make_run, outcomes):
+    folder = make_run("torn", base=outcomes["half"], final=outcomes["always"])
+    assert not any("unfinished" in note for note in comparison_table(read_run(folder)).notes)
+    log = folder / "episodes.jsonl"
+    log.write_bytes(log.read_bytes()[:-1])
+    for table in (comparison_table(read_run(folder)), summary_table(read_runs([folder]))):
+        (note,) = [note for note in table.notes if "unfinished" in note]
+        assert note.startswith(f"{log}: its last line is unfinished and left out")
+        assert f"vlarl-bench run --resume {folder}" in note
+
+
 def test_training_on_a_held_out_state_is_refused(make_run, outcomes):
     folder = make_run("leak", base=outcomes["never"], final=outcomes["always"], train=((1, True),))
     leak = dataclasses.replace(read_rows(folder / "episodes.jsonl")[-1], init_state=5)
@@ -194,11 +206,11 @@ def test_training_on_a_held_out_state_is_refused(make_run, outcomes):
 )
 def test_a_manifest_that_was_altered_is_refused(make_run, outcomes, change, words):
     folder = make_run("altered", base=outcomes["never"], final=outcomes["always"])
-    manifest = json.loads((folder / "manifest.json").read_text())
-    write_json_atomic(folder / "manifest.json", manifest | change)
+    manifest = read_sealed(folder / "manifest.json")
+    write_sealed(folder / "manifest.json", manifest | change)
     with pytest.raises(BenchError, match=words):
         read_run(folder)
-    write_json_atomic(folder / "manifest.json", manifest | {"protocol": manifest["protocol"] | {"settle_steps": 3}})
+    write_sealed(folder / "manifest.json", manifest | {"protocol": manifest["protocol"] | {"settle_steps": 3}})
     with pytest.raises(BenchError, match="does not have the hash it claims"):
         read_run(folder)
 

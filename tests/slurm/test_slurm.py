@@ -1,14 +1,22 @@
 """Sweeps on a real SLURM of this machine, disturbed in every way that a cluster disturbs jobs."""
 
+import contextlib
+import dataclasses
+import itertools
 import os
+import pty
 import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from sweeps import TOY, environment, history, outcomes, toml, vlarl
+from sweeps import COMMAND, TOY, environment, history, outcomes, toml, vlarl
 
+from vlarl_bench.attempts import newest, read_attempt
+
+pytestmark = [pytest.mark.torture, pytest.mark.timeout(1800)]
 SCRIPT = Path(__file__).parents[2] / "scripts" / "slurm_up.sh"
 MINUTES = 8 * 60
 """Seconds to wait for anything."""
@@ -22,12 +30,22 @@ def cluster(tmp_path_factory):
     if shutil.which("slurmctld", path="/usr/sbin:/usr/bin") is None:
         pytest.skip("SLURM is not installed; scripts/slurm_up.sh install does that on Debian")
     folder = tmp_path_factory.mktemp("slurm")
-    own = {**os.environ, "SLURM_TEST_ROOT": str(folder / "cluster"), "SLURM_TEST_PORT": "36800"}
-    up = subprocess.run([SCRIPT, "up"], env=own, capture_output=True, text=True)
+    root = str(folder / "cluster")
+    ours = {"SLURM_TEST_ROOT": root, "SLURM_TEST_PORT": "36800", "SLURM_TEST_ARRAY": "3"}
+    up = subprocess.run([SCRIPT, "up"], env={**os.environ, **ours}, capture_output=True, text=True)
     if up.returncode:
         pytest.skip(f"SLURM does not start here: {up.stderr.strip().splitlines()[-1]}")
-    yield environment(folder, SLURM_CONF=str(folder / "cluster" / "slurm.conf"))
-    subprocess.run([SCRIPT, "down"], env=own, check=True)
+    yield environment(folder, SLURM_CONF=f"{root}/slurm.conf", **ours)
+    subprocess.run([SCRIPT, "down"], env={**os.environ, **ours}, check=True)
+
+
+@pytest.fixture(scope="module")
+def calm(cluster, tmp_path_factory):
+    """What an undisturbed sweep of four seeds, on this machine, ends with."""
+    file = tmp_path_factory.mktemp("calm") / "calm.toml"
+    file.write_text(toml({**TOY, "seeds": [0, 1, 2, 3], "parallel": 2}))
+    vlarl(cluster, "sweep", file)
+    return outcomes(file.with_suffix(""))
 
 
 def ask(env, *command):
@@ -41,6 +59,14 @@ def wait_until(true, what):
         time.sleep(0.5)
 
 
+def hurry(env):
+    """A requeued job would wait for two minutes, and the one that timed out keeps the limit that it was given."""
+    for job in ask(env, "squeue", "--noheader", "--array", "--states=PENDING", "--format=%i").split():
+        # It may have begun since: then there is nothing to change.
+        now = ["scontrol", "update", f"JobId={job}", "StartTime=now", "TimeLimit=30"]
+        subprocess.run(now, env=env, capture_output=True, check=False)
+
+
 def begun(out, seed, checkpoint="000000"):
     """Whether that seed's run has a checkpoint to go on from."""
     return any((out / "runs").glob(f"*-seed{seed}-*/checkpoints/{checkpoint}"))
@@ -51,11 +77,9 @@ def of(found, seed):
     return value
 
 
-def test_cancelled_requeued_preempted_and_timed_out_cells_end_as_undisturbed_ones(cluster, tmp_path):
-    calm = tmp_path / "calm.toml"
-    calm.write_text(toml({**TOY, "seeds": [0, 1, 2, 3], "parallel": 2}))
-    vlarl(cluster, "sweep", calm)
-
+def test_cancelled_requeued_preempted_and_timed_out_cells_end_as_undisturbed_ones(
+    cluster, calm, tmp_path, record_property
+):
     file, out, slow = tmp_path / "stormy.toml", tmp_path / "stormy", tmp_path / "slow"
     override = [{"seeds": [2], "resources": {"partition": "scavenge"}}]
     file.write_text(toml({**TOY, "seeds": [0, 1, 2, 3], "override": override}))
@@ -86,16 +110,73 @@ def test_cancelled_requeued_preempted_and_timed_out_cells_end_as_undisturbed_one
     assert vlarl(env, "sweep", file, "--executor", "slurm").count("submitted job") == 1
 
     def done():
-        for job in ask(env, "squeue", "--noheader", "--array", "--states=PENDING", "--format=%i").split():
-            # A requeued job would wait for two minutes, and the one that timed out keeps the limit that it was given.
-            # It may have begun since: then there is nothing to change.
-            now = ["scontrol", "update", f"JobId={job}", "StartTime=now", "TimeLimit=30"]
-            subprocess.run(now, env=env, capture_output=True, check=False)
+        hurry(env)
         return "4 done" in vlarl(env, "status", file)
 
     wait_until(done, "all cells end")
-    assert outcomes(out) == outcomes(tmp_path / "calm")
+    assert outcomes(out) == calm
     again = history(out)
     assert all(of(again, seed).job == first[seed].job for seed in (1, 2, 3))
     assert of(again, 0).job != first[0].job
     assert "4 done" in vlarl(env, "sweep", file, "--executor", "slurm")
+    told = "scancel and sweep again, scontrol requeue, time limit, preemption: 4 cells, rows and weights equal"
+    record_property("torture", told)
+
+
+def test_arrays_follow_each_other_under_one_limit_and_status_is_live(cluster, calm, tmp_path, record_property):
+    """Four cells are two arrays where MaxArraySize is 3; one cell at a time, whatever array it is in."""
+    file, out = tmp_path / "chunks.toml", tmp_path / "chunks"
+    file.write_text(toml({**TOY, "seeds": [0, 1, 2, 3], "parallel": 1}))
+    assert vlarl(cluster, "sweep", file, "--executor", "slurm").count("submitted job") == 2
+    shown, terminal = pty.openpty()
+    status = subprocess.Popen([*COMMAND, "status", str(file)], env=cluster, stdout=terminal, stderr=terminal)
+    os.close(terminal)
+    told = b""
+    with contextlib.suppress(OSError):  # how a terminal says that the other side has gone
+        while part := os.read(shown, 2**16):
+            told += part
+    assert status.wait(60) == 0
+    for words in (b"running", b"queued", b"4 cells: 4 done"):
+        assert words in told
+    spans = sorted((attempt.begun, path.stat().st_mtime) for path, attempt in ended(out))
+    assert len(spans) == 4
+    assert all(one[1] <= next[0] + 0.1 for one, next in itertools.pairwise(spans)), "two ran at a time"
+    assert outcomes(out) == calm
+    record_property("torture", "4 cells in 2 arrays under MaxArraySize=3, one at a time; live status to the end: equal")
+
+
+def ended(out):
+    return [(path, read_attempt(path)) for path in newest(out / "attempts").values()]
+
+
+def test_a_killed_node_daemon_and_a_lost_node(cluster, calm, tmp_path, record_property):
+    """Without its daemon a job goes on. Where the node itself was lost, its jobs are queued again."""
+    file, out, slow = tmp_path / "node.toml", tmp_path / "node", tmp_path / "slow"
+    file.write_text(toml({**TOY, "seeds": [0, 1]}))
+    slow.touch()
+    env = {**cluster, "TOY_SLOW": str(slow)}
+    vlarl(env, "sweep", file, "--executor", "slurm")
+    wait_until(lambda: all(begun(out, seed) for seed in (0, 1)), "the cells begin")
+    first = history(out)
+    root = Path(cluster["SLURM_TEST_ROOT"])
+    os.kill(int((root / "slurmd.pid").read_text()), signal.SIGKILL)
+    lost, kept = of(first, 0), of(first, 1)
+    # The lost node's job: the daemon's step manager, the cell and its run, all at once.
+    step = int(Path(f"/proc/{lost.pid}/stat").read_text().rpartition(")")[2].split()[1])
+    assert "slurmstepd" in Path(f"/proc/{step}/cmdline").read_text()
+    for pid in (step, lost.pid):
+        os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: "running 0-1" not in vlarl(env, "status", file), "the loss is seen")
+    subprocess.run([SCRIPT, "up"], env=cluster, check=True, capture_output=True, timeout=120)
+    slow.unlink()
+
+    def done():
+        hurry(env)
+        return "2 done" in vlarl(env, "status", file)
+
+    wait_until(done, "both cells end")
+    assert outcomes(out).items() < calm.items()
+    again = history(out)
+    assert of(again, 1) == dataclasses.replace(kept, outcome="done", seconds=of(again, 1).seconds)
+    assert (of(again, 0).number, of(again, 0).job) == (2, lost.job)
+    record_property("torture", "kill -9 of slurmd: one job goes on; one lost with it is queued again: rows equal")

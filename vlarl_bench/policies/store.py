@@ -17,6 +17,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from ..errors import BenchError
+from ..records import explain_oserror
 from .adapt import merged_state
 from .base import Policy
 
@@ -58,16 +59,16 @@ def save_policy(folder: Path | str, policy: Policy, card: Mapping[str, Any], hal
         if _counts(policy, key)
     }
     files = {
-        CONFIG: (json.dumps({**_config(policy), **card}, indent=1, sort_keys=True) + "\n").encode(),
+        CONFIG: _lines({**_config(policy), **card}),
         WEIGHTS: to_safetensors(tensors),
     }
     hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    files[HASHES] = (json.dumps(hashes, indent=1, sort_keys=True) + "\n").encode()
+    files[HASHES] = _lines(hashes)
     files[CARD] = _card(policy, card, half).encode()
     try:
         _write_folder(folder, files)
     except OSError as error:
-        raise BenchError(f"folder: cannot write {folder}: {error.strerror}") from None
+        raise BenchError(f"folder: cannot write {explain_oserror(error, folder)}") from None
 
 
 def read_policy(folder: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -77,16 +78,19 @@ def read_policy(folder: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     folder = Path(folder)
     try:
-        hashes = json.loads((folder / HASHES).read_bytes())
+        sums = (folder / HASHES).read_bytes()
+        hashes = json.loads(sums)
         files = {name: (folder / name).read_bytes() for name in (CONFIG, WEIGHTS)}
     except OSError as error:
         raise BenchError(f"policy: cannot read {error.filename}: {error.strerror}") from None
     except ValueError:
         raise BenchError(f"policy: {folder / HASHES} is not JSON") from None
+    if sums != _lines(hashes):
+        raise BenchError(f"policy: {folder / HASHES} is damaged: it is not as vlarl-bench writes it")
     for name, data in files.items():
         expected = hashes.get(name) if isinstance(hashes, dict) else None
         if hashlib.sha256(data).hexdigest() != expected:
-            raise BenchError(f"policy: {folder / name} is damaged: its SHA-256 is not the one in {HASHES}")
+            raise BenchError(f"policy: {folder / name} is damaged, or {folder / HASHES}: their SHA-256 differ")
     try:
         config = json.loads(files[CONFIG])
         tensors = parse_safetensors(files[WEIGHTS])
@@ -97,6 +101,10 @@ def read_policy(folder: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not isinstance(config, dict):
         raise BenchError(f"policy: {folder / CONFIG} is not a JSON object")
     return config, tensors
+
+
+def _lines(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
 
 
 def load_weights(policy: Policy, tensors: Mapping[str, Tensor], folder: Path | str) -> None:

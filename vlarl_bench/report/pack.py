@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from ..errors import BenchError
 from ..records import atomic_file, explained, field_types, log_line, read_json_object, write_text_atomic
+from ..sealed import seal
 from .rows import Rows
 
 PACK = "pack.json"
@@ -86,7 +87,7 @@ def _digest(content: bytes) -> str:
 def _json_digests(manifest: Any, config: Any, stopped: Any) -> dict[str, str]:
     documents = {"manifest.json": manifest, "config.json": config, "stopped.json": stopped}
     return {
-        file: _digest((json.dumps(document, indent=2) + "\n").encode())
+        file: _digest((json.dumps(seal(document), indent=2) + "\n").encode())
         for file, document in documents.items()
         if document is not None
     }

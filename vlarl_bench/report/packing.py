@@ -43,6 +43,8 @@ def read_entries(path: Path) -> list[Entry]:
     if (path / PACK).is_file():
         return read_pack(path)
     run = read_run(path)
+    if run.torn:
+        raise BenchError(f"{path}: {run.torn[0]} ends in an unfinished line; `run --resume` mends it")
     if run.missing:
         raise BenchError(
             f"{path}: not finished, {run.missing} evaluation episodes are missing; `run --resume` plays them"

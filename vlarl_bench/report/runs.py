@@ -12,7 +12,8 @@ import numpy as np
 
 from ..errors import BenchError
 from ..protocol import Protocol
-from ..records import STOPPED, EpisodeRow, read_json, read_rows
+from ..records import STOPPED, EpisodeRow, is_torn, read_rows
+from ..sealed import read_sealed
 from .pack import PACK, read_pack
 from .rows import Rows
 
@@ -32,6 +33,8 @@ class RunFolder:
     """In which round (`iteration`) training had destroyed the policy, and the `reason`, if it had."""
     submitted: dict[str, str] | None = None
     """Who sent it (`by`, `contact`, `source`, `licence`); None where it is our own."""
+    torn: tuple[str, ...] = ()
+    """Logs whose last line is unfinished and left out."""
 
     def __post_init__(self) -> None:
         protocol, tasks = self.manifest["protocol"], set(self.manifest["evaluation"]["tasks"])
@@ -46,19 +49,19 @@ class RunFolder:
         rows, label = self.rows, protocol["label"]
         train, states = rows.column("phase") == "train", rows.column("init_state")
         for name in ("run", "policy"):
-            told = self.manifest[name]
-            self._refuse(
-                rows.column(name) != told,
-                lambda row, name=name, told=told: f"is of the {name} {getattr(row, name)!r}, not {told!r}",
-            )
+
+            def other(row: EpisodeRow, name: str = name) -> str:
+                return f"is of the {name} {getattr(row, name)!r}, not {self.manifest[name]!r}"
+
+            self._refuse(rows.column(name) != self.manifest[name], other)
         self._refuse(
             rows.column("protocol") != protocol["hash"],
             lambda row: f"has protocol {row.protocol}, but the manifest says {label}",
         )
         for suite, task in set(zip(rows.column("suite"), rows.column("task"), strict=True)):
             if f"{suite}/{task}" not in tasks:
-                other = (rows.column("suite") == suite) & (rows.column("task") == task)
-                self._refuse(other, lambda _: "is of a task that the manifest does not list")
+                of_it = (rows.column("suite") == suite) & (rows.column("task") == task)
+                self._refuse(of_it, lambda _: "is of a task that the manifest does not list")
         self._refuse(
             train & ~np.isin(states, protocol["train_states"]),
             lambda _: f"trains on an initial state that {label} does not train on",
@@ -144,15 +147,25 @@ def read_run(folder: str | os.PathLike[str]) -> RunFolder:
     folder = Path(folder)
     if not (folder / "manifest.json").is_file():
         raise BenchError(f"{folder}: not a run folder, it has no manifest.json")
-    manifest, config = read_json(folder / "manifest.json"), read_json(folder / "config.json")
+    manifest, config = (read_sealed(folder / name, older=True) for name in ("manifest.json", "config.json"))
     rows = read_rows(folder / "episodes.jsonl") if (folder / "episodes.jsonl").exists() else []
-    stopped = read_json(folder / STOPPED) if (folder / STOPPED).exists() else None
-    return _checked(folder, manifest, config, Rows.of(rows), stopped)
+    stopped = read_sealed(folder / STOPPED, older=True) if (folder / STOPPED).exists() else None
+    logs = [folder / name for name in ("episodes.jsonl", "metrics.jsonl") if (folder / name).exists()]
+    torn = tuple(log.name for log in logs if is_torn(log))
+    return _checked(folder, manifest, config, Rows.of(rows), stopped, torn=torn)
 
 
-def _checked(folder: Path, manifest: Any, config: Any, rows: Rows, stopped: Any, submitted: Any = None) -> RunFolder:
+def _checked(
+    folder: Path,
+    manifest: Any,
+    config: Any,
+    rows: Rows,
+    stopped: Any,
+    submitted: Any = None,
+    torn: tuple[str, ...] = (),
+) -> RunFolder:
     try:
-        return RunFolder(folder, manifest, config, rows, stopped, submitted)
+        return RunFolder(folder, manifest, config, rows, stopped, submitted, torn)
     except (KeyError, TypeError) as error:
         raise BenchError(f"{folder / 'manifest.json'}: not a manifest of this version ({error!r} is missing)") from None
 

@@ -278,6 +278,11 @@ def protocol_notes(runs: Sequence[RunFolder]) -> tuple[str, ...]:
     if len(machines) > 1:
         notes.append(f"Rows come from {len(machines)} machines or installations: {', '.join(machines)}.")
     for run in runs:
+        for log in run.torn:
+            notes.append(
+                f"{run.folder / log}: its last line is unfinished and left out; the run is writing it, or was killed: "
+                f"then `vlarl-bench run --resume {run.folder}` mends it."
+            )
         if run.stopped:
             notes.append(
                 f"{run.folder.name} was stopped in round {run.stopped['iteration']}, and is scored as it was before: "
