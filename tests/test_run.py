@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -39,7 +40,7 @@ def outcome(folder):
 def whole(tmp_path_factory):
     """A run from beginning to end, with films."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    done = vlarl(*SMALL, "--out", folder)
+    done = vlarl(*SMALL, "--keep", "3", "--out", folder)
     return folder, done
 
 
@@ -225,8 +226,6 @@ def test_damaged_and_foreign_policies_are_named(whole, tmp_path):
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_a_foreign_folder_refused(whole, tmp_path):
-    import shutil
-
     folder = tmp_path / whole[0].name
     shutil.copytree(whole[0], folder)
     newest = max((folder / "checkpoints").iterdir())

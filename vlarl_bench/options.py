@@ -72,6 +72,8 @@ class Run(Generic[Settings]):
     """Film one episode before and one after."""
     tracker: str = ""
     """Where metrics are shown besides the run folder: wandb (offline), tensorboard or trackio."""
+    keep: int = 2
+    """Newest checkpoints that stay, of one each round; each holds a policy that can be looked at later."""
     out: str = ""
     """Run folder, which must not exist; empty names one under runs/ by algorithm, suite, seed and time."""
 
@@ -86,6 +88,8 @@ class Resume:
     """Simulator processes; 0 keeps the run's number. Changes the speed, never the rows."""
     tracker: str = ""
     """Where metrics are shown besides the run folder: wandb (offline), tensorboard or trackio."""
+    keep: int = 2
+    """Newest checkpoints that stay, of one each round; each holds a policy that can be looked at later."""
 
 
 @dataclass(frozen=True)
@@ -334,7 +338,7 @@ def to_arguments(config: RunConfig) -> list[str]:
     for name, value in _differing(dataclasses.asdict(config.settings), defaults).items():
         args += _argument(f"algo.{name}", value)
     for field in dataclasses.fields(Run):
-        if field.name in ("algo", "suite", "settings", "budget", "numbers", "tracker"):
+        if field.name in ("algo", "suite", "settings", "budget", "numbers", "tracker", "keep"):
             continue
         value = getattr(config, field.name)
         if field.name in ("freeze", "tasks"):
