@@ -326,6 +326,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "status": (sweep_commands.status, "show which cells of a sweep are done, running, failed or missing"),
     "cancel": (sweep_commands.cancel, "stop the cells of a sweep; `sweep` goes on with them"),
     "figures": (report.figures, "draw several runs: learning curves, tasks, profiles, gain against cost"),
+    "analyze": (report.analyze, "draw how the CFM loss converged and how latents moved, from what runs kept"),
     "leaderboard": (report.leaderboard, "write the leaderboard, one HTML page of all runs"),
     "lint": (report.lint, "say what is wrong with results, in rows, tables and published numbers"),
     "power": (report.power, "say how many episodes and seeds tell two success rates apart"),

@@ -73,7 +73,7 @@ class Run(Generic[Settings]):
     tracker: str = ""
     """Where metrics are shown besides the run folder: wandb (offline), tensorboard or trackio."""
     keep: int = 2
-    """Newest checkpoints that stay, of one each round; each holds a policy that can be looked at later."""
+    """Newest checkpoints that stay, of one each round; `vlarl-bench analyze` shows the policy of each."""
     out: str = ""
     """Run folder, which must not exist; empty names one under runs/ by algorithm, suite, seed and time."""
 
@@ -89,7 +89,7 @@ class Resume:
     tracker: str = ""
     """Where metrics are shown besides the run folder: wandb (offline), tensorboard or trackio."""
     keep: int = 2
-    """Newest checkpoints that stay, of one each round; each holds a policy that can be looked at later."""
+    """Newest checkpoints that stay, of one each round; `vlarl-bench analyze` shows the policy of each."""
 
 
 @dataclass(frozen=True)
@@ -200,6 +200,21 @@ class Figures:
     """Run folders."""
     out: str = "figures"
     """Folder that the SVG and PNG files go to."""
+
+
+@dataclass(frozen=True)
+class Analyze:
+    """Draw how the CFM objective converged, and how a run's latents moved from its base policy to its last one: the
+    policies that the run kept play training states once more. Numbers go to analysis.json beside the figures."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    """Run folders."""
+    states: int = 8
+    """Training states of each task that every policy plays; 0 plays nothing and draws convergence alone."""
+    workers: int = 2
+    """Simulator processes; changes the speed, never the numbers."""
+    out: str = "analysis"
+    """Folder that the SVG and PNG files and analysis.json go to."""
 
 
 @dataclass(frozen=True)
