@@ -93,7 +93,7 @@ def test_settings_of_one_algorithm_are_bars(folders, other):
     axes = drawn(ablation, [*folders, other])
     assert [bar.get_width() for bar in axes.patches] == pytest.approx([100 * (15 / 16 - 1 / 4), 100 * (3 - 2) / 8])
     assert [bool(bar.get_hatch()) for bar in axes.patches] == [False, True]
-    low, high = axes.containers[0].errorbar.lines[2][0].get_segments()[0][:, 0]
+    low, high = axes.containers[0].lines[2][0].get_segments()[0][:, 0]
     assert low < axes.patches[0].get_width() < high
     assert not ablation(Figure(), compared_methods(read_runs(folders)), "suite_a")  # `weak` has one setting only
 
