@@ -59,7 +59,8 @@ def replay(run: RunFolder, states: int, workers: int, progress: Progress) -> lis
         for task in plan.tasks
         for state in plan.protocol.train_states[:states]
     ]
-    threads, played = torch.get_num_threads(), []
+    threads = torch.get_num_threads()
+    played: list[Played] = []
     try:
         torch.set_num_threads(plan.config.threads)
         with Pool(plan.suite, plan.protocol, workers) as pool:
@@ -113,7 +114,12 @@ def _kept(run: RunFolder, plan: Plan) -> Iterator[tuple[int, Policy]]:
         # Some methods give the policy a part to train, and its weights are in the checkpoint.
         method = registry.get("algorithm", plan.algorithm)
         method(plan.config.settings, policy, plan.config.budget, plan.config.seed)
-        policy.load_state_dict(state["policy"])
+        try:
+            policy.load_state_dict(state["policy"])
+        except (KeyError, RuntimeError):
+            raise BenchError(
+                f"{path}: holds another policy than this version makes; use the one that wrote it"
+            ) from None
         yield iteration, policy
     if final.is_dir():
         policy = plan.spec.load(final)

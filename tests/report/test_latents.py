@@ -141,3 +141,7 @@ def test_what_a_run_lacks_is_said_in_a_line(folders, tmp_path, capsys):
         (line,) = capsys.readouterr().err.splitlines()
         assert words in line
     assert not (tmp_path / "none").exists()
+    with MetricsLog(folders[0] / "metrics.jsonl") as log:
+        log.append({"iteration": 9, "cfm_loss": "low"})
+    assert cli.main(["analyze", str(folders[0]), "--states", "0", "--out", str(tmp_path / "none")]) == 2
+    assert "cfm_loss of round 9 is 'low'; it must be a number" in capsys.readouterr().err

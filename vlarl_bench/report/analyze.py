@@ -40,7 +40,7 @@ def write_analysis(folder: str | os.PathLike[str], runs: Sequence[RunFolder], st
     silent = sorted({m.label for m in methods if not m.is_base} - {curve["method"] for curve in curves})
     missing = [f"no convergence of {', '.join(silent)}: {METRIC} was not logged"] if silent else []
     latents: dict[str, Any] = {}
-    for name, run in sorted(zip(names, runs, strict=True)) if states else ():
+    for name, run in sorted(zip(names, runs, strict=True), key=lambda pair: pair[0]) if states else ():
         try:
             latents[name] = _latents(run, states, workers)
         except BenchError as error:

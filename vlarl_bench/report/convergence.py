@@ -22,7 +22,7 @@ def convergence(methods: Sequence[Method]) -> list[dict[str, Any]]:
         rounds: dict[int, list[tuple[float, float]]] = {}
         for run in () if method.is_base else method.runs:
             for line in metrics_of(run):
-                if line.get(METRIC) is not None:
+                if line.get(METRIC) is not None and line.get("gradient_steps") is not None:
                     rounds.setdefault(line["iteration"], []).append((line["gradient_steps"], line[METRIC]))
         if not rounds:
             continue

@@ -99,7 +99,8 @@ def learning_curves(figure: Figure, methods: Sequence[Method], suite: str) -> bo
 
 def wall_time_curves(figure: Figure, methods: Sequence[Method], suite: str) -> bool:
     """As `learning_curves`, against minutes of training; says on which machines, since those decide the minutes."""
-    axes, drawn, timed = figure.add_subplot(), False, []
+    axes, drawn = figure.add_subplot(), False
+    timed: list[RunFolder] = []
     for method, look in _looks(methods):
         curves = []
         for run in () if method.is_base else method.runs:
@@ -212,7 +213,7 @@ def pareto(figure: Figure, methods: Sequence[Method], suite: str, cost: str = "e
     axes.axhline(0, color="0.4", linewidth=0.8)
     axes.set(xlabel=COSTS[cost], ylabel="change against the base policy (points)")
     axes.xaxis.set_major_formatter((lambda x, _: f"{x:.3g}") if cost == "flops" else (lambda x, _: f"{x:,.0f}"))
-    axes.set_xlim(0, 1.06 * axes.dataLim.x1 if axes.containers else 1)
+    axes.set_xlim(0, max(1.06 * axes.dataLim.x1, 1))
     place_legend(figure, axes)
     return bool(axes.containers)
 

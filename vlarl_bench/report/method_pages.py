@@ -37,7 +37,8 @@ def _page(name: str, runs: Sequence[RunFolder], site: Path | None) -> dict[str, 
         defaults = {field.name: field.default for field in dataclasses.fields(algorithm.Settings)}
     used: dict[str, dict[str, None]] = {}
     for run in sorted(runs, key=lambda run: (run.manifest["seed"], str(run.folder))):
-        for setting, value in run.config.get("settings", {}).items():
+        settings = run.config.get("settings")
+        for setting, value in settings.items() if isinstance(settings, dict) else ():
             used.setdefault(setting, {})[_text(value)] = None
     page["settings"] = [
         [setting, _text(defaults[setting]) if setting in defaults else "", ", ".join(used.get(setting, ()))]

@@ -3,14 +3,21 @@
 from collections.abc import Sequence
 from typing import Any
 
+from ..errors import BenchError
 from ..records import EpisodeRow, read_metrics
 from .runs import RunFolder, training_curve
 
 
 def metrics_of(run: RunFolder) -> list[dict[str, Any]]:
-    """The run's lines, in the order of the rounds; none where it has no such file."""
+    """The run's lines, in the order of the rounds; none where it has no such file. Raises BenchError where a value is
+    no number."""
     path = run.folder / "metrics.jsonl"
-    return read_metrics(path) if path.exists() else []
+    lines = read_metrics(path) if path.exists() else []
+    for line in lines:
+        for name, value in line.items():
+            if value is not None and type(value) not in (int, float):
+                raise BenchError(f"{path}: {name} of round {line['iteration']} is {value!r}; it must be a number")
+    return lines
 
 
 def wall_time_curve(run: RunFolder, rows: Sequence[EpisodeRow]) -> tuple[list[float], list[float]]:
