@@ -93,7 +93,11 @@ def _measured_cell(
     for run in [] if method.is_base else method.runs:
         steps, rates = training_curve(run.rows)
         if steps:
-            curve = {"seed": run.manifest["seed"], "steps": steps, "rates": [round(rate, 4) for rate in rates]}
+            curve: dict[str, Any] = {
+                "seed": run.manifest["seed"],
+                "steps": steps,
+                "rates": [round(rate, 4) for rate in rates],
+            }
             seconds, _ = wall_time_curve(run, run.rows)
             curves.append(curve | ({"seconds": seconds} if len(seconds) == len(steps) else {}))
     return {
