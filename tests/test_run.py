@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,7 +41,7 @@ def outcome(folder):
 def whole(tmp_path_factory):
     """A run from beginning to end, with films."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    done = vlarl(*SMALL, "--out", folder)
+    done = vlarl(*SMALL, "--keep", "3", "--out", folder)
     return folder, done
 
 
@@ -60,6 +61,30 @@ def test_a_run_leaves_everything(whole):
     for word in ("base evaluation", "fine-tuning", "env steps/s"):
         assert word in done.stderr
     assert "\x1b" not in done.stderr  # plain lines when piped
+
+
+def test_the_policies_that_it_kept_are_played_again_for_analysis(whole, tmp_path):
+    folder, _ = whole
+    vlarl("analyze", folder, "--states", "1", "--workers", "1", "--out", tmp_path / "analysis")
+    found = json.loads((tmp_path / "analysis" / "analysis.json").read_text())["latents"][folder.name]
+    rows = read_rows(folder / "episodes.jsonl")
+    # A round is collected by the policy that the one before had made: its checkpoint must be that policy, to the bit.
+    acted = [
+        {row.checkpoint for row in rows if (row.phase, row.iteration) == key}
+        for key in (("base", 0), ("train", 2), ("train", 3), ("final", 3))
+    ]
+    assert [policy["iteration"] for policy in found["policies"]] == [0, 1, 2, 3]
+    assert [{policy["checkpoint"]} for policy in found["policies"]] == acted
+    assert all(policy["chunks"] > 0 and policy["episodes"] == 1 for policy in found["policies"])
+    assert (tmp_path / "analysis" / f"embeddings-{folder.name}.png").stat().st_size > 10_000
+
+    copy = tmp_path / folder.name
+    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("policy", "checkpoints"))
+    assert "it kept no policy" in vlarl("analyze", copy, "--out", tmp_path / "rows").stdout
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps(manifest | {"base_checkpoint": "0123456789ab"}))
+    shutil.copytree(folder / "policy", copy / "policy")
+    assert "the run's was 0123456789ab" in vlarl("analyze", copy, "--out", tmp_path / "other").stdout
 
 
 def test_the_ratio_was_one_on_the_first_pass_and_training_never_saw_held_out_states(whole):
@@ -226,8 +251,6 @@ def test_damaged_and_foreign_policies_are_named(whole, tmp_path):
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_a_foreign_folder_refused(whole, tmp_path):
-    import shutil
-
     folder = tmp_path / whole[0].name
     shutil.copytree(whole[0], folder)
     newest = max((folder / "checkpoints").iterdir())

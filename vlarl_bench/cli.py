@@ -83,17 +83,20 @@ def _run(args: list[str]) -> int:
         if "states" in stored:
             raise BenchError(f"resume: {resume.resume} is an evaluation, and only runs resume; evaluate again")
         changes = {"workers": resume.workers} if resume.workers else {}
-        config, tracker = RunConfig.from_dict({**stored, **changes, "out": resume.resume}), resume.tracker
+        config = RunConfig.from_dict({**stored, **changes, "out": resume.resume})
+        tracker, keep = resume.tracker, resume.keep
     else:
         options = parse_run(args)
-        config, tracker = run_config(options), options.tracker
+        config, tracker, keep = run_config(options), options.tracker, options.keep
     check_tracker(tracker)
+    if keep < 1:
+        raise BenchError(f"keep: {keep}; it must be at least 1, the checkpoint to go on from")
     registry.check_compatible(config.algorithm, config.policy)
     _check(config.suite, config.tasks)
     from .run import run
 
     try:
-        run(config, resume=resuming, tracker=tracker)
+        run(config, resume=resuming, tracker=tracker, keep=keep)
     except KeyboardInterrupt:
         again = f"continue with: vlarl-bench run --resume {shlex.quote(config.out)}"
         started = (Path(config.out) / "config.json").is_file()
@@ -334,6 +337,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "status": (sweep_commands.status, "show which cells of a sweep are done, running, failed or missing"),
     "cancel": (sweep_commands.cancel, "stop the cells of a sweep; `sweep` goes on with them"),
     "figures": (report.figures, "draw several runs: learning curves, tasks, profiles, gain against cost"),
+    "analyze": (report.analyze, "draw how the CFM loss converged and how latents moved, from what runs kept"),
     "leaderboard": (report.leaderboard, "write the leaderboard, one HTML page of all runs"),
     "pack": (report.pack, "put finished runs into one small folder, to publish them"),
     "lint": (report.lint, "say what is wrong with results, in rows, tables and published numbers"),

@@ -72,6 +72,8 @@ class Run(Generic[Settings]):
     """Film one episode before and one after."""
     tracker: str = ""
     """Where metrics are shown besides the run folder: wandb (offline), tensorboard or trackio."""
+    keep: int = 2
+    """Newest checkpoints that stay, of one each round; `vlarl-bench analyze` shows the policy of each."""
     out: str = ""
     """Run folder, which must not exist; empty names one under runs/ by algorithm, suite, seed and time."""
 
@@ -86,6 +88,8 @@ class Resume:
     """Simulator processes; 0 keeps the run's number. Changes the speed, never the rows."""
     tracker: str = ""
     """Where metrics are shown besides the run folder: wandb (offline), tensorboard or trackio."""
+    keep: int = 2
+    """Newest checkpoints that stay, of one each round; `vlarl-bench analyze` shows the policy of each."""
 
 
 @dataclass(frozen=True)
@@ -196,6 +200,21 @@ class Figures:
     """Run folders, packs, or runs of packs as PACK/NAME."""
     out: str = "figures"
     """Folder that the SVG and PNG files go to."""
+
+
+@dataclass(frozen=True)
+class Analyze:
+    """Draw how the CFM objective converged, and how a run's latents moved from its base policy to its last one: the
+    policies that the run kept play training states once more. Numbers go to analysis.json beside the figures."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    """Run folders."""
+    states: int = 8
+    """Training states of each task that every policy plays; 0 plays nothing and draws convergence alone."""
+    workers: int = 2
+    """Simulator processes; changes the speed, never the numbers."""
+    out: str = "analysis"
+    """Folder that the SVG and PNG files and analysis.json go to."""
 
 
 @dataclass(frozen=True)
@@ -376,7 +395,7 @@ def to_arguments(config: RunConfig) -> list[str]:
     for name, value in _differing(dataclasses.asdict(config.settings), defaults).items():
         args += _argument(f"algo.{name}", value)
     for field in dataclasses.fields(Run):
-        if field.name in ("algo", "suite", "settings", "budget", "numbers", "tracker"):
+        if field.name in ("algo", "suite", "settings", "budget", "numbers", "tracker", "keep"):
             continue
         value = getattr(config, field.name)
         if field.name in ("freeze", "tasks"):

@@ -36,9 +36,9 @@ if TYPE_CHECKING:
     from .suite import Demonstration
 
 
-def run(config: RunConfig, resume: bool = False, tracker: str = "") -> Path:
+def run(config: RunConfig, resume: bool = False, tracker: str = "", keep: int = 2) -> Path:
     """Runs or, with `resume`, continues `config`; prints the table and returns the run folder. `tracker` names one of
-    `trackers.TRACKERS`.
+    `trackers.TRACKERS`; the newest `keep` checkpoints stay.
 
     Raises:
         BenchError: for whatever the user can mend, if possible before anything heavy starts.
@@ -56,7 +56,7 @@ def run(config: RunConfig, resume: bool = False, tracker: str = "") -> Path:
         if method.learns_from == "demonstrations":
             demonstrations, learned_from = _demonstrations(plan, config, progress)
         policy = _first_policy(plan, demonstrations)
-        _adapt(policy, config)
+        adapt(policy, config)
         _write_manifest(plan, policy, out, learned_from)
         algorithm = method(config.settings, policy, config.budget, config.seed)
         log = stack.enter_context(EpisodeLog(out / "episodes.jsonl"))
@@ -89,7 +89,7 @@ def run(config: RunConfig, resume: bool = False, tracker: str = "") -> Path:
         else:
             log.rewind(done)
             metrics.rewind(done)
-            train(plan, config, policy, algorithm, demonstrations, done, pool, log, metrics, progress)
+            train(plan, config, policy, algorithm, demonstrations, done, pool, log, metrics, progress, keep)
         done, spent = len(metrics.lines), spent_so_far(metrics)
         _merge(policy)
         _evaluate(plan, "final", done, policy, pool, log, progress, spent)
@@ -194,7 +194,7 @@ def _first_policy(plan: Plan, demonstrations: Sequence[Demonstration] | None) ->
     return policy
 
 
-def _adapt(policy: Policy, config: RunConfig) -> None:
+def adapt(policy: Policy, config: RunConfig) -> None:
     """Freezes what is not to learn, and puts adapters where they are to learn in the weights' place."""
     from .policies.adapt import add_lora, freeze
 

@@ -43,9 +43,10 @@ def train(
     log: EpisodeLog,
     metrics: MetricsLog,
     progress: Progress,
+    keep: int,
 ) -> None:
-    """The rounds that are left; a checkpoint after each. If the policy is destroyed, it is put back as it was after the
-    last whole round, and the run is marked as stopped."""
+    """The rounds that are left; a checkpoint after each, of which the newest `keep` stay. If the policy is destroyed,
+    it is put back as it was after the last whole round, and the run is marked as stopped."""
     budget, out = config.budget, Path(config.out)
     left = budget.iterations - done
     total, unit = (left * budget.episodes, "episodes") if demonstrations is None else (left, "rounds")
@@ -63,7 +64,7 @@ def train(
                 policy.load_state_dict(restored.state["policy"])
                 return
             metrics.append(line)
-            save_checkpoint(out / "checkpoints", iteration, state(policy, algorithm, log, metrics))
+            save_checkpoint(out / "checkpoints", iteration, state(policy, algorithm, log, metrics), keep)
 
 
 def _round(

@@ -3,7 +3,17 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from vlarl_bench import cli
-from vlarl_bench.report.figures import FIGURES, learning_curves, pareto, profiles, task_heat_map, write_figures
+from vlarl_bench.records import MetricsLog
+from vlarl_bench.report.figures import (
+    FIGURES,
+    ablation,
+    learning_curves,
+    pareto,
+    profiles,
+    task_heat_map,
+    wall_time_curves,
+    write_figures,
+)
 from vlarl_bench.report.methods import compared_methods
 from vlarl_bench.report.runs import read_runs
 
@@ -21,13 +31,30 @@ def folders(make_run):
     ]  # fmt: skip
 
 
-def drawn(draw, folders):
+@pytest.fixture
+def other(make_run):
+    """`strong` under another setting, with less gain; its training took 3 gradient steps and 70 operations."""
+    return make_run("other", base=at_most(2), final=at_most(3), algorithm="strong", train=((1, False), (2, True)),
+                    config={"rewards": "shuffled"}, gradient_steps=3, flops=70)  # fmt: skip
+
+
+def timed(folders):
+    """The folders, with metrics: each round took a minute, and the second seed's two."""
+    for i, folder in enumerate(folders):
+        with MetricsLog(folder / "metrics.jsonl") as log:
+            for iteration in (1, 2):
+                log.append({"iteration": iteration, "seconds": 60.0 * iteration * (1 + i // 2)})
+    return folders
+
+
+def drawn(draw, folders, *more):
     figure = Figure()
-    assert draw(figure, compared_methods(read_runs(folders)), "suite_a")
+    assert draw(figure, compared_methods(read_runs(folders)), "suite_a", *more)
     return figure.axes[0]
 
 
-def test_all_are_written_and_repeat_bitwise(folders, tmp_path):
+def test_all_are_written_and_repeat_bitwise(folders, other, tmp_path):
+    folders = [*timed(folders), other]
     paths = write_figures(tmp_path / "a", read_runs(folders))
     again = write_figures(tmp_path / "b", read_runs(folders[::-1]))
     assert len(paths) == 2 * len(FIGURES)
@@ -46,6 +73,31 @@ def test_a_curve_is_the_mean_over_seeds(folders):
     assert strong.get_ydata()[[0, -1]].tolist() == pytest.approx([50, 100])
 
 
+def test_wall_time_is_in_minutes_and_names_the_machine(folders):
+    axes = drawn(wall_time_curves, timed(folders))
+    strong, weak = axes.lines
+    assert strong.get_xdata()[[0, -1]].tolist() == [
+        2,
+        2,
+    ]  # where both seeds are: minutes 1-2 and 2-4
+    assert weak.get_ydata()[-1] == pytest.approx(50)
+    (cpu,) = {run.manifest["fingerprint"]["cpu"] for run in read_runs(folders)}
+    assert cpu.split()[0] in axes.get_xlabel()
+
+
+def test_without_metrics_there_is_no_wall_time(folders):
+    assert not wall_time_curves(Figure(), compared_methods(read_runs(folders)), "suite_a")
+
+
+def test_settings_of_one_algorithm_are_bars(folders, other):
+    axes = drawn(ablation, [*folders, other])
+    assert [bar.get_width() for bar in axes.patches] == pytest.approx([100 * (15 / 16 - 1 / 4), 100 * (3 - 2) / 8])
+    assert [bool(bar.get_hatch()) for bar in axes.patches] == [False, True]
+    low, high = axes.containers[0].lines[2][0].get_segments()[0][:, 0]
+    assert low < axes.patches[0].get_width() < high
+    assert not ablation(Figure(), compared_methods(read_runs(folders)), "suite_a")  # `weak` has one setting only
+
+
 def test_the_heat_map_has_the_rates(folders):
     (image,) = drawn(task_heat_map, folders).images
     assert image.get_array().tolist() == [[25, 93.75, 43.75]] * 2
@@ -62,6 +114,12 @@ def test_gain_stands_against_cost(folders):
     strong, weak = drawn(pareto, folders).containers
     assert strong.lines[0].get_xydata().tolist() == [[400, 100 * (15 / 16 - 1 / 4)]]
     assert weak.lines[0].get_xydata().tolist() == [[200, 100 * (7 / 16 - 1 / 4)]]
+
+
+@pytest.mark.parametrize(("cost", "spent"), [("gradient_steps", 3), ("flops", 70)])
+def test_gain_stands_against_other_costs(folders, other, cost, spent):
+    (point,) = drawn(pareto, [*folders, other], cost).containers  # rows of the others say that they spent none
+    assert point.lines[0].get_xydata()[0, 0] == spent
 
 
 def test_the_command(folders, tmp_path, capsys, make_run):

@@ -8,7 +8,8 @@ import pytest
 
 from vlarl_bench import cli
 from vlarl_bench.protocol import Protocol
-from vlarl_bench.report.leaderboard import make_page
+from vlarl_bench.records import MetricsLog
+from vlarl_bench.report.leaderboard import make_page, write_leaderboard
 from vlarl_bench.report.published import read_published
 from vlarl_bench.report.runs import read_run, read_runs
 
@@ -16,6 +17,7 @@ PUBLISHED = """
 [[result]]
 method = "Paper <b>M</b>"
 kind = "RL"
+algorithm = "fpo"
 base_policy = "their base"
 protocol = "theirs"
 source = "a paper, Table I"
@@ -45,8 +47,25 @@ def published(tmp_path):
     return read_published(tmp_path / "published.toml")
 
 
+def data_of(page):
+    return json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
+
+
 def cells_of(page):
-    return json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])["cells"]
+    return data_of(page)["cells"]
+
+
+@pytest.fixture
+def filmed(make_run, tmp_path):
+    """A run of fpo, in a folder whose name is no address, that was filmed and timed; and the folder of its page."""
+    folder = make_run("a #1: run", base=at_most(1), final=at_most(5), algorithm="fpo", train=((1, False), (2, True)),
+                      config={"settings": {"lr": 0.5, "own": 1}})  # fmt: skip
+    for name in ("before", "after"):
+        (folder / f"{name}.mp4").write_bytes(b"a film")
+    with MetricsLog(folder / "metrics.jsonl") as log:
+        for iteration in (1, 2):
+            log.append({"iteration": iteration, "seconds": 90.0 * iteration})
+    return read_run(folder), tmp_path / "site"
 
 
 def test_cells_carry_what_stands_behind_them(runs, published):
@@ -65,6 +84,55 @@ def test_cells_carry_what_stands_behind_them(runs, published):
     copied = [cell for cell in cells if cell["kind"] == "copied"]
     assert all(any("87.2" in finding for finding in cell["findings"]) for cell in copied)
     assert "seeds" not in copied[0]
+
+
+def test_films_are_linked_to_where_they_are(filmed):
+    run, site = filmed
+    cells = cells_of(make_page([run], [], site))
+    base, fpo = (next(cell for cell in cells if cell["method"] == name) for name in ("base policy", "fpo"))
+    assert base["runs"][0]["films"] == {"before": "../a%20%231%3A%20run/before.mp4"}
+    assert fpo["runs"][0]["films"] == {f"{n}": f"../a%20%231%3A%20run/{n}.mp4" for n in ("before", "after")}
+    (run.folder / "after.mp4").unlink()
+    assert list(next(c for c in cells_of(make_page([run], [], site)) if c["method"] == "fpo")["runs"][0]["films"]) == [
+        "before"
+    ]
+    assert cells_of(make_page([run], []))[1]["runs"][0]["films"] == {}
+
+
+def test_who_sent_a_run_is_on_the_page(filmed):
+    run, _ = filmed
+    object.__setattr__(run, "submitted", {"by": "a group"})
+    shown = [entry for cell in cells_of(make_page([run], [])) for entry in cell["runs"]]
+    assert [entry["submitted"] for entry in shown] == [{"by": "a group"}] * 2
+
+
+def test_curves_have_the_seconds_that_were_logged(filmed, runs):
+    (timed,) = (cell for cell in cells_of(make_page([filmed[0]], [])) if cell["method"] == "fpo")
+    assert timed["curves"] == [{"seed": 0, "steps": [100, 200], "rates": [0, 1], "seconds": [90, 180]}]
+    assert all("seconds" not in curve for cell in cells_of(make_page(runs, [])) for curve in cell["curves"])
+
+
+def test_each_method_has_a_page(filmed, runs, published):
+    pages = {page["name"]: page for page in data_of(make_page([filmed[0], *runs], published))["methods"]}
+    assert {"fpo", "dppo", "sft", "strong", "weak"} <= pages.keys()  # registered ones, and those of the runs
+    assert "Lyu et al." in pages["fpo"]["summary"]
+    assert (pages["fpo"]["learns_from"], pages["fpo"]["notes"]) == ("rollouts", "docs/methods/fpo.md")
+    assert "pi0-tiny" in pages["fpo"]["policies"]
+    settings = {name: line for name, *line in pages["fpo"]["settings"]}
+    assert settings["lr"] == ["0.0001", "0.5"]
+    assert settings["epochs"] == ["4", ""]
+    assert settings["own"] == ["", "1"]  # of a version that had it
+    assert "Not installed" in pages["strong"]["summary"]
+
+
+def test_notes_are_linked_to_in_a_checkout(filmed, tmp_path, monkeypatch):
+    (tmp_path / "docs" / "methods").mkdir(parents=True)
+    (tmp_path / "docs" / "methods" / "fpo.md").write_text("notes")
+    monkeypatch.chdir(tmp_path)
+    write_leaderboard(filmed[1] / "index.html", [filmed[0]], [])
+    pages = {page["name"]: page for page in data_of((filmed[1] / "index.html").read_text())["methods"]}
+    assert pages["fpo"]["link"] == "../docs/methods/fpo.md"
+    assert pages["dppo"]["link"] is None
 
 
 def test_runs_of_several_protocols_are_kept_apart(runs, make_run):
@@ -128,9 +196,17 @@ def browser():
 
 @pytest.fixture
 def visit(browser, runs, published, tmp_path):
-    """Opens the page; whatever the console says or the page asks of the network fails the test."""
+    """Opens the page; whatever the console says or the page asks of the network fails the test. `strong` was timed, and
+    its first seed filmed."""
+    for run in runs:
+        if run.manifest["algorithm"] == "strong":
+            with MetricsLog(run.folder / "metrics.jsonl") as log:
+                for iteration in (1, 2):
+                    log.append({"iteration": iteration, "seconds": 90.0 * iteration})
+    for name in ("before", "after"):
+        (tmp_path / "strong0" / f"{name}.mp4").write_bytes(b"a film")
     path = tmp_path / "index.html"
-    path.write_text(make_page(runs, published), encoding="utf-8")
+    path.write_text(make_page(runs, published, tmp_path), encoding="utf-8")
     problems, contexts = [], []
 
     def open_page(size="desktop", scheme="light", address=""):
@@ -185,23 +261,51 @@ def test_filters(visit):
     assert visit(address=page.url.partition("index.html")[2]).locator("#table tr[data-id]").count() == 1
 
 
-def test_a_cell_opens_by_keyboard_and_by_link(visit):
+def test_a_cell_opens_by_keyboard_and_by_link(visit, tmp_path):
     page = visit()
-    page.locator("button.open", has_text="strong").focus()
+    page.locator("#table button.open", has_text="strong").focus()
     page.keyboard.press("Enter")
     dialog = page.locator("dialog[open]")
     text = dialog.inner_text()
     for words in ("strong, suite_a", "60 successes of 64", "pick it up", "Seed 3", "vlarl-bench run", "tiny-state@1"):
         assert words in text
-    assert dialog.locator("svg path.seed").count() == 4
+    assert [svg.locator("path.seed").count() for svg in dialog.locator("svg").all()] == [4, 4]  # steps, wall time
+    assert "depend on the machine" in text
+    assert "3.0 min" in dialog.locator("svg").last.text_content()
+    films = [a.evaluate("a => a.href") for a in dialog.locator("a.film").all()]
+    assert films == [(tmp_path / "strong0" / f"{name}.mp4").as_uri() for name in ("before", "after")]
     link = page.url.partition("index.html")[2]
     assert "cell=strong-suite_a-" in link
     page.keyboard.press("Escape")
     assert page.locator("dialog[open]").count() == 0
     assert "cell=" not in page.url
     assert "strong, suite_a" in visit(address=link).locator("dialog[open]").inner_text()
-    page.locator("button.open", has_text="Paper").first.click()
+    page.locator("#table button.open", has_text="Paper").first.click()
     assert "does not follow from its parts" in page.locator("dialog[open]").inner_text()
+
+
+def test_a_method_page_opens_by_keyboard_and_by_link(visit):
+    page = visit(address="#suite=suite_d&method=fpo")
+    dialog = page.locator("dialog[open]")
+    text = dialog.inner_text()
+    for words in (
+        "Lyu et al.",
+        "clip_eps",
+        "Nothing yet.",
+        "Paper <b>M</b> [RL], suite_a",
+        "97.2%",
+        "docs/methods/fpo.md",
+    ):
+        assert words in text
+    dialog.locator("button.open", has_text="suite_b").click()
+    assert "cell=paper" in page.url and "method=" not in page.url
+    dialog.locator("button.open", has_text="About fpo").press("Enter")
+    assert "method=fpo" in page.url and "suite=suite_d" in page.url  # the filter stays
+    assert dialog.locator("#close").evaluate("b => b === document.activeElement")
+    page.keyboard.press("Escape")
+    page.wait_for_function("!location.hash.includes('method=')")
+    page.locator("#methods button", has_text="strong").press("Enter")
+    assert "93.8%" in dialog.inner_text()
 
 
 def test_the_theme_is_chosen(visit):
@@ -218,9 +322,11 @@ def test_the_theme_is_chosen(visit):
 
 def test_nothing_is_wider_than_a_phone(visit):
     page = visit("phone")
-    page.locator("button.open", has_text="strong").click()
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390
-    assert page.evaluate("document.querySelector('dialog').scrollWidth") <= 390
+    for opened in ("#table button.open >> text=strong", "#methods button >> text=/^fpo$/"):
+        page.locator(opened).click()
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        assert page.evaluate("document.querySelector('dialog').scrollWidth") <= 390
+        page.click("#close")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -228,8 +334,8 @@ def test_nothing_is_wider_than_a_phone(visit):
 def test_it_is_accessible(visit, size, scheme):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="pip install axe-playwright-python")
     page = visit(size, scheme)
-    for view in ("table", "cell"):
-        if view == "cell":
-            page.locator("button.open", has_text="strong").click()
+    for opened in ("", "#table button.open >> text=strong", "dialog button.open >> text=About strong"):
+        if opened:
+            page.locator(opened).click()
         found = axe.Axe().run(page)
         assert found.violations_count == 0, found.generate_report()

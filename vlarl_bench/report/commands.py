@@ -1,4 +1,4 @@
-"""The commands that read rows: `vlarl-bench table | figures | leaderboard | pack | lint | power`."""
+"""The commands that read rows: `vlarl-bench table | figures | analyze | leaderboard | pack | lint | power`."""
 
 from __future__ import annotations
 
@@ -53,6 +53,25 @@ def figures(args: list[str]) -> int:
 
     for path in write_figures(options.out, read_runs(options.runs)):
         print(path)
+    return 0
+
+
+def analyze(args: list[str]) -> int:
+    """Draws how training converged and how latents moved, writes the numbers, and prints the files."""
+    from ..options import Analyze, parse
+
+    options = parse(Analyze, args, "vlarl-bench analyze")
+    if not options.runs:
+        raise BenchError("runs: missing; name one or more run folders")
+    if not options.out:
+        raise BenchError("out: ''; it must not be empty")
+    if options.states < 0:
+        raise BenchError(f"states: {options.states}; it must be at least 0")
+    from .analyze import write_analysis
+    from .runs import read_runs
+
+    for line in write_analysis(options.out, read_runs(options.runs), options.states, options.workers):
+        print(line)
     return 0
 
 

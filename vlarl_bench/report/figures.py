@@ -1,8 +1,9 @@
 """Figures that compare methods under one protocol, as SVG and PNG in one style."""
 
+import functools
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ..errors import BenchError
-from ..records import atomic_file
+from ..records import EpisodeRow, atomic_file
 from ..stats import mean, performance_profile, seeds_estimate
 from .methods import Method, base_of, cell, change, compared_methods, planned_tasks, scores, suites_of
+from .metrics import machines_of, wall_time_curve
 from .paper import budget_text
 from .runs import RunFolder, training_curve
 
@@ -27,6 +29,10 @@ STYLE: dict[Any, Any] = {
     "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False, "svg.hashsalt": "vlarl-bench",
     "svg.fonttype": "none",
 }  # fmt: skip
+SAVED: dict[str, dict[str, Any]] = {
+    "svg": {"metadata": {"Date": None}},
+    "png": {"dpi": 150, "metadata": {"Software": ""}},
+}
 Draw = Callable[[Figure, Sequence[Method], str], bool]
 
 
@@ -37,32 +43,42 @@ def write_figures(folder: str | os.PathLike[str], runs: Sequence[RunFolder]) -> 
     for suite in suites_of(methods):
         present = [method for method in methods if planned_tasks(method, suite)]
         for name, draw in FIGURES.items():
-            with matplotlib.rc_context(STYLE):
-                figure = Figure(figsize=(7.2, 4.4), layout="constrained")
-                FigureCanvasAgg(figure)
-                if not draw(figure, present, suite):
-                    continue
-                label = runs[0].manifest["protocol"]["label"]
-                figure.suptitle(f"{suite}, protocol {label}", fontsize=9, x=0.01, ha="left")
-                for ending, options in (
-                    ("svg", {"metadata": {"Date": None}}),
-                    ("png", {"dpi": 150, "metadata": {"Software": ""}}),
-                ):
-                    path = Path(folder) / f"{name}-{suite}.{ending}"
-                    with atomic_file(path) as temporary:
-                        figure.savefig(temporary, **options)
-                    written.append(path)
+            title = f"{suite}, protocol {runs[0].manifest['protocol']['label']}"
+            written += write_figure(folder, f"{name}-{suite}", title, draw, present, suite)
     if not written:
         raise BenchError("figures: the runs have no scored episode to draw")
     return written
 
 
+def write_figure(
+    folder: str | os.PathLike[str], name: str, title: str, draw: Callable[..., bool], *what: Any
+) -> list[Path]:
+    """Writes `<name>.svg` and `.png` of what `draw(figure, *what)` draws, in this project's style; the same drawing
+    gives the same bytes. Returns their paths, none where `draw` says that there is nothing to see."""
+    written = []
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+        FigureCanvasAgg(figure)
+        if not draw(figure, *what):
+            return []
+        figure.suptitle(title, fontsize=9, x=0.01, ha="left")
+        for ending, options in SAVED.items():
+            path = Path(folder) / f"{name}.{ending}"
+            with atomic_file(path) as temporary:
+                figure.savefig(temporary, **options)
+            written.append(path)
+    return written
+
+
+def looks() -> Iterator[dict[str, Any]]:
+    """Colour and line of the first method, the second, and so on without end."""
+    pairs = zip(itertools.cycle(COLOURS), itertools.cycle(LINES), strict=False)
+    return ({"color": colour, "linestyle": line} for colour, line in pairs)
+
+
 def _looks(methods: Sequence[Method]) -> list[tuple[Method, dict[str, Any]]]:
     """Each method with its colour and line; the same in every figure."""
-    looks = zip(itertools.cycle(COLOURS), itertools.cycle(LINES), strict=False)
-    return [
-        (method, {"color": colour, "linestyle": line}) for method, (colour, line) in zip(methods, looks, strict=False)
-    ]
+    return list(zip(methods, looks(), strict=False))
 
 
 def _scored(methods: Sequence[Method], suite: str) -> list[Method]:
@@ -73,21 +89,48 @@ def learning_curves(figure: Figure, methods: Sequence[Method], suite: str) -> bo
     """Success while training against environment steps: mean over seeds, and Student's 95% band over seeds."""
     axes, drawn = figure.add_subplot(), False
     for method, look in _looks(methods):
-        curves = [
-            training_curve(row for row in run.rows if row.suite == suite) for run in method.runs if not method.is_base
-        ]
-        curves = [curve for curve in curves if curve[0]]
-        if not curves:
-            continue
-        drawn = True
-        grid = np.linspace(max(steps[0] for steps, _ in curves), min(steps[-1] for steps, _ in curves), 60)
-        at = np.array([np.interp(grid, steps, rates) for steps, rates in curves])
-        axes.plot(grid, 100 * at.mean(axis=0), label=f"{method.label}, {len(curves)} seed(s)", linewidth=1.8, **look)
-        _band(axes, grid, [seeds_estimate(mean, each[:, None]) for each in at.T], look["color"])
+        runs = () if method.is_base else method.runs
+        drawn |= _mean_curve(axes, method, look, [training_curve(_rows(run, suite)) for run in runs])
     axes.set(xlabel="environment steps of training", ylabel="success while exploring (%)", ylim=(-2, 102))
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
-    _legend(figure, axes)
+    place_legend(figure, axes)
     return drawn
+
+
+def wall_time_curves(figure: Figure, methods: Sequence[Method], suite: str) -> bool:
+    """As `learning_curves`, against minutes of training; says on which machines, since those decide the minutes."""
+    axes, drawn = figure.add_subplot(), False
+    timed: list[RunFolder] = []
+    for method, look in _looks(methods):
+        curves = []
+        for run in () if method.is_base else method.runs:
+            seconds, rates = wall_time_curve(run, _rows(run, suite))
+            curves.append(([second / 60 for second in seconds], rates))
+            timed += [run] if seconds else []
+        drawn |= _mean_curve(axes, method, look, curves)
+    axes.set(ylabel="success while exploring (%)", ylim=(-2, 102))
+    where = f"minutes of training, collecting and updating, on {'; '.join(machines_of(timed))}; these depend on"
+    axes.set_xlabel(_wrapped(f"{where} the machine and on what else it did", 90))
+    place_legend(figure, axes)
+    return drawn
+
+
+def _rows(run: RunFolder, suite: str) -> list[EpisodeRow]:
+    return [row for row in run.rows if row.suite == suite]
+
+
+def _mean_curve(
+    axes: Axes, method: Method, look: dict[str, Any], curves: Sequence[tuple[list[float], list[float]]]
+) -> bool:
+    """Draws the mean of the seeds' curves (x, success rates) where all of them have points, with its band."""
+    curves = [curve for curve in curves if curve[0]]
+    if not curves:
+        return False
+    grid = np.linspace(max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves), 60)
+    at = np.array([np.interp(grid, x, rates) for x, rates in curves])
+    axes.plot(grid, 100 * at.mean(axis=0), label=f"{method.label}, {len(curves)} seed(s)", linewidth=1.8, **look)
+    _band(axes, grid, [seeds_estimate(mean, each[:, None]) for each in at.T], look["color"])
+    return True
 
 
 def _band(axes: Axes, x: np.ndarray, estimates: Sequence[Any], colour: str) -> None:
@@ -96,7 +139,8 @@ def _band(axes: Axes, x: np.ndarray, estimates: Sequence[Any], colour: str) -> N
     axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
+def place_legend(figure: Figure, axes: Axes) -> None:
+    """Below the panels, where there is something to name."""
     if axes.get_legend_handles_labels()[0]:
         figure.legend(loc="outside lower center", ncols=1, fontsize=8)
 
@@ -145,23 +189,21 @@ def profiles(figure: Figure, methods: Sequence[Method], suite: str) -> bool:
         axes.step(100 * thresholds, 100 * each.mean(axis=0), where="post", label=method.label, linewidth=1.8, **look)
         _band(axes, 100 * thresholds, [seeds_estimate(mean, column[:, None]) for column in each.T], look["color"])
     axes.set(xlabel="success rate τ (%)", ylabel="runs and tasks above τ (%)", xlim=(0, 100), ylim=(-2, 102))
-    _legend(figure, axes)
+    place_legend(figure, axes)
     return bool(scored)
 
 
-def pareto(figure: Figure, methods: Sequence[Method], suite: str) -> bool:
+def pareto(figure: Figure, methods: Sequence[Method], suite: str, cost: str = "env_steps") -> bool:
     """Gain over the base policy, with its 95% interval, against what a run spent on training."""
     axes = figure.add_subplot()
     points: dict[tuple[str, ...], list[tuple[float, float]]] = {}
     for (method, look), marker in zip(_looks(methods), itertools.cycle(MARKERS), strict=False):
-        base = base_of(method, methods)
-        gain = change(method, base, suite) if base is not None else None
-        if gain is None:
+        gain, x = _gain(method, methods, suite), method.budget().get(cost)
+        if gain is None or x is None:
             continue
-        x, y = method.budget()["env_steps"], 100 * gain["value"]
-        error = None if gain["low"] is None else [[y - 100 * gain["low"]], [100 * gain["high"] - y]]
-        axes.errorbar([x], [y], error, color=look["color"], marker=marker, markersize=7, capsize=4, linestyle="none",
-                      label=f"{method.label}: {budget_text(method)}")  # fmt: skip
+        y = 100 * gain["value"]
+        axes.errorbar([x], [y], _error(gain), color=look["color"], marker=marker, markersize=7, capsize=4,
+                      linestyle="none", label=f"{method.label}: {budget_text(method)}")  # fmt: skip
         if not method.is_control:
             points.setdefault(tuple(planned_tasks(method, suite)), []).append((x, y))
     for same_tasks in points.values():
@@ -169,16 +211,68 @@ def pareto(figure: Figure, methods: Sequence[Method], suite: str) -> bool:
         if len(front) > 1:
             axes.step(*zip(*front, strict=True), where="post", color="0.6", linewidth=1, zorder=0)
     axes.axhline(0, color="0.4", linewidth=0.8)
-    axes.set(xlabel="environment steps of training, a run", ylabel="change against the base policy (points)")
-    axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
-    axes.set_xlim(left=0)
-    _legend(figure, axes)
+    axes.set(xlabel=COSTS[cost], ylabel="change against the base policy (points)")
+    axes.xaxis.set_major_formatter((lambda x, _: f"{x:.3g}") if cost == "flops" else (lambda x, _: f"{x:,.0f}"))
+    axes.set_xlim(0, max(1.06 * axes.dataLim.x1, 1))
+    place_legend(figure, axes)
     return bool(axes.containers)
+
+
+COSTS = {
+    "env_steps": "environment steps of training, a run",
+    "gradient_steps": "gradient steps of training, a run; a critic's count like an actor's",
+    "flops": "floating-point operations of training, a run",
+}
+"""By their names in `Method.budget`."""
+
+
+def _gain(method: Method, methods: Sequence[Method], suite: str) -> dict[str, Any] | None:
+    """Change against the base policy that the method began with; None where there is none."""
+    base = base_of(method, methods)
+    return None if base is None else change(method, base, suite)
+
+
+def _error(gain: dict[str, Any]) -> list[list[float]] | None:
+    """How far its interval reaches below and above it, in points, as `errorbar` wants it."""
+    if gain["low"] is None:
+        return None
+    return [[100 * (gain["value"] - gain["low"])], [100 * (gain["high"] - gain["value"])]]
+
+
+def ablation(figure: Figure, methods: Sequence[Method], suite: str) -> bool:
+    """Gain over the base policy, with its 95% interval, of each algorithm that was run under several settings: a bar a
+    setting. Controls are hatched."""
+    families: dict[tuple[str, str, str], list[tuple[Method, dict[str, Any]]]] = {}
+    for method in methods:
+        gain = _gain(method, methods, suite)
+        if gain is not None:
+            families.setdefault((method.name, method.policy, method.checkpoint), []).append((method, gain))
+    several = [family for family in families.values() if len(family) > 1]
+    bars = [(i, method, gain) for i, family in enumerate(several) for method, gain in family]
+    figure.set_size_inches(7.2, 1.4 + 0.5 * len(bars))
+    axes = figure.add_subplot()
+    heights = [row + 0.6 * i for row, (i, _, _) in enumerate(bars)]
+    for y, (i, method, gain) in zip(heights, bars, strict=True):
+        value, hatch = 100 * gain["value"], "//" if method.is_control else None
+        axes.barh(y, value, 0.7, color=COLOURS[i % len(COLOURS)], alpha=0.75, hatch=hatch, xerr=_error(gain),
+                  error_kw={"capsize": 4, "ecolor": "0.2"})  # fmt: skip
+        axes.annotate(
+            f"{value:+.1f}, n={len(method.seeds)}", (1.01, y), xycoords=("axes fraction", "data"), va="center"
+        )
+    axes.set_yticks(heights, [_wrapped(method.label, 40) for _, method, _ in bars], fontsize=8)
+    axes.invert_yaxis()
+    axes.axvline(0, color="0.4", linewidth=0.8)
+    axes.set(xlabel="change against the base policy (points), 95% interval; n: seeds")
+    return bool(bars)
 
 
 FIGURES: dict[str, Draw] = {
     "learning-curves": learning_curves,
+    "wall-time": wall_time_curves,
     "tasks": task_heat_map,
     "profiles": profiles,
+    "ablation": ablation,
     "pareto": pareto,
+    "pareto-gradient-steps": functools.partial(pareto, cost="gradient_steps"),
+    "pareto-flops": functools.partial(pareto, cost="flops"),
 }

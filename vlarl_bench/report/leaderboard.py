@@ -6,13 +6,16 @@ import os
 import shlex
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..records import write_text_atomic
 from .lint import lint_published, lint_runs
+from .method_pages import link, method_pages
 from .methods import Method, base_of, best, cell, change, compared_methods, planned_tasks, suites_of
+from .metrics import wall_time_curve
 from .paper import budget_text
 from .published import Published
 from .runs import RunFolder, training_curve
@@ -36,46 +39,50 @@ NOTES = (
 
 def write_leaderboard(path: str | os.PathLike[str], runs: Iterable[RunFolder], published: Sequence[Published]) -> int:
     """Writes the page; returns its size in bytes."""
-    page = make_page(list(runs), published)
+    page = make_page(list(runs), published, Path(path).parent)
     write_text_atomic(path, page)
     return len(page.encode())
 
 
-def make_page(runs: Sequence[RunFolder], published: Sequence[Published]) -> str:
-    """The page as text, with its data as JSON inside."""
-    site = files("vlarl_bench.report") / "site"
+def make_page(runs: Sequence[RunFolder], published: Sequence[Published], site: Path | None = None) -> str:
+    """The page as text, with its data as JSON inside. It links to films and notes if it is told the folder that it goes
+    to, `site`."""
+    parts = files("vlarl_bench.report") / "site"
     by_protocol: dict[str, list[RunFolder]] = {}
     for run in runs:
         by_protocol.setdefault(run.manifest["protocol"]["hash"], []).append(run)
     single = sum(len(run.base) + len(run.evaluated) for run in runs) <= MOST_EPISODES
-    cells = [found for group in by_protocol.values() for found in _measured_cells(group, single)]
+    cells = [found for group in by_protocol.values() for found in _measured_cells(group, single, site)]
     cells += [found for entry in published for found in _copied_cells(entry)]
     notes = [*NOTES, *([] if single else ["Single episodes are left out: they are too many for one page."])]
-    notes += [f"Lint: {finding}" for group in by_protocol.values() for finding in lint_runs(group)]
-    data = json.dumps({"cells": cells, "notes": notes}, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-    page = (site / "index.html").read_text(encoding="utf-8")
-    for name, content in (
-        ("STYLE", (site / "style.css").read_text(encoding="utf-8")),
-        ("SCRIPT", (site / "script.js").read_text(encoding="utf-8")),
+    findings = [finding for group in by_protocol.values() for finding in lint_runs(group)]
+    content = {"cells": cells, "methods": method_pages(runs, site), "notes": notes, "findings": findings}
+    data = json.dumps(content, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    page = (parts / "index.html").read_text(encoding="utf-8")
+    for name, text in (
+        ("STYLE", (parts / "style.css").read_text(encoding="utf-8")),
+        ("SCRIPT", (parts / "script.js").read_text(encoding="utf-8")),
         ("DATA", data),
     ):
         head, tail = page.split(f"/*{name}*/")
-        page = head + content + tail
+        page = head + text + tail
     return page
 
 
-def _measured_cells(runs: Sequence[RunFolder], single: bool) -> list[dict[str, Any]]:
+def _measured_cells(runs: Sequence[RunFolder], single: bool, site: Path | None) -> list[dict[str, Any]]:
     methods = compared_methods(runs)
     cells = []
     for suite in suites_of(methods):
         present = [method for method in methods if any(suite in run.suites for run in method.runs)]
         winners = best(present, suite)
         for i, method in enumerate(present):
-            cells.append(_measured_cell(method, suite, base_of(method, present), i in winners, single))
+            cells.append(_measured_cell(method, suite, base_of(method, present), i in winners, single, site))
     return cells
 
 
-def _measured_cell(method: Method, suite: str, base: Method | None, is_best: bool, single: bool) -> dict[str, Any]:
+def _measured_cell(
+    method: Method, suite: str, base: Method | None, is_best: bool, single: bool, site: Path | None
+) -> dict[str, Any]:
     manifest = method.runs[0].manifest
     shown = cell(method, suite)
     tasks = planned_tasks(method, suite)
@@ -83,12 +90,19 @@ def _measured_cell(method: Method, suite: str, base: Method | None, is_best: boo
     for run in [] if method.is_base else method.runs:
         steps, rates = training_curve(run.rows)
         if steps:
-            curves.append({"seed": run.manifest["seed"], "steps": steps, "rates": [round(rate, 4) for rate in rates]})
+            curve: dict[str, Any] = {
+                "seed": run.manifest["seed"],
+                "steps": steps,
+                "rates": [round(rate, 4) for rate in rates],
+            }
+            seconds, _ = wall_time_curve(run, run.rows)
+            curves.append(curve | ({"seconds": seconds} if len(seconds) == len(steps) else {}))
     return {
         "kind": "measured",
         "id": _identity(method.label, method.policy, suite, method.settings, method.decoding, method.checkpoint,
                         manifest["protocol"]["hash"]),
         "method": method.label,
+        "algorithm": method.name,
         "policy": f"{method.policy} {method.checkpoint}",
         "suite": suite,
         "protocol": manifest["protocol"]["label"],
@@ -101,7 +115,7 @@ def _measured_cell(method: Method, suite: str, base: Method | None, is_best: boo
         "steps": method.budget()["env_steps"],
         "curves": curves,
         "tasks": [_task(method, base, suite, task, single) for task in tasks],
-        "runs": [_run(run, method, suite) for run in method.runs],
+        "runs": [_run(run, method, suite, site) for run in method.runs],
     }  # fmt: skip
 
 
@@ -130,17 +144,21 @@ def _task(method: Method, base: Method | None, suite: str, task: str, single: bo
     return record
 
 
-def _run(run: RunFolder, method: Method, suite: str) -> dict[str, Any]:
+def _run(run: RunFolder, method: Method, suite: str, site: Path | None) -> dict[str, Any]:
     rows = run.base if method.is_base else run.evaluated
     successes = rows.column("success")[rows.column("suite") == suite]
+    films = ("before",) if method.is_base else ("before", "after", "eval")
+    there = [name for name in films if site is not None and (run.folder / f"{name}.mp4").is_file()]
     return {
+        "films": {name: link(run.folder / f"{name}.mp4", site) for name in there if site is not None},
+        "submitted": getattr(run, "submitted", None),
         "seed": run.manifest["seed"],
         "episodes": len(successes),
         "successes": int(successes.sum()),
         "command": shlex.join(["vlarl-bench", *run.manifest["argv"]]),
         "folder": f"{run.folder.name}, initial states {spans(sorted(run.manifest['evaluation']['init_states']))}",
         "code": run.manifest["code"],
-        "machine": run.manifest["fingerprint"]["hash"],
+        "machine": f"{run.manifest['fingerprint']['hash']} ({run.manifest['fingerprint'].get('cpu', 'not known')})",
     }
 
 
@@ -153,6 +171,7 @@ def _copied_cells(entry: Published) -> list[dict[str, Any]]:
             "kind": "copied",
             "id": _identity(entry.method, entry.base_policy, suite, entry.source),
             "method": f"{entry.method} [{entry.kind}]",
+            "algorithm": entry.algorithm,
             "policy": entry.base_policy,
             "suite": suite,
             "protocol": entry.protocol,

@@ -23,6 +23,8 @@ class Published:
     printed_average: float | None = None
     episodes: int | None = None
     """Of each score, where the source states them."""
+    algorithm: str = ""
+    """The algorithm here that implements its method; empty where none does."""
     where: str = field(default="", compare=False)
     """File and number of the entry, for messages."""
 
@@ -58,7 +60,7 @@ def _read(file: Path) -> list[Published]:
 
 
 def _entry(entry: dict[str, Any], where: str) -> Published:
-    unknown = entry.keys() - {*_TEXTS, "scores", "printed_average", "episodes"}
+    unknown = entry.keys() - {*_TEXTS, "scores", "printed_average", "episodes", "algorithm"}
     if unknown:
         raise BenchError(f"{where}: {', '.join(sorted(unknown))} is unknown")
     for name in _TEXTS:
@@ -74,6 +76,8 @@ def _entry(entry: dict[str, Any], where: str) -> Published:
     episodes = entry.get("episodes")
     if episodes is not None and (type(episodes) is not int or episodes < 1):
         raise BenchError(f"{where}: episodes is {episodes!r}; it must be a whole number above 0")
+    if not isinstance(entry.get("algorithm", ""), str):
+        raise BenchError(f"{where}: algorithm is {entry['algorithm']!r}; it must be the name of an algorithm here")
     return Published(**entry, where=f"{where} ({entry['method']})")
 
 

@@ -14,7 +14,7 @@ from ..errors import BenchError
 from ..protocol import Protocol
 from ..records import STOPPED, EpisodeRow, is_torn, read_rows
 from ..sealed import read_sealed
-from .pack import PACK, read_pack
+from .pack import PACK, metric_lines, read_pack
 from .rows import Rows
 
 PLACE_AND_SPEED = frozenset({"seed", "out", "workers", "slots", "threads", "video", "demos"})
@@ -33,6 +33,8 @@ class RunFolder:
     """In which round (`iteration`) training had destroyed the policy, and the `reason`, if it had."""
     submitted: dict[str, str] | None = None
     """Who sent it (`by`, `contact`, `source`, `licence`); None where it is our own."""
+    packed_metrics: tuple[dict[str, Any], ...] | None = None
+    """Lines of `metrics.jsonl` where the run is of a pack; else they are in the folder (`metrics.metrics_of`)."""
     torn: tuple[str, ...] = ()
     """Logs whose last line is unfinished and left out."""
 
@@ -155,17 +157,9 @@ def read_run(folder: str | os.PathLike[str]) -> RunFolder:
     return _checked(folder, manifest, config, Rows.of(rows), stopped, torn=torn)
 
 
-def _checked(
-    folder: Path,
-    manifest: Any,
-    config: Any,
-    rows: Rows,
-    stopped: Any,
-    submitted: Any = None,
-    torn: tuple[str, ...] = (),
-) -> RunFolder:
+def _checked(folder: Path, manifest: Any, config: Any, rows: Rows, stopped: Any, **more: Any) -> RunFolder:
     try:
-        return RunFolder(folder, manifest, config, rows, stopped, submitted, torn)
+        return RunFolder(folder, manifest, config, rows, stopped, **more)
     except (KeyError, TypeError) as error:
         raise BenchError(f"{folder / 'manifest.json'}: not a manifest of this version ({error!r} is missing)") from None
 
@@ -191,7 +185,15 @@ def read_all(paths: Iterable[str | os.PathLike[str]]) -> list[RunFolder]:
 
 def _packed_runs(pack: Path) -> list[RunFolder]:
     return [
-        _checked(pack / each.name, each.manifest, each.config, each.rows, each.stopped, each.submitted)
+        _checked(
+            pack / each.name,
+            each.manifest,
+            each.config,
+            each.rows,
+            each.stopped,
+            submitted=each.submitted,
+            packed_metrics=tuple(metric_lines(each.metrics)),
+        )
         for each in read_pack(pack)
     ]
 

@@ -2,6 +2,7 @@
 // Everything on the page is made from the JSON in #data. Texts go in as text, never as HTML: rows may come from anyone.
 const data = JSON.parse(document.getElementById("data").textContent);
 const cells = new Map(data.cells.map((cell) => [cell.id, cell]));
+const pages = new Map(data.methods.map((page) => [page.name, page]));
 const find = (selector) => document.querySelector(selector);
 const form = find("#filters"), dialog = find("#cell");
 const COLUMNS = [
@@ -25,7 +26,7 @@ function element(name, attributes = {}, ...children) {
 const percent = (rate) => (100 * rate).toFixed(1);
 const points = (x) => (x < 0 ? "−" : "+") + Math.abs(100 * x).toFixed(1);
 
-// The address holds filters, sorting and the open cell, so that each view can be linked to.
+// The address holds filters, sorting and the open cell or method, so that each view can be linked to.
 function readAddress() {
   const asked = new URLSearchParams(location.hash.slice(1));
   const column = COLUMNS.find((c) => c.key === asked.get("sort"));
@@ -39,12 +40,13 @@ function readAddress() {
     form.elements[name].value = known ? asked.get(name) : "";
   }
   draw();
-  const wanted = cells.get(asked.get("cell"));
-  if (wanted) open(wanted);
+  const cell = cells.get(asked.get("cell")), page = pages.get(asked.get("method"));
+  if (cell) openCell(cell);
+  else if (page) openMethod(page);
   else if (dialog.open) dialog.close();
 }
 
-function writeAddress(cell) {
+function writeAddress(opened = {}) {
   const address = new URLSearchParams();
   if (form.elements.find.value) address.set("find", form.elements.find.value);
   for (const name of FILTERS) if (form.elements[name].value) address.set(name, form.elements[name].value);
@@ -52,7 +54,7 @@ function writeAddress(cell) {
     address.set("sort", state.sort);
     address.set("order", state.order);
   }
-  if (cell) address.set("cell", cell.id);
+  for (const [name, value] of Object.entries(opened)) address.set(name, value);
   history.replaceState(null, "", "#" + address);
 }
 
@@ -97,8 +99,7 @@ function heading(text) {
 }
 
 function row(cell) {
-  const name = element("button", { type: "button", class: "open", "aria-haspopup": "dialog" }, cell.method);
-  name.addEventListener("click", () => open(cell));
+  const name = opener(cell.method, () => openCell(cell));
   const part = (column, ...children) => element("td", { role: "cell", "data-name": column }, ...children);
   return element("tr", { role: "row", "data-id": cell.id },
     element("th", { role: "rowheader", scope: "row" }, name, " ",
@@ -108,6 +109,12 @@ function row(cell) {
     part("Success", ...score(cell)),
     part("Against its base", ...change(cell)),
     part(cell.kind === "copied" ? "Source" : "Budget", cell.budget));
+}
+
+function opener(text, act) {
+  const button = element("button", { type: "button", class: "open", "aria-haspopup": "dialog" }, text);
+  button.addEventListener("click", act);
+  return button;
 }
 
 function score(cell) {
@@ -140,12 +147,40 @@ function change(cell) {
     element("small", {}, `base ${percent(base)}%`)];
 }
 
-function open(cell) {
-  find("#cell-title").textContent = `${cell.method}, ${cell.suite}`;
-  find("#cell-body").replaceChildren(...(cell.kind === "copied" ? copied(cell) : measured(cell)));
-  writeAddress(cell);
-  if (!dialog.open) dialog.showModal();
+function show(title, parts, address) {
+  find("#cell-title").textContent = title;
+  find("#cell-body").replaceChildren(...parts);
+  writeAddress(address);
+  if (dialog.open) find("#close").focus(); // what had the focus is gone
+  else dialog.showModal();
   dialog.scrollTop = 0;
+}
+
+function openCell(cell) {
+  const page = pages.get(cell.algorithm);
+  show(`${cell.method}, ${cell.suite}`, [
+    ...(page ? [element("p", {}, opener(`About ${page.name}`, () => openMethod(page)))] : []),
+    ...(cell.kind === "copied" ? copied(cell) : measured(cell))], { cell: cell.id });
+}
+
+function openMethod(page) {
+  const of = (kind) => data.cells.filter((cell) => cell.algorithm === page.name && cell.kind === kind);
+  const listed = (some, none) => (some.length
+    ? element("ul", {}, ...some.map((cell) => element("li", {}, opener(`${cell.method}, ${cell.suite}`, () => openCell(cell)), " ",
+      cell.rate === null ? "not run" : `${percent(cell.rate)}%`,
+      cell.change ? `, ${points(cell.change.value)} points against its base` : "",
+      element("small", {}, cell.kind === "copied" ? `${cell.source}; base policy ${cell.policy}` : `${cell.policy}; ${cell.protocol}`))))
+    : element("p", {}, none));
+  const notes = page.link ? element("a", { href: page.link }, page.notes) : `${page.notes} of vlarl-bench`;
+  const body = [element("p", {}, page.summary), facts([["Learns from", page.learns_from],
+    ["Needs of a policy", page.requires], ["Policies that have it", page.policies], ["Notes", notes]]),
+    element("h3", {}, "Measured here"), listed(of("measured"), "Nothing yet."),
+    element("h3", {}, "Copied: printed by others, measured by nobody here"), listed(of("copied"), "Nothing.")];
+  if (page.settings.length) {
+    body.push(element("h3", {}, "Settings"),
+      grid(["Setting", "Default", "In the runs above"], page.settings.map((line) => line.map((text) => text || "–")), "Settings"));
+  }
+  show(page.name, body, { method: page.name });
 }
 
 function facts(pairs) {
@@ -169,7 +204,10 @@ function measured(cell) {
     ["Episodes", `${cell.successes} successes of ${cell.episodes}; ${cell.expected} planned`],
     ["Against its base", against], ["Base policy", cell.policy], ["Settings", cell.settings], ["Protocol", cell.protocol],
     ["Decoding", cell.decoding], ["Budget", cell.budget], ["Seeds", cell.seeds.join(", ")]])];
-  if (cell.curves.length) body.push(element("h3", {}, "Learning curve"), curve(cell));
+  if (cell.curves.length) body.push(element("h3", {}, "Learning curve"), curve(cell, "steps"));
+  if (cell.curves.length && cell.curves.every((c) => c.seconds)) {
+    body.push(element("h3", {}, "The same against wall time"), curve(cell, "seconds"));
+  }
   body.push(element("h3", {}, "Tasks"), tasks(cell));
   body.push(element("h3", {}, "Seeds and commands"), runs(cell));
   if (cell.tasks.some((task) => task.outcomes)) body.push(element("h3", {}, "Episodes"), episodes(cell));
@@ -198,7 +236,16 @@ function runs(cell) {
   return element("div", {}, ...cell.runs.map((run) => element("div", {},
     element("small", {}, `Seed ${run.seed}: ${run.successes}/${run.episodes} episodes, code ${run.code}, machine ${run.machine}, ` +
       `rows ${run.folder}`),
+    run.submitted ? element("small", {}, `Submitted by ${run.submitted.by}`) : null,
+    ...films(run),
     element("pre", { tabindex: "0", "aria-label": `Command of seed ${run.seed}` }, element("code", {}, run.command)))));
+}
+
+const FILMS = { before: "before training", after: "after training", eval: "an episode" };
+function films(run) {
+  const links = Object.entries(run.films).map(([name, address]) =>
+    element("a", { href: address, class: "film", "aria-label": `Film of seed ${run.seed}, ${FILMS[name]}` }, `▶ ${FILMS[name]}`));
+  return links.length ? [element("p", { class: "films" }, ...links)] : [];
 }
 
 function episodes(cell) {
@@ -208,13 +255,18 @@ function episodes(cell) {
   return element("details", {}, element("summary", {}, "One mark an episode, by initial state and repeat: ● success, ○ failure"), ...lines);
 }
 
-function curve(cell) {
+const AXES = {
+  steps: { all: "environment steps", tick: (x) => `${Math.round(x / 1000).toLocaleString("en")}k steps`, note: "" },
+  seconds: { all: "seconds of training", tick: (x) => `${(x / 60).toFixed(1)} min`,
+    note: " Minutes depend on the machine and on what else it did: only those of one idle machine compare." },
+};
+function curve(cell, axis) {
   const W = 640, H = 260, left = 64, right = 12, top = 12, bottom = 36;
-  const most = Math.max(...cell.curves.flatMap((c) => c.steps));
-  const x = (steps) => left + ((W - left - right) * steps) / most, y = (rate) => H - bottom - (H - top - bottom) * rate;
-  const path = (c) => c.steps.map((s, i) => `${i ? "L" : "M"}${x(s).toFixed(1)} ${y(c.rates[i]).toFixed(1)}`).join("");
+  const most = Math.max(...cell.curves.flatMap((c) => c[axis])), { all, tick, note } = AXES[axis];
+  const x = (at) => left + ((W - left - right) * at) / most, y = (rate) => H - bottom - (H - top - bottom) * rate;
+  const path = (c) => c[axis].map((s, i) => `${i ? "L" : "M"}${x(s).toFixed(1)} ${y(c.rates[i]).toFixed(1)}`).join("");
   const drawn = element("svg", { viewBox: `0 0 ${W} ${H}`, width: "100%", role: "img", "aria-label":
-    `Success in training of ${cell.curves.length} seeds over ${Math.round(most).toLocaleString("en")} environment steps; ` +
+    `Success in training of ${cell.curves.length} seeds over ${Math.round(most).toLocaleString("en")} ${all}; ` +
     `base ${cell.change ? percent(cell.change.base) + "%" : "not known"}, after ${cell.rate === null ? "not run" : percent(cell.rate) + "%"}` });
   for (const rate of [0, 0.25, 0.5, 0.75, 1]) {
     drawn.append(element("line", { class: "grid", x1: left, x2: W - right, y1: y(rate), y2: y(rate) }),
@@ -222,17 +274,18 @@ function curve(cell) {
   }
   for (const part of [0, 0.5, 1]) {
     drawn.append(element("text", { x: x(part * most), y: H - 12, "text-anchor": part === 1 ? "end" : part ? "middle" : "start" },
-      `${Math.round((part * most) / 1000).toLocaleString("en")}k steps`));
+      tick(part * most)));
   }
   drawn.append(...cell.curves.map((c) => element("path", { class: "seed", d: path(c) })));
-  const rounds = Math.min(...cell.curves.map((c) => c.steps.length));
+  const rounds = Math.min(...cell.curves.map((c) => c.rates.length));
   const mean = (name, i) => cell.curves.reduce((sum, c) => sum + c[name][i], 0) / cell.curves.length;
-  const all = [...Array(rounds).keys()];
-  drawn.append(element("path", { class: "mean", d: path({ steps: all.map((i) => mean("steps", i)), rates: all.map((i) => mean("rates", i)) }) }));
+  const each = [...Array(rounds).keys()];
+  drawn.append(element("path", { class: "mean", d: path({ [axis]: each.map((i) => mean(axis, i)), rates: each.map((i) => mean("rates", i)) }) }));
   if (cell.change) drawn.append(element("rect", { class: "base", x: x(0) - 4, y: y(cell.change.base) - 4, width: 8, height: 8 }));
   if (cell.rate !== null) drawn.append(element("circle", { class: "final", cx: x(most) - 5, cy: y(cell.rate), r: 5 }));
   return element("div", {}, drawn, element("small", {},
-    "Lines: training episodes while exploring, thin for each seed, thick for their mean. Square: base policy, circle: after, both on held-out initial states."));
+    "Lines: training episodes while exploring, thin for each seed, thick for their mean. Square: base policy, circle: after, " +
+    "both on held-out initial states." + note));
 }
 
 const THEMES = ["system", "light", "dark"];
@@ -262,7 +315,12 @@ for (const name of FILTERS) {
   const values = [...new Set(data.cells.map((cell) => cell[name]))].sort();
   form.elements[name].append(element("option", { value: "" }, "all"), ...values.map((v) => element("option", { value: v }, v)));
 }
+find("#methods").append(...data.methods.map((page) => element("li", {}, opener(page.name, () => openMethod(page)),
+  element("small", {}, page.summary))));
 find("#notes").append(...data.notes.map((note) => element("li", {}, note)));
+find("#findings").hidden = !data.findings.length;
+find("#findings summary").textContent = `What lint finds in these results: ${data.findings.length}`;
+find("#findings ul").append(...data.findings.map((finding) => element("li", {}, finding)));
 form.addEventListener("input", () => { draw(); writeAddress(); });
 form.addEventListener("reset", () => setTimeout(() => { draw(); writeAddress(); }));
 form.addEventListener("submit", (event) => event.preventDefault());

@@ -1,0 +1,36 @@
+"""What `metrics.jsonl` tells reports besides the rows: a line a round of training."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..errors import BenchError
+from ..records import EpisodeRow, read_metrics
+from .runs import RunFolder, training_curve
+
+
+def metrics_of(run: RunFolder) -> list[dict[str, Any]]:
+    """The run's lines, in the order of the rounds; none where it has no such file. Raises BenchError where a value is
+    no number."""
+    if run.packed_metrics is not None:
+        return list(run.packed_metrics)
+    path = run.folder / "metrics.jsonl"
+    lines = read_metrics(path) if path.exists() else []
+    for line in lines:
+        for name, value in line.items():
+            if value is not None and type(value) not in (int, float):
+                raise BenchError(f"{path}: {name} of round {line['iteration']} is {value!r}; it must be a number")
+    return lines
+
+
+def wall_time_curve(run: RunFolder, rows: Sequence[EpisodeRow]) -> tuple[list[float], list[float]]:
+    """Seconds of training by the end of each round, and the success rate of its episodes among `rows`, as the learner
+    explored. Rounds that were not logged are left out; seconds depend on the machine and on what else it did."""
+    seconds = {line["iteration"]: line["seconds"] for line in metrics_of(run) if line.get("seconds") is not None}
+    rounds = sorted({row.iteration for row in rows if row.phase == "train"})
+    known = [(seconds[i], rate) for i, rate in zip(rounds, training_curve(rows)[1], strict=True) if i in seconds]
+    return [float(second) for second, _ in known], [rate for _, rate in known]
+
+
+def machines_of(runs: Sequence[RunFolder]) -> list[str]:
+    """CPU models that the runs were made on."""
+    return sorted({str(run.manifest["fingerprint"].get("cpu", "not known")) for run in runs})
