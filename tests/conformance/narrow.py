@@ -9,7 +9,8 @@ from vlarl_bench.policies.openvla import assemble
 from vlarl_bench.policies.openvla_checkpoint import ONE_IMAGE, PUBLISHED
 from vlarl_bench.policies.openvla_inputs import Prompts
 from vlarl_bench.policies.openvla_model import OpenVLAArchitecture, Tower
-from vlarl_bench.policies.pi0_published import PaliGemmaPrompts, PublishedPi0, PublishedPi0Architecture
+from vlarl_bench.policies.paligemma import PaliGemmaPrompts
+from vlarl_bench.policies.pi0_published import PublishedPi0, PublishedPi0Architecture
 from vlarl_bench.policies.vocabulary import words
 
 from ..policies import octo_golden, openvla_tiny, pi0_small

@@ -6,8 +6,9 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from vlarl_bench.policies.paligemma import PaliGemmaPrompts
 from vlarl_bench.policies.pi0_checkpoint import published_key
-from vlarl_bench.policies.pi0_published import PaliGemmaPrompts, PublishedPi0, PublishedPi0Architecture
+from vlarl_bench.policies.pi0_published import PublishedPi0, PublishedPi0Architecture
 
 from .openvla_tiny import weight
 

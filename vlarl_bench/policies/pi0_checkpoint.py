@@ -20,7 +20,8 @@ from torch import Tensor
 from ..errors import BenchError
 from ..records import read_json_object
 from .openvla_checkpoint import pick_statistics
-from .pi0_published import PaliGemmaPrompts, PublishedPi0, PublishedPi0Architecture, fill_buffers
+from .paligemma import PaliGemmaPrompts
+from .pi0_published import PublishedPi0, PublishedPi0Architecture
 from .published import keys_in, read_tensors, shards
 
 EXPERT = "paligemma_with_expert."
@@ -87,7 +88,7 @@ def load_published(
     found = read_tensors(files, stored, expected, cast=True)
     tensors = {f"model.{own[published]}": tensor for published, tensor in found.items()}
     policy.load_state_dict(tensors | scales, strict=True, assign=True)
-    fill_buffers(policy)
+    policy.fill_buffers()
     return policy
 
 
