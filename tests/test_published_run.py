@@ -8,12 +8,13 @@ import pytest
 from vlarl_bench.tasks.libero import suite
 
 from vlarl_bench.cli import main
-from vlarl_bench.policies import openvla_checkpoint, pi0_checkpoint
+from vlarl_bench.policies import openvla_checkpoint, pi0_checkpoint, pi0_fast_checkpoint
+from vlarl_bench.policies.pi0_fast_published import PublishedPi0FastArchitecture
 from vlarl_bench.policies.pi0_published import PublishedPi0Architecture
 from vlarl_bench.policies.store import content_hash
 from vlarl_bench.records import read_rows
 
-from .policies import pi0_small
+from .policies import pi0_fast_small, pi0_small
 from .policies.openvla_tiny import OFT, SMALL
 from .policies.test_openvla_checkpoint import publish as publish_openvla
 
@@ -68,6 +69,19 @@ def test_pi0_plays_from_its_folder_and_resizes_what_it_sees(pi0, tmp_path, capsy
     assert (row.steps, row.checkpoint) == (10, content_hash(made))
 
 
+def test_pi0_fast_plays_from_its_folder_and_tells_what_is_no_chunk(tmp_path, monkeypatch, capsys):
+    narrow = functools.partial(PublishedPi0FastArchitecture, **pi0_fast_small.SIZES)
+    monkeypatch.setattr(pi0_fast_checkpoint, "PublishedPi0FastArchitecture", narrow)
+    made = pi0_fast_small.publish(tmp_path / "published", chunk=10, image_size=224)
+    out = tmp_path / "run"
+    options = ("--policy", "pi0-fast-base", "--base", str(tmp_path / "published"), "--protocol", "lerobot")
+    assert main([*PLAY, *options, "--out", str(out)]) == 0
+    told = capsys.readouterr()
+    (row,) = read_rows(out / "episodes.jsonl")
+    assert (row.steps, row.checkpoint) == (10, content_hash(made))
+    assert "no chunk" in told.out + told.err
+
+
 @pytest.mark.parametrize(
     ("options", "line"),
     [
@@ -111,6 +125,7 @@ def test_list_says_what_needs_a_folder(capsys):
     assert {name for name, needed in policies.items() if needed} == {
         "openvla-7b",
         "pi0-base",
+        "pi0-fast-base",
         "octo-small-1.5",
         "octo-base-1.5",
     }

@@ -3,16 +3,19 @@
 import torch
 from torch import nn
 
+from vlarl_bench.policies.fast_tokens import FastTokenizer
 from vlarl_bench.policies.octo import Octo, Subwords
 from vlarl_bench.policies.octo_model import OctoArchitecture
 from vlarl_bench.policies.openvla import assemble
 from vlarl_bench.policies.openvla_checkpoint import ONE_IMAGE, PUBLISHED
 from vlarl_bench.policies.openvla_inputs import Prompts
 from vlarl_bench.policies.openvla_model import OpenVLAArchitecture, Tower
-from vlarl_bench.policies.pi0_published import PaliGemmaPrompts, PublishedPi0, PublishedPi0Architecture
+from vlarl_bench.policies.paligemma import PaliGemmaPrompts
+from vlarl_bench.policies.pi0_fast_published import FastPrompts, PublishedPi0Fast, PublishedPi0FastArchitecture
+from vlarl_bench.policies.pi0_published import PublishedPi0, PublishedPi0Architecture
 from vlarl_bench.policies.vocabulary import words
 
-from ..policies import octo_golden, openvla_tiny, pi0_small
+from ..policies import octo_golden, openvla_tiny, pi0_fast_small, pi0_small
 
 
 def narrow(spec, embodiment, texts, seed):
@@ -33,6 +36,13 @@ def _pi0(spec, e, known):
     shape = {"chunk": e.chunk, "image_size": 28, "cameras": spec.cameras, **pi0_small.SIZES}
     architecture = PublishedPi0Architecture("pixels", e.action_dim, e.proprio_dim, **shape)
     return PublishedPi0(spec.name, architecture, PaliGemmaPrompts(pi0_small.tokenizer(known)))
+
+
+def _pi0_fast(spec, e, known):
+    shape = {"chunk": e.chunk, "image_size": 28, "cameras": spec.cameras, "skip_tokens": 8, **pi0_fast_small.SIZES}
+    architecture = PublishedPi0FastArchitecture("pixels", e.action_dim, e.proprio_dim, **{**shape, "layers": 2})
+    prompts = FastPrompts(pi0_fast_small.tokenizer(known), 8)
+    return PublishedPi0Fast(spec.name, architecture, prompts, FastTokenizer.plain(e.chunk, 10.0))
 
 
 def _openvla(spec, e, known):
@@ -82,4 +92,10 @@ def _octo(spec, e, known):
 
 SAME = {"octo-base-1.5": "octo-small-1.5"}
 """Policies that differ in width alone, so that the tests would see the same twice."""
-MAKERS = {"pi0-base": _pi0, "openvla-7b": _openvla, "octo-small-1.5": _octo, "octo-base-1.5": _octo}
+MAKERS = {
+    "pi0-base": _pi0,
+    "pi0-fast-base": _pi0_fast,
+    "openvla-7b": _openvla,
+    "octo-small-1.5": _octo,
+    "octo-base-1.5": _octo,
+}

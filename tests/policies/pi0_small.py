@@ -6,8 +6,9 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from vlarl_bench.policies.paligemma import PaliGemmaPrompts
 from vlarl_bench.policies.pi0_checkpoint import published_key
-from vlarl_bench.policies.pi0_published import PaliGemmaPrompts, PublishedPi0, PublishedPi0Architecture
+from vlarl_bench.policies.pi0_published import PublishedPi0, PublishedPi0Architecture
 
 from .openvla_tiny import weight
 
@@ -61,36 +62,49 @@ def publish(folder, prefix="model.", shards=1, tied=False, **changes):
     """Writes a small policy as lerobot publishes it; returns the policy."""
     policy = small(**changes)
     a = policy.architecture
-    images = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
     config = {
         "type": "pi0",
-        "input_features": {
-            **{f"observation.images.{i}": {"type": "VISUAL", "shape": [3, a.image_size, a.image_size]} for i in images},
-            "observation.state": {"type": "STATE", "shape": [8]},
-        },
-        "output_features": {"action": {"type": "ACTION", "shape": [7]}},
         "chunk_size": a.chunk,
-        "max_state_dim": 32,
-        "max_action_dim": 32,
         "image_resolution": [a.image_size, a.image_size],
         "tokenizer_max_length": a.max_words,
         "num_inference_steps": a.euler_steps,
         "dtype": a.dtype,
         "normalization_mapping": {"VISUAL": "IDENTITY", "STATE": "MEAN_STD", "ACTION": "MEAN_STD"},
     }
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "tokenizer.json").write_text(policy.vocabulary.json)
-    for pipeline, step in (("pre", "normalizer_processor"), ("post", "unnormalizer_processor")):
-        state = f"policy_{pipeline}processor_step_1_{step}.safetensors"
-        steps = [{"registry_name": "device_processor"}, {"registry_name": step, "state_file": state}]
-        (folder / f"policy_{pipeline}processor.json").write_text(json.dumps({"name": pipeline, "steps": steps}))
-        save_file(STATS, folder / state)
     tensors = {prefix + published_key(key): p.detach().clone() for key, p in policy.model.named_parameters()}
     if tied:
         head = f"{prefix}paligemma_with_expert.paligemma.lm_head.weight"
         tensors[f"{prefix}paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"] = tensors[head]
         tensors[head] = tensors[head] + 1  # what lerobot's trainer left there; nothing reads it
+    lay_out(folder, config, policy.vocabulary.json, STATS, tensors, shards)
+    for kind, feature in (("action", "action"), ("proprio", "observation.state")):
+        getattr(policy, f"{kind}_mean").copy_(STATS[f"{feature}.mean"])
+        getattr(policy, f"{kind}_std").copy_(STATS[f"{feature}.std"] + 1e-8)
+    return policy
+
+
+def lay_out(folder, config, tokenizer, stats, tensors, shards):
+    """Writes a folder as lerobot does, for LIBERO's robot: configuration, processors with their statistics, weights."""
+    images = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
+    features = {
+        "input_features": {
+            **{
+                f"observation.images.{i}": {"type": "VISUAL", "shape": [3, *config["image_resolution"]]} for i in images
+            },
+            "observation.state": {"type": "STATE", "shape": [8]},
+        },
+        "output_features": {"action": {"type": "ACTION", "shape": [7]}},
+        "max_state_dim": 32,
+        "max_action_dim": 32,
+    }
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({**features, **config}))
+    (folder / "tokenizer.json").write_text(tokenizer)
+    for pipeline, step in (("pre", "normalizer_processor"), ("post", "unnormalizer_processor")):
+        state = f"policy_{pipeline}processor_step_1_{step}.safetensors"
+        steps = [{"registry_name": "device_processor"}, {"registry_name": step, "state_file": state}]
+        (folder / f"policy_{pipeline}processor.json").write_text(json.dumps({"name": pipeline, "steps": steps}))
+        save_file(stats, folder / state)
     if shards == 1:
         save_file(tensors, folder / "model.safetensors")
     else:
@@ -99,7 +113,3 @@ def publish(folder, prefix="model.", shards=1, tied=False, **changes):
         for name in names:
             save_file({k: v for k, v in tensors.items() if where[k] == name}, folder / name)
         (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
-    for kind, feature in (("action", "action"), ("proprio", "observation.state")):
-        getattr(policy, f"{kind}_mean").copy_(STATS[f"{feature}.mean"])
-        getattr(policy, f"{kind}_std").copy_(STATS[f"{feature}.std"] + 1e-8)
-    return policy

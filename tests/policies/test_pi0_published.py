@@ -10,13 +10,9 @@ import torch
 
 from vlarl_bench.errors import BenchError
 from vlarl_bench.policies.inputs import Batch
+from vlarl_bench.policies.paligemma import PaliGemmaPrompts, resize_with_pad
 from vlarl_bench.policies.pi0_checkpoint import published_key
-from vlarl_bench.policies.pi0_published import (
-    PaliGemmaPrompts,
-    PublishedPi0,
-    PublishedPi0Architecture,
-    resize_with_pad,
-)
+from vlarl_bench.policies.pi0_published import PublishedPi0, PublishedPi0Architecture
 from vlarl_bench.suite import Observation
 
 from .openvla_tiny import weight

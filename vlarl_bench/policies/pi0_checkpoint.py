@@ -9,7 +9,7 @@ of policy_preprocessor.json and policy_postprocessor.json with their safetensors
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from torch import Tensor
 from ..errors import BenchError
 from ..records import read_json_object
 from .openvla_checkpoint import pick_statistics
-from .pi0_published import PaliGemmaPrompts, PublishedPi0, PublishedPi0Architecture, fill_buffers
+from .paligemma import PaliGemmaPrompts
+from .pi0_published import PublishedPi0, PublishedPi0Architecture
 from .published import keys_in, read_tensors, shards
 
 EXPERT = "paligemma_with_expert."
@@ -66,10 +67,8 @@ def load_published(
     """
     folder = Path(folder)
     config = read_json_object(folder / "config.json")
-    shape = _architecture(config, folder, cameras) | ({"dtype": dtype} if dtype else {}) | sizes
-    if shape["dtype"] not in ("float32", "bfloat16"):
-        raise BenchError(f"dtype: {shape['dtype']!r}; it must be 'float32' or 'bfloat16'")
-    prompts: Any = PaliGemmaPrompts(_tokenizer(folder if tokenizer is None else Path(tokenizer)))
+    shape = _architecture(config, folder, cameras, dtype) | sizes
+    prompts: Any = PaliGemmaPrompts(tokenizer_json(folder if tokenizer is None else Path(tokenizer)))
     with torch.device("meta"):  # the checkpoint's tensors take the parameters' place, so nothing is held twice
         policy = PublishedPi0(name, PublishedPi0Architecture(**shape), prompts)
     scales = _scales(folder, config, policy, unnorm_key)
@@ -87,68 +86,82 @@ def load_published(
     found = read_tensors(files, stored, expected, cast=True)
     tensors = {f"model.{own[published]}": tensor for published, tensor in found.items()}
     policy.load_state_dict(tensors | scales, strict=True, assign=True)
-    fill_buffers(policy)
+    policy.fill_buffers()
     return policy
 
 
-def published_key(key: str) -> str:
+def published_key(key: str, names: Sequence[tuple[str, str]] = NAMES) -> str:
     """The name in lerobot's files, without its `model.`, of a parameter of transformers' class."""
-    for begins, published in NAMES:
+    for begins, published in names:
         if key.startswith(begins):
             return published + key.removeprefix(begins)
     return key
 
 
-def _architecture(config: Mapping[str, Any], folder: Path, cameras: Mapping[str, str]) -> dict[str, Any]:
+def _architecture(
+    config: Mapping[str, Any], folder: Path, cameras: Mapping[str, str], dtype: str | None
+) -> dict[str, Any]:
     """What config.json decides. Raises BenchError naming what this network cannot be."""
-    wanted = {
-        "type": (config.get("type"), "pi0"),
-        "paligemma_variant": (config.get("paligemma_variant", "gemma_2b"), "gemma_2b"),
-        "action_expert_variant": (config.get("action_expert_variant", "gemma_300m"), "gemma_300m"),
-        "use_relative_actions": (config.get("use_relative_actions", False), False),
-    }
-    for field, (found, right) in wanted.items():
-        if found != right:
-            raise BenchError(f"config.json: {field} {found!r} in {folder}; it must be {right!r}")
+    shape = shared_architecture(config, folder, cameras, dtype, "pi0", {"action_expert_variant": "gemma_300m"})
+    padded = {config.get("max_state_dim", 32), config.get("max_action_dim", 32)}
+    if len(padded) != 1:
+        raise BenchError(f"config.json: max_state_dim and max_action_dim must agree in {folder}")
+    steps = config.get("num_inference_steps", 10)
+    return {"max_words": 48, **shape, "padded_dim": int(padded.pop()), "euler_steps": int(steps)}
+
+
+def shared_architecture(
+    config: Mapping[str, Any],
+    folder: Path,
+    cameras: Mapping[str, str],
+    dtype: str | None,
+    kind: str,
+    wanted: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What config.json decides of pi0 and pi0-FAST alike; `kind` is its type, and it may say nothing but what is
+    `wanted`. Raises BenchError naming what the network cannot be."""
+    right = {"paligemma_variant": "gemma_2b", "use_relative_actions": False, **wanted}
+    for field, value in ({"type": kind} | right).items():
+        found = config.get(field, right.get(field))
+        if found != value:
+            raise BenchError(f"config.json: {field} {found!r} in {folder}; it must be {value!r}")
     try:
         inputs, outputs = config["input_features"], config["output_features"]
         images = [key.removeprefix("observation.images.") for key in inputs if inputs[key]["type"] == "VISUAL"]
         (action,) = outputs["action"]["shape"]
         (state,) = inputs["observation.state"]["shape"]
-        padded = {config.get("max_state_dim", 32), config.get("max_action_dim", 32)}
         size, other = config.get("image_resolution", (224, 224))
-        numbers = {
-            "chunk": int(config.get("chunk_size", 50)),
-            "euler_steps": int(config.get("num_inference_steps", 10)),
-            "max_words": int(config.get("tokenizer_max_length", 48)),
-            "image_size": int(size),
-        }
+        numbers = {"chunk": int(config.get("chunk_size", 50)), "image_size": int(size)}
+        if "tokenizer_max_length" in config:
+            numbers["max_words"] = int(config["tokenizer_max_length"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise BenchError(f"config.json: {error!r} in {folder} does not describe a pi0 checkpoint") from None
-    if len(padded) != 1 or size != other:
-        raise BenchError(
-            f"config.json: max_state_dim and max_action_dim, and both sides of an image, must agree in {folder}"
-        )
+        raise BenchError(f"config.json: {error!r} in {folder} does not describe a {kind} checkpoint") from None
+    if size != other:
+        raise BenchError(f"config.json: both sides of an image must agree in {folder}")
     # A base checkpoint's features are the padding's own; what the robot has is LIBERO's.
-    (width,) = padded
-    dims = {"action_dim": 7 if action == width else int(action), "proprio_dim": 8 if state == width else int(state)}
+    dims = {
+        "action_dim": 7 if action == config.get("max_action_dim", 32) else int(action),
+        "proprio_dim": 8 if state == config.get("max_state_dim", 32) else int(state),
+    }
     unknown = [i for i in images if i not in cameras and not any(re.fullmatch(pattern, i) for pattern in ABSENT)]
     if unknown or not any(i in cameras for i in images):
         raise BenchError(
             f"cameras: no camera is known for {', '.join(unknown) or 'any image'}; {folder} has "
             f"{', '.join(images) or 'none'}; known are {', '.join(sorted(cameras))}"
         )
+    dtype = dtype or config.get("dtype", "float32")
+    if dtype not in ("float32", "bfloat16"):
+        raise BenchError(f"dtype: {dtype!r}; it must be 'float32' or 'bfloat16'")
     return {
         "observation": "pixels",
-        "padded_dim": int(width),
         "cameras": tuple(cameras[i] for i in images if i in cameras),
-        "dtype": config.get("dtype", "float32"),
+        "dtype": dtype,
         **dims,
         **numbers,
     }
 
 
-def _tokenizer(place: Path) -> str:
+def tokenizer_json(place: Path) -> str:
     """The text of PaliGemma's tokenizer.json, given its path or its folder."""
     file = place / "tokenizer.json" if place.is_dir() else place
     try:
@@ -160,8 +173,19 @@ def _tokenizer(place: Path) -> str:
 def _scales(folder: Path, config: Mapping[str, Any], policy: PublishedPi0, unnorm_key: str | None) -> dict[str, Tensor]:
     """The policy's buffers. Quantiles are turned into the mean and deviation that do the same."""
     modes = config.get("normalization_mapping") or {"STATE": "MEAN_STD", "ACTION": "MEAN_STD"}
+    scales = {}
+    for kind, (mode, first, second, least) in read_scales(folder, modes, policy.architecture, unnorm_key).items():
+        mean, std = (first, second) if mode == "MEAN_STD" else ((first + second) / 2, (second - first) / 2)
+        scales[f"{kind}_mean"], scales[f"{kind}_std"] = mean.clone(), std + least
+    return scales
+
+
+def read_scales(
+    folder: Path, modes: Mapping[str, Any], a: Any, unnorm_key: str | None
+) -> dict[str, tuple[str, Tensor, Tensor, float]]:
+    """For `action` and `proprio`: `MEAN_STD` and both, or `QUANTILES` and both; and what is added to deviations."""
     stats, least = _statistics(folder, unnorm_key)
-    a, scales = policy.architecture, {}
+    scales = {}
     for kind, feature, group, size in (
         ("action", "action", "ACTION", a.action_dim),
         ("proprio", "observation.state", "STATE", a.proprio_dim),
@@ -180,8 +204,7 @@ def _scales(folder: Path, config: Mapping[str, Any], policy: PublishedPi0, unnor
             raise BenchError(
                 f"statistics: {feature} has shape {list(first.shape)} in {folder}; this robot needs [{size}]"
             )
-        mean, std = (first, second) if mode == "MEAN_STD" else ((first + second) / 2, (second - first) / 2)
-        scales[f"{kind}_mean"], scales[f"{kind}_std"] = mean.clone(), std + least
+        scales[kind] = mode, first, second, least
     return scales
 
 

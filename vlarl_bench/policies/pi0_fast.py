@@ -2,10 +2,11 @@
 
 The prefix (images or objects, instruction, proprioception) sees itself in both directions; action tokens see it and
 those before them, until one that ends the chunk. In `state` mode one token an object takes the place of the images.
-The published model reads proprioception as text in its prompt; here it is one projected token, the prefix's last. And
-tiny is told with each action token how many coefficients have been said up to it, by an embedding of its own: the
-published model has to count, which so small a network hardly learns, and most of what it then says is no chunk. For
-the same reason its softmax is over those tokens alone after which a chunk can still come about (`grammar`).
+The published model (`pi0_fast_published.py`) reads proprioception as text in its prompt; here it is one projected
+token, the prefix's last. And tiny is told with each action token how many coefficients have been said up to it, by an
+embedding of its own: the published model has to count, which so small a network hardly learns, and most of what it then
+says is no chunk. For the same reason its softmax is over those tokens alone after which a chunk can still come about
+(`grammar`).
 
 Where a context is cut: `encode` runs the vision tower and the `frozen_layers` lowest layers over the prefix; RL trains
 the layers above and the head. Action tokens pass through the lower layers too, on the keys and values that the context
@@ -113,6 +114,8 @@ class Pi0Fast(Quantiles, TokenPolicy):
     """Scaled-down pi0-FAST. Its weights are random until some are loaded, its tokenizer plain until it is fitted."""
 
     capabilities: ClassVar[frozenset[str]] = frozenset({"sft", "likelihood", "tokens", "fast"})
+    opening: int = 0
+    """Tokens at the prefix's end that no token before them sees, as if they had been said."""
     spelled: Tensor
     """[V + 1] coefficients that each action token spells."""
 
@@ -208,12 +211,12 @@ class Pi0Fast(Quantiles, TokenPolicy):
         a, cache = self.architecture, DynamicCache()
         proprio = self.normalise_proprio(batch.proprio)
         x, real, positions = self._prefix(batch, proprio)
-        x = self._run(x, _prefix_mask(real), positions, slice(a.frozen_layers), cache)
+        x = self._run(x, self._mask(real), positions, slice(a.frozen_layers), cache)
         layers: list[Any] = cache.layers
         lower = x.new_zeros(len(batch), 0, 2, a.heads, x.shape[1], a.head_dim)
         if layers:
             lower = torch.stack([torch.stack((layer.keys, layer.values), 1) for layer in layers], 1)
-        hidden = F.rms_norm(x, (a.width,))
+        hidden = F.rms_norm(x.float(), (a.width,))
         keep = real[..., None]
         mean = (hidden * keep).sum(1) / keep.sum(1)
         top = hidden.masked_fill(~keep, -torch.inf).amax(1)
@@ -270,14 +273,21 @@ class Pi0Fast(Quantiles, TokenPolicy):
         real = F.pad(context.mask, (0, t), value=1)
         steps = torch.arange(1, t + 1, device=index.device)
         positions = torch.cat((context.positions, context.positions[:, -1:] + steps), 1)
-        order = torch.ones(t, s + t, dtype=torch.bool, device=index.device).tril(s)
-        mask = real[:, None, None] & torch.cat((F.pad(order.new_ones(s, s), (0, t)), order))
+        mask = self._mask(real, t)
         with torch.set_grad_enabled(torch.is_grad_enabled() and context.hidden.requires_grad):
             x = self._speak(index[:, :-1], self.spelled[index[:, :-1]].cumsum(1))
             x = self._run(x, mask[:, :, s:], positions[:, s:], slice(a.frozen_layers), self._cache(context))
         x = self._run(torch.cat((context.hidden, x), 1), mask, positions, slice(a.frozen_layers, None))
         spelled = self.spelled[index]
         return self._possible(self._read(x[:, s - 1 :]), spelled.cumsum(1) - spelled)
+
+    def _mask(self, real: Tensor, said: int = 0) -> Tensor:
+        """[B, 1, n, n] which token may look at which, where the last `said` of the n are action tokens: all at what is
+        real [B, n] of the prefix, and from its opening on at nothing that comes later."""
+        first = real.shape[1] - self.opening - said
+        order = real.new_ones(real.shape[1], real.shape[1]).tril()
+        order[:first, :first] = True
+        return real[:, None, None] & order
 
     def _possible(self, logits: Tensor, said: Tensor) -> Tensor:
         """Logits [..., V + 1] after `said` [...] coefficients, with what the grammar forbids out of reach: a token that
@@ -296,9 +306,12 @@ class Pi0Fast(Quantiles, TokenPolicy):
 
     def _read(self, x: Tensor) -> Tensor:
         """[..., V + 1] logits of what leaves the last layer [..., D], among action tokens alone."""
+        return F.linear(self.network.model.language_model.norm(x), self._head()).float()
+
+    def _head(self) -> Tensor:
+        """[V + 1, D] rows of the output layer that stand for action tokens."""
         first = self.architecture.words
-        weight = self.network.lm_head.weight[first : first + 1 + len(self.fast)]
-        return F.linear(self.network.model.language_model.norm(x), weight)
+        return self.network.lm_head.weight[first : first + 1 + len(self.fast)]
 
     def _cache(self, context: Context) -> DynamicCache:
         """A fresh cache over the context's tensors; transformers appends to the cache, never to the tensors."""
@@ -311,7 +324,7 @@ class Pi0Fast(Quantiles, TokenPolicy):
     def _decode(self, context: Context, uniform: Tensor | None, temperature: float) -> Tensor:
         """[B, max_tokens] action tokens: the likeliest, or drawn by uniform numbers of that shape."""
         a, cache, real = self.architecture, self._cache(context), context.mask
-        x = self._run(context.hidden, _prefix_mask(real), context.positions, slice(a.frozen_layers, None), cache)
+        x = self._run(context.hidden, self._mask(real), context.positions, slice(a.frozen_layers, None), cache)
         index = torch.full((len(context), a.max_tokens), END, device=real.device)
         said = torch.zeros(len(context), 1, dtype=torch.long, device=real.device)
         ended = torch.zeros(len(context), dtype=torch.bool, device=real.device)
@@ -380,11 +393,6 @@ class Pi0Fast(Quantiles, TokenPolicy):
         model = self.network.model.language_model
         modules = (*model.layers[self.architecture.frozen_layers :], model.norm, self.network.lm_head)
         return learning(self, (p for module in modules for p in module.parameters()))
-
-
-def _prefix_mask(real: Tensor) -> Tensor:
-    """[B, 1, S, S] mask: all of the prefix see what is real of it [B, S]."""
-    return real[:, None, None].expand(-1, -1, real.shape[1], -1)
 
 
 def create(spec: PolicySpec, embodiment: Embodiment, vocabulary: Sequence[str], seed: int) -> Pi0Fast:

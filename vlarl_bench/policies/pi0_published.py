@@ -9,29 +9,22 @@ Shapes: as in `pi0.py`; N patches an image.
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PI0Config, PI0ForConditionalGeneration
 
 from ..errors import BenchError
-from ..suite import Observation
 from .base import Sample
 from .inputs import Batch
+from .paligemma import PaliGemmaPolicy, PaliGemmaPrompts, fill_buffers, lower_precision, paligemma_config
 from .pi0 import Context, Pi0, Pi0Architecture
 from .steady import steady_rows
-from .vocabulary import parse_tokenizer
-
-PRECISE = ("vision_tower.", "multi_modal_projector.", "layernorm.", ".norm.", "embed_action_time.", "action_out_proj.")
-"""What stays float32 where the rest is bfloat16, as in lerobot: images, norms and the projections of actions."""
 
 
 @dataclass(frozen=True)
@@ -59,31 +52,10 @@ class PublishedPi0Architecture(Pi0Architecture):
     padded_dim: int = 32
     """Numbers that the network sees of an action and of proprioception; those beyond the robot's own are zero."""
     dtype: str = "float32"
-    """`float32`, or `bfloat16` for all but `PRECISE`."""
+    """`float32`, or `bfloat16` for all but `paligemma.PRECISE`."""
 
 
-class PaliGemmaPrompts:
-    """Instructions as pi0 was taught them: PaliGemma's beginning, the text, a line feed."""
-
-    def __init__(self, tokenizer: str) -> None:
-        """Takes the text of PaliGemma's `tokenizer.json`. Raises BenchError if it is none."""
-        self.json = tokenizer
-        self._tokenizer = parse_tokenizer(tokenizer)
-        begin = self._tokenizer.token_to_id("<bos>")
-        if begin is None:
-            raise BenchError("tokenizer.json: has no token '<bos>'; it must be PaliGemma's")
-        self._begin: int = begin
-        self._encoded: dict[str, list[int]] = {}
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of the prompt for an instruction."""
-        if text not in self._encoded:
-            line = text if text.endswith("\n") else f"{text}\n"
-            self._encoded[text] = [self._begin, *self._tokenizer.encode(line, add_special_tokens=False).ids]
-        return list(self._encoded[text])
-
-
-class PublishedPi0(Pi0):
+class PublishedPi0(PaliGemmaPolicy, Pi0):
     """pi0 at its published size behind the flow seam. Its weights are random until some are loaded."""
 
     architecture: PublishedPi0Architecture
@@ -96,9 +68,7 @@ class PublishedPi0(Pi0):
         self.euler_steps = a.euler_steps
         self.feature_dim = 2 * a.prefix_width + a.padded_dim
         self.model = PI0ForConditionalGeneration(_transformers_config(a))
-        for key, parameter in self.model.named_parameters():
-            if not any(part in key for part in PRECISE):
-                parameter.data = parameter.data.to(getattr(torch, a.dtype))
+        lower_precision(self.model, a.dtype)
         self.model.embed_action_time.sinusoid_embeds.sinusoid_freq = _frequencies(self.model.config)
         self.build_scales(a.action_dim, a.proprio_dim)
 
@@ -115,6 +85,12 @@ class PublishedPi0(Pi0):
             return cls(config["policy"], PublishedPi0Architecture(**stored), prompts)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise BenchError(f"config.json: {error!r} does not describe a published pi0") from None
+
+    def fill_buffers(self) -> None:
+        """Computes what is not stored, where the policy was built on the meta device."""
+        model = self.model.model
+        fill_buffers(model.vlm, model.dit)
+        self.model.embed_action_time.sinusoid_embeds.sinusoid_freq = _frequencies(self.model.config)
 
     @property
     def latent_dim(self) -> int:
@@ -147,35 +123,13 @@ class PublishedPi0(Pi0):
 
     # What is seen
 
-    def preprocess(self, observations: Sequence[Observation]) -> Batch:
-        """Observations to padded tensors; images of any size are resized. Raises BenchError if one does not fit."""
-        size, cameras = self.architecture.image_size, self.architecture.cameras
-        fitting = []
-        for seen in observations:
-            absent = [camera for camera in cameras if camera not in seen.images]
-            if absent:
-                there = ", ".join(sorted(seen.images)) or "none"
-                raise BenchError(f"images: {', '.join(absent)} missing; this policy looks at it, and there are {there}")
-            images = {camera: resize_with_pad(seen.images[camera], size) for camera in cameras}
-            fitting.append(dataclasses.replace(seen, images=images))
-        return super().preprocess(fitting)
-
     def _tokens(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Mask [B, S], embeddings [B, S, D] and positions [B, S] of the prefix: images, then the prompt."""
-        visible = self._see(batch.images.float() / 127.5 - 1)
+        visible = self._see(self.model.model.vlm, batch.images)
         words = self.model.model.vlm.get_input_embeddings()(batch.words)
         spoken = batch.words != 0
         mask = torch.cat((spoken.new_ones(visible.shape[:2]), spoken), 1)
         return mask, torch.cat((visible.to(words.dtype), words), 1), mask.cumsum(-1) - 1
-
-    def _see(self, pixels: Tensor) -> Tensor:
-        """[B, C N, D] of pixels [B, C, 3, size, size] between -1 and 1, image after image."""
-        vlm = self.model.model.vlm
-        x = vlm.vision_tower.embeddings(pixels.flatten(0, 1))
-        for layer in vlm.vision_tower.encoder.layers:
-            x = self._maybe_again(layer, x, None)
-        x = vlm.multi_modal_projector(vlm.vision_tower.post_layernorm(x))
-        return x.unflatten(0, pixels.shape[:2]).flatten(1, 2)
 
     # Layers one by one: transformers' own checkpointing would give up the cache that pi0 lives on.
 
@@ -235,12 +189,6 @@ class PublishedPi0(Pi0):
             x = x - self.velocity(context, x[:, None], t)[:, 0] / steps
         return Sample(self.unnormalise(x), x)
 
-    def _maybe_again(self, function: Any, *inputs: Any) -> Any:
-        """`function(*inputs)`, computed again for its gradient instead of kept, if the policy is `checkpointed`."""
-        if self.checkpointed and torch.is_grad_enabled():
-            return checkpoint(function, *inputs, use_reentrant=False)
-        return function(*inputs)
-
 
 class _Cache:
     """One layer's keys and values [B, heads, S, head_dim], as transformers' attention asks for them."""
@@ -268,35 +216,7 @@ def _layer(
     return layer(x, attention_mask=attend, position_embeddings=rotary, past_key_values=cache), cache.keys, cache.values
 
 
-def resize_with_pad(image: np.ndarray, size: int) -> np.ndarray:
-    """[H, W, 3] uint8 to [size, size, 3]: bilinear, in proportion, with black borders, as lerobot and openpi do.
-
-    Rounded to whole grey levels; lerobot keeps the fractions.
-    """
-    if image.shape == (size, size, 3) or image.ndim != 3:  # `to_batch` refuses what is no image
-        return image
-    scale = max(image.shape[:2]) / size
-    height, width = (int(side / scale) for side in image.shape[:2])
-    pixels = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float()
-    small = F.interpolate(pixels, (height, width), mode="bilinear", align_corners=False).round().clamp(0, 255)
-    top, left = (size - height) // 2, (size - width) // 2
-    padded = F.pad(small, (left, size - width - left, top, size - height - top))
-    return padded[0].permute(1, 2, 0).to(torch.uint8).numpy()
-
-
 restore = PublishedPi0.restore
-
-
-def fill_buffers(policy: PublishedPi0) -> None:
-    """Computes what is not stored, where the policy was built on the meta device."""
-    model = policy.model.model
-    for gemma in (model.vlm.language_model, model.dit):
-        gemma.rotary_emb = type(gemma.rotary_emb)(gemma.config)
-        scale = gemma.embed_tokens.scalar_embed_scale
-        gemma.embed_tokens.embed_scale = torch.tensor(scale)
-    policy.model.embed_action_time.sinusoid_embeds.sinusoid_freq = _frequencies(policy.model.config)
-    images = model.vlm.vision_tower.embeddings
-    images.position_ids = torch.arange(images.num_positions).expand(1, -1)
 
 
 def _frequencies(config: Any) -> Tensor:
@@ -307,38 +227,10 @@ def _frequencies(config: Any) -> Tensor:
 
 
 def _transformers_config(a: PublishedPi0Architecture) -> PI0Config:
-    attention = {
-        "num_hidden_layers": a.layers,
-        "num_attention_heads": a.heads,
-        "num_key_value_heads": a.key_value_heads,
-        "head_dim": a.head_dim,
-        "vocab_size": a.vocabulary_size,
-    }
-    text = {**attention, "model_type": "gemma", "hidden_size": a.prefix_width, "intermediate_size": a.prefix_mlp}
-    vision = {
-        "model_type": "siglip_vision_model",
-        "hidden_size": a.vision_width,
-        "intermediate_size": a.vision_mlp,
-        "num_hidden_layers": a.vision_layers,
-        "num_attention_heads": a.vision_heads,
-        "image_size": a.image_size,
-        "patch_size": a.patch,
-        "vision_use_head": False,
-    }
+    vlm = paligemma_config(a, a.prefix_width, a.prefix_mlp, a.vocabulary_size)
     return PI0Config(
-        vlm_config={
-            "model_type": "paligemma",
-            "text_config": text,
-            "vision_config": vision,
-            "projection_dim": a.prefix_width,
-            "image_token_id": a.vocabulary_size,
-        },
-        dit_config={
-            **attention,
-            "model_type": "gemma",
-            "hidden_size": a.expert_width,
-            "intermediate_size": a.expert_mlp,
-        },
+        vlm_config=vlm,
+        dit_config={**vlm["text_config"], "hidden_size": a.expert_width, "intermediate_size": a.expert_mlp},
         chunk_size=a.chunk,
         max_state_dim=a.padded_dim,
         max_action_dim=a.padded_dim,

@@ -150,6 +150,18 @@ PI0_FAST_TINY_PIXELS = PolicySpec(
     image_size=64,
     family=PI0_FAST,
 )
+PI0_FAST_BASE = PublishedSpec(
+    name="pi0-fast-base",
+    summary="pi0-FAST (2.9 B parameters) from a published folder: instruction, two cameras (224 x 224), proprioception",
+    capabilities=frozenset({"sft", "likelihood", "tokens", "fast"}),
+    observation="pixels",
+    cameras=("agentview", "robot0_eye_in_hand"),
+    image_size=224,
+    resizes=True,
+    family="vlarl_bench.policies.pi0_fast_published",
+    source="lerobot/pi0fast-base or what was fine-tuned from it, with PaliGemma's tokenizer.json and FAST's in it",
+    checkpoint="vlarl_bench.policies.pi0_fast_checkpoint",
+)
 OCTO = "vlarl_bench.policies.octo"
 OCTO_TINY = PolicySpec(
     name="octo-tiny",
