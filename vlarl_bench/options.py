@@ -72,6 +72,9 @@ class Run(Generic[Settings]):
     """Film one episode before and one after."""
     tracker: str = ""
     """Where metrics are shown besides the run folder: wandb (offline), tensorboard or trackio."""
+    processes: int = 1
+    """Processes that share the run, each with --workers, --slots and --threads of its own; torchrun starts them on
+    several machines. Another number rounds sums differently."""
     out: str = ""
     """Run folder, which must not exist; empty names one under runs/ by algorithm, suite, seed and time."""
 
@@ -86,6 +89,8 @@ class Resume:
     """Simulator processes; 0 keeps the run's number. Changes the speed, never the rows."""
     tracker: str = ""
     """Where metrics are shown besides the run folder: wandb (offline), tensorboard or trackio."""
+    processes: int = 1
+    """Processes that share the run from here on; it need not be the number that began it."""
 
 
 @dataclass(frozen=True)
@@ -334,7 +339,7 @@ def to_arguments(config: RunConfig) -> list[str]:
     for name, value in _differing(dataclasses.asdict(config.settings), defaults).items():
         args += _argument(f"algo.{name}", value)
     for field in dataclasses.fields(Run):
-        if field.name in ("algo", "suite", "settings", "budget", "numbers", "tracker"):
+        if field.name in ("algo", "suite", "settings", "budget", "numbers", "tracker", "processes"):
             continue
         value = getattr(config, field.name)
         if field.name in ("freeze", "tasks"):

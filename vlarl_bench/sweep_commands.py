@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .errors import BenchError
+
+if TYPE_CHECKING:
+    from .sweep import Resources
 
 
 def sweep(args: list[str]) -> int:
@@ -28,6 +32,8 @@ def sweep(args: list[str]) -> int:
         raise BenchError(f"{options.file}: no cell can run: {states[0].note}")
     check_tracker(found.file.tracker)
     chosen = choose(found, states, options.retry_failed)
+    for cell, _ in chosen:
+        _check_executor(options.executor, cell.row.resources)
     prepare(found, [cell for cell, _ in chosen])
     if chosen and options.executor == "slurm":
         for job in submit(found, chosen):
@@ -45,6 +51,13 @@ def sweep(args: list[str]) -> int:
             log = f"; log: {found.out / state.attempt.log}" if state.attempt and state.attempt.log else ""
             print(f"failed: {cell.name}: {state.note}{log}")
     return 1 if "failed" in count(states) else 0
+
+
+def _check_executor(executor: str, resources: Resources) -> None:
+    if resources.nodes > 1 and executor != "slurm":
+        raise BenchError(f"resources.nodes: {resources.nodes}; more than one need --executor slurm")
+    if resources.processes > 1 and executor == "debug":
+        raise BenchError(f"resources.processes: {resources.processes}; --executor debug runs cells in its own process")
 
 
 def status(args: list[str]) -> int:
