@@ -1,7 +1,9 @@
 """Runs that several processes share."""
 
-import os
+import json
+import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,11 +15,8 @@ from vlarl_bench.distributed import check_same, from_first, gathered, own, sprea
 from vlarl_bench.errors import BenchError
 from vlarl_bench.records import read_metrics, read_rows
 
-RUN = [
-    *("run", "--algo", "fpo", "--suite", "toy-arm", "--budget", "smoke", "--budget.iterations", "2", "--no-video"),
-    *("--budget.episodes", "3", "--algo.critic-steps", "2", "--algo.critic-width", "8", "--algo.epochs", "1"),
-    *("--tasks", "one", "--workers", "1", "--slots", "2", "--threads", "1"),
-]
+RUN = ["run", "--algo", "fpo", "--suite", "toy-arm", "--tasks", "one", "--budget", "smoke"]
+FAULTS = Path(__file__).parent / "faults"
 
 
 def rows(folder):
@@ -28,59 +27,63 @@ def rows(folder):
     }
 
 
-def alive(marker):
-    """Process ids of those whose environment has the marker."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if marker.encode() in path.read_bytes():
-                found.append(int(path.parent.name))
-        except OSError:
-            continue
-    return found
-
-
 def test_a_killed_process_ends_the_others_and_another_number_of_them_goes_on(tmp_path):
-    calm, stormy, kill = tmp_path / "calm", tmp_path / "stormy", tmp_path / "kill"
-    env = environment(tmp_path, TOY_KILL=str(kill), MARKER=f"vlarl-{os.getpid()}-{tmp_path.name}")
-    subprocess.run([*COMMAND, *RUN, "--out", calm], env=env, check=True, capture_output=True, timeout=600)
+    env = environment(tmp_path, TOY_KILL=str(tmp_path / "kill"))
+    script = [sys.executable, FAULTS / "shared_runs.py", tmp_path]
+    done = subprocess.run(script, env=env, capture_output=True, text=True, timeout=800)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ended = json.loads(done.stdout.splitlines()[-1])
+    assert sorted(ended["killed"]["codes"]) == [-signal.SIGKILL, 1]
+    assert ended["killed"]["seconds"] < 60
+    assert "processes: another process of this run ended" in done.stderr
+    assert ended["resumed"]["codes"] == [0, 0, 0]
 
-    started = [*COMMAND, *RUN, "--out", stormy, "--processes", "2"]
-    process = subprocess.Popen(started, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 600
-    while not (stormy / "checkpoints" / "000001").exists():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.05)
-    kill.touch()  # a simulator kills the process that it belongs to, whichever that is
-    _, told = process.communicate(timeout=600)
-    assert process.returncode == 2
-    assert [line for line in told.splitlines() if "error" in line] == [
-        f"vlarl-bench: error: processes: number {number} was killed by SIGKILL (out of memory?); go on with --resume"
-        for number in range(2)
-        if f"number {number} was" in told
-    ]
-    assert "2 processes" in told
-    assert not alive(env["MARKER"])
-    done = subprocess.run(
-        [*COMMAND, "run", "--resume", stormy, "--processes", "3"], env=env, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-
+    calm, stormy = tmp_path / "calm", tmp_path / "stormy"
     alone, shared = rows(calm), rows(stormy)
     assert shared.keys() == alone.keys()
+    assert len(alone) == 2 + 2 * 3 + 2
     for key, row in alone.items():
-        if key[1] <= 1 and key[0] != "final":  # before anything was learned by several
+        if row["phase"] == "base" or row["iteration"] == 1:  # nothing was learned by several yet
             assert shared[key] == row
         assert (shared[key]["seed"], shared[key]["protocol"]) == (row["seed"], row["protocol"])
     first, second = read_metrics(stormy / "metrics.jsonl")
-    assert (first["processes"], second["processes"]) == (2, 3)
+    assert (first.pop("processes"), second["processes"]) == (2, 3)
     expected = read_metrics(calm / "metrics.jsonl")[0]
-    drop = ("processes", "seconds")
-    assert {k: v for k, v in first.items() if k not in drop} == pytest.approx(
-        {k: v for k, v in expected.items() if k not in drop}, rel=1e-3, abs=1e-5
-    )
-    assert (first["flops"], first["gradient_steps"]) == (expected["flops"], expected["gradient_steps"])
+    for name in ("iteration", "env_steps", "gradient_steps", "flops"):
+        assert first[name] == expected[name]
+    del first["seconds"], expected["seconds"]
+    assert first == pytest.approx(expected, rel=1e-3, abs=1e-5)
     assert {path.name for path in stormy.iterdir()} == {path.name for path in calm.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("second", "told"),
+    [
+        (
+            "os.kill(os.getpid(), 9)",
+            "BenchError: processes: number 1 was killed by SIGKILL (out of memory?); go on with --resume",
+        ),
+        ("sys.exit(3)", ""),
+    ],
+)
+def test_where_one_process_fails_the_launcher_ends_the_others(tmp_path, second, told):
+    """A suite in the way, so that the processes are up and gone in a moment: the first one waits, the second fails."""
+    env = environment(tmp_path)
+    site = tmp_path / "site"
+    site.joinpath("trap.py").write_text(
+        "import os, sys, time\n"
+        "if os.environ.get('RANK') == '0': time.sleep(600)\n"
+        f"if os.environ.get('RANK') == '1': {second}\n"
+        "from toy_suite import ToySuite\n"
+    )
+    entry = site / "vlarl_toy-1.0.dist-info" / "entry_points.txt"
+    entry.write_text("[vlarl_bench.suites]\ntoy-arm = trap:ToySuite\n")
+    code = f"import sys, vlarl_bench.distributed as d; sys.exit(d.launch(2, {RUN}))"
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=500)
+    assert time.monotonic() - began < 300
+    assert told in done.stderr
+    assert told or (done.returncode, done.stderr) == (3, "")
 
 
 def test_one_process_needs_none_of_it():

@@ -108,8 +108,8 @@ def _run(args: list[str]) -> int:
         if ranks > 1:
             return 130  # the launcher tells
         again = f"continue with: vlarl-bench run --resume {shlex.quote(config.out)}"
-        started = (Path(config.out) / "config.json").is_file()
-        print(f"vlarl-bench: interrupted; {again if started else 'nothing was started'}", file=sys.stderr)
+        begun = (Path(config.out) / "config.json").is_file()
+        print(f"vlarl-bench: interrupted; {again if begun else 'nothing was started'}", file=sys.stderr)
         return 130
     return 0
 
