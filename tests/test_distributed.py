@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from sweeps import COMMAND, environment
+from sweeps import COMMAND, TOY, environment, toml, vlarl
 
 from vlarl_bench.distributed import check_same, from_first, gathered, own, spread, started
 from vlarl_bench.errors import BenchError
 from vlarl_bench.records import read_metrics, read_rows
+from vlarl_bench.sweep import Resources
+from vlarl_bench.sweep_commands import check_executor
+from vlarl_bench.sweep_slurm import across
 
 RUN = ["run", "--algo", "fpo", "--suite", "toy-arm", "--tasks", "one", "--budget", "smoke"]
 FAULTS = Path(__file__).parent / "faults"
@@ -46,6 +49,8 @@ def test_a_killed_process_ends_the_others_and_another_number_of_them_goes_on(tmp
         if row["phase"] == "base" or row["iteration"] == 1:  # nothing was learned by several yet
             assert shared[key] == row
         assert (shared[key]["seed"], shared[key]["protocol"]) == (row["seed"], row["protocol"])
+    played = {key[0]: row["checkpoint"] for key, row in shared.items()}
+    assert played["base"] != played["final"]
     first, second = read_metrics(stormy / "metrics.jsonl")
     assert (first.pop("processes"), second["processes"]) == (2, 3)
     expected = read_metrics(calm / "metrics.jsonl")[0]
@@ -84,6 +89,45 @@ def test_where_one_process_fails_the_launcher_ends_the_others(tmp_path, second, 
     assert time.monotonic() - began < 300
     assert told in done.stderr
     assert told or (done.returncode, done.stderr) == (3, "")
+
+
+def test_a_cell_of_a_sweep_is_shared_by_its_processes(tmp_path):
+    env, file = environment(tmp_path), tmp_path / "shared.toml"
+    resources, budget = {**TOY["resources"], "processes": 2}, {**TOY["budget"], "iterations": 1}
+    file.write_text(toml({**TOY, "seeds": [0], "resources": resources, "budget": budget}))
+    vlarl(env, "sweep", file)
+    (run,) = (tmp_path / "shared" / "runs").iterdir()
+    (line,) = read_metrics(run / "metrics.jsonl")
+    assert line["processes"] == 2
+    assert (run / "table.md").is_file()
+    (log,) = (tmp_path / "shared" / "logs").iterdir()
+    assert log.read_text().count("2 processes") == 1  # one of them tells
+
+
+@pytest.mark.parametrize(
+    ("executor", "resources", "told"),
+    [
+        ("local", {"nodes": 2}, "resources.nodes: 2; more than one need --executor slurm"),
+        ("debug", {"nodes": 2}, "resources.nodes: 2; more than one need --executor slurm"),
+        ("debug", {"processes": 2}, "resources.processes: 2; --executor debug runs cells in its own process"),
+    ],
+)
+def test_what_an_executor_cannot_do_is_one_line(executor, resources, told):
+    with pytest.raises(BenchError, match=re.escape(told)):
+        check_executor(executor, Resources(**resources))
+    check_executor("slurm", Resources(**resources))
+
+
+@pytest.mark.parametrize("field", ["nodes", "processes"])
+def test_a_cell_has_a_node_and_a_process_at_least(field):
+    with pytest.raises(BenchError, match=f"resources.{field}: 0; it must be at least 1"):
+        Resources(**{field: 0}).check("resources")
+
+
+def test_nodes_are_those_of_a_job(monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    with pytest.raises(BenchError, match=re.escape("resources.nodes: 2; more than one need --executor slurm")):
+        across(2, 4, ["run"])
 
 
 def test_one_process_needs_none_of_it():

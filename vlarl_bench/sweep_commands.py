@@ -33,7 +33,7 @@ def sweep(args: list[str]) -> int:
     check_tracker(found.file.tracker)
     chosen = choose(found, states, options.retry_failed)
     for cell, _ in chosen:
-        _check_executor(options.executor, cell.row.resources)
+        check_executor(options.executor, cell.row.resources)
     prepare(found, [cell for cell, _ in chosen])
     if chosen and options.executor == "slurm":
         for job in submit(found, chosen):
@@ -53,7 +53,8 @@ def sweep(args: list[str]) -> int:
     return 1 if "failed" in count(states) else 0
 
 
-def _check_executor(executor: str, resources: Resources) -> None:
+def check_executor(executor: str, resources: Resources) -> None:
+    """Raises BenchError where an executor cannot give a cell what it asks for."""
     if resources.nodes > 1 and executor != "slurm":
         raise BenchError(f"resources.nodes: {resources.nodes}; more than one need --executor slurm")
     if resources.processes > 1 and executor == "debug":

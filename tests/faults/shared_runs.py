@@ -14,7 +14,7 @@ from pathlib import Path
 
 def process(number: int, count: int, port: int, out: str, resume: bool) -> None:
     """One of `count` processes of a run."""
-    from vlarl_bench.algorithms.fpo import FPOSettings
+    from vlarl_bench.algorithms.rwfm import RWFMSettings
 
     from vlarl_bench import distributed
     from vlarl_bench.config import BUDGETS, RunConfig
@@ -23,10 +23,10 @@ def process(number: int, count: int, port: int, out: str, resume: bool) -> None:
 
     os.environ |= {"RANK": str(number), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     distributed.MOMENT = 0.0
-    settings = FPOSettings(critic_steps=2, critic_width=8, epochs=1)
+    settings = RWFMSettings(gradient_steps=2, minibatch=8)  # it learns from failures, too
     budget = dataclasses.replace(BUDGETS["smoke"], iterations=2, episodes=3)
     small = {"tasks": ("one",), "workers": 1, "slots": 2, "threads": 1, "video": False}
-    config = RunConfig("fpo", "toy-arm", "pi0-tiny", budget, settings, out, **small)
+    config = RunConfig("rwfm", "toy-arm", "pi0-tiny", budget, settings, out, **small)
     try:
         with distributed.joined():
             run(config, resume=resume)
