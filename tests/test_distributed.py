@@ -1,6 +1,7 @@
 """Runs that several processes share."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
