@@ -124,7 +124,7 @@ class ARPPO(Algorithm):
         if advantage is None:
             return metrics
         return metrics | self.learner.ascend(
-            lambda i: self.score(policy, taken, i),
+            taken.spread(lambda i: self.score(policy, taken, i)),
             advantage,
             s.clip_eps,
             entropy=s.entropy,
@@ -135,10 +135,10 @@ class ARPPO(Algorithm):
         assert taken.trace is not None
         found = policy.log_prob(taken.view(i), taken.trace[i], taken.mask[i], self.settings.temperature)
         logp, mask = found.logp.flatten(1), found.mask.flatten(1)
-        entropy = found.entropy.sum() / mask.sum().clamp_min(1)
+        entropy, drawn = found.entropy.flatten(1).sum(1), mask.sum(1)
         if self.settings.ratio == "chunk":
             logp, mask = logp.sum(1, keepdim=True), mask.any(1, keepdim=True)
-        return Score(logp, mask, entropy)
+        return Score(logp, mask, entropy, drawn)
 
     def state_dict(self) -> dict[str, Any]:
         """Optimiser, critic, success of each task and generator."""

@@ -139,7 +139,7 @@ class DPPO(Algorithm):
         steps = min(s.steps, taken.trace.shape[1] - 1)
         discount = s.gamma_denoising ** torch.arange(steps - 1, -1, -1)
         return metrics | self.learner.ascend(
-            lambda i: self.score(policy, taken, i, steps),
+            taken.spread(lambda i: self.score(policy, taken, i, steps)),
             advantage[:, None] * discount,
             clip_schedule(steps, s.clip_base, s.clip_eps, s.clip_rate),
             target_kl=s.target_kl,
@@ -156,7 +156,7 @@ class DPPO(Algorithm):
         logp, entropy, mask = (x[:, -steps:] for x in (found.logp, found.entropy, found.mask))
         numbers = mask.sum(2).clamp_min(1)
         mean = (logp.clamp(s.logp_low, s.logp_high) * mask).sum(2) / numbers
-        return Score(mean, mask.any(2), (entropy * mask).sum() / mask.sum().clamp_min(1))
+        return Score(mean, mask.any(2), (entropy * mask).sum((1, 2)), mask.sum((1, 2)))
 
     def state_dict(self) -> dict[str, Any]:
         """Optimiser, critic and generator."""

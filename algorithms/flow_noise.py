@@ -121,7 +121,7 @@ class FlowNoise(Algorithm):
         if advantage is None:
             return metrics
         return metrics | self.learner.ascend(
-            lambda i: self.score(policy, taken, i),
+            taken.spread(lambda i: self.score(policy, taken, i)),
             advantage,
             s.clip_eps,
             entropy=s.entropy,
@@ -135,8 +135,8 @@ class FlowNoise(Algorithm):
         logp, numbers = found.logp.sum(2), found.mask.sum(2)
         if self.settings.numbers == "mean":
             logp = logp / numbers.clamp_min(1)
-        entropy = found.entropy.sum() / numbers.sum().clamp_min(1)
-        return Score(logp.mean(1, keepdim=True), numbers.any(1, keepdim=True), entropy)
+        entropy = found.entropy.sum((1, 2))
+        return Score(logp.mean(1, keepdim=True), numbers.any(1, keepdim=True), entropy, numbers.sum(1))
 
     def state_dict(self) -> dict[str, Any]:
         """Noise network, optimiser, critic and generator."""

@@ -119,7 +119,7 @@ class FlowSDE(Algorithm):
         if advantage is None:
             return metrics
         return metrics | self.learner.ascend(
-            lambda i: self.score(policy, taken, i),
+            taken.spread(lambda i: self.score(policy, taken, i)),
             advantage,
             s.clip_eps,
             target_kl=s.target_kl,
@@ -134,8 +134,8 @@ class FlowSDE(Algorithm):
         if self.settings.numbers == "mean":
             logp = logp / numbers.clamp_min(1)
         drew = (numbers > 0).sum(1, keepdim=True)
-        entropy = found.entropy.sum() / numbers.sum().clamp_min(1)
-        return Score(logp.sum(1, keepdim=True) / drew.clamp_min(1), drew > 0, entropy)
+        entropy = found.entropy.sum((1, 2))
+        return Score(logp.sum(1, keepdim=True) / drew.clamp_min(1), drew > 0, entropy, numbers.sum(1))
 
     def state_dict(self) -> dict[str, Any]:
         """Optimiser, critic and generator."""

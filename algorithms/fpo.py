@@ -21,6 +21,7 @@ import numpy as np
 
 from vlarl_bench.algorithm import Algorithm
 from vlarl_bench.decisions import decisions
+from vlarl_bench.distributed import descend, own, spread
 from vlarl_bench.errors import BenchError
 from vlarl_bench.lazy import lazy_import
 from vlarl_bench.policy_gradient import clipped_surrogate, gae, only_actor_learns
@@ -218,15 +219,17 @@ class FPO(Algorithm):
         # Floored: near 100 % (or 0 %) success the spread is noise, and dividing by it would amplify that noise.
         advantage = (advantage - advantage.mean()) / advantage.std().clamp_min(0.05)
         if s.ratio == "none":
-            return metrics | self._ascend_critic(cast("FlowPolicy", policy), taken, data)
+            return metrics | self._ascend_critic(cast("FlowPolicy", policy), taken)
         return metrics | self._ascend_surrogate(policy, taken, advantage)
 
     def _data(self, policy: DenoisingPolicy, taken: Decisions) -> dict[str, Tensor]:
         """What the critics need of each decision; `fresh` chunks are the present policy's own."""
         s = self.settings
-        seeds = torch.randint(2**62, (len(taken.context),), generator=self.generator).tolist()
+        seen = torch.arange(int(taken.row[-1]) + 2)
+        seeds = torch.randint(2**62, (len(seen),), generator=self.generator)[own(len(seen))].tolist()
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         with torch.no_grad():
-            fresh = policy.sample(taken.context, [torch.Generator().manual_seed(seed) for seed in seeds]).latent
+            fresh = spread(lambda _: policy.sample(taken.context, generators).latent, seen)
         value, following = fresh[taken.row], fresh[taken.row + 1]
         next_value = following
         if s.value_chunk == "stored":
@@ -290,9 +293,7 @@ class FPO(Algorithm):
         t = s.tau_min + (1 - s.tau_min) * torch.rand(n, s.draws, generator=self.generator)
         noise = torch.randn(n, s.draws, *latent.shape[1:], generator=self.generator)
 
-        def losses(i: Tensor) -> Tensor:
-            return chunk_loss(policy, taken.view(i), latent[i], mask[i], t[i], noise[i])
-
+        losses = taken.spread(lambda i: chunk_loss(policy, taken.view(i), latent[i], mask[i], t[i], noise[i]))
         with torch.no_grad():
             old = torch.cat([losses(i) for i in torch.arange(n).split(s.minibatch)])
         seen: dict[str, list[float]] = {"clip_fraction": [], "ratio_off_one": [], "cfm_drift": []}
@@ -302,36 +303,38 @@ class FPO(Algorithm):
             off = (ratio.detach() - 1).abs()
             if not seen["cfm_drift"] and not float(off.max()) <= 1e-3:  # also when it is not a number
                 raise BenchError(f"ratio: off 1 by {float(off.max()):.2g} before the first update")
-            self._step(loss)
+            descend(self.optimizer, loss, 1.0)
             seen["clip_fraction"].append(float((off > s.clip_eps).float().mean()))
             seen["ratio_off_one"].append(float(off.mean()))
             seen["cfm_drift"].append(float((new.detach() - old[i]).mean()))
         seen["cfm_drift"] = seen["cfm_drift"][-math.ceil(n / s.minibatch) :]  # how far the last epoch was
         return {"cfm_loss": float(old.mean())} | {name: float(np.mean(values)) for name, values in seen.items()}
 
-    def _ascend_critic(self, policy: FlowPolicy, taken: Decisions, data: dict[str, Tensor]) -> dict[str, float]:
+    def _ascend_critic(self, policy: FlowPolicy, taken: Decisions) -> dict[str, float]:
         """The ablation without the CFM ratio: the chunk itself climbs min Q, through ten Euler steps of the flow."""
         values = []
         for i in self._minibatches(len(taken)):
-            x = torch.randn(data["latent"][i].shape, generator=self.generator)[:, None]
-            view = taken.view(i)
-            for step in range(10):
-                x = x - 0.1 * policy.velocity(view, x, torch.full((len(i), 1), 1 - 0.1 * step))
-            value = self.critic(data["features"][i], x[:, 0]).amin(0).mean()
-            self._step(-value)
+            value = self._fresh_values(policy, taken, i).mean()
+            descend(self.optimizer, -value, 1.0)
             values.append(value.item())
         return {"chunk_value": float(np.mean(values))}
+
+    def _fresh_values(self, policy: FlowPolicy, taken: Decisions, i: Tensor) -> Tensor:
+        """[B] values of fresh chunks for the decisions i [B], differentiable."""
+        noise = torch.randn(taken.latent[i].shape, generator=self.generator)[:, None]
+
+        def value(mine: Tensor) -> Tensor:
+            view, x = taken.view(i[mine]), noise[mine]
+            for step in range(10):
+                x = x - 0.1 * policy.velocity(view, x, torch.full((len(x), 1), 1 - 0.1 * step))
+            return self.critic(taken.features[i[mine]], x[:, 0]).amin(0)
+
+        return spread(value, taken.row[i])
 
     def _minibatches(self, n: int) -> Iterator[Tensor]:
         """Numbers of decisions, every epoch in another order."""
         for _ in range(self.settings.epochs):
             yield from torch.randperm(n, generator=self.generator).split(self.settings.minibatch)
-
-    def _step(self, loss: Tensor) -> None:
-        self.optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.actor, 1.0)
-        self.optimizer.step()
 
     def state_dict(self) -> dict[str, Any]:
         """Optimisers, critics, replay window and generator."""

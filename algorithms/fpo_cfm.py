@@ -140,10 +140,11 @@ class FPOCFM(Algorithm):
         n = len(taken)
         tau = s.tau_min + (1 - s.tau_min) * torch.rand(n, s.draws, generator=generator)
         eps = torch.randn(n, s.draws, *taken.latent.shape[1:], generator=generator)
+        score = taken.spread(lambda i: self.score(policy, taken, i, tau, eps))
         with torch.no_grad():
-            old = torch.cat([self.score(policy, taken, i, tau, eps).logp for i in torch.arange(n).split(s.minibatch)])
+            old = torch.cat([score(i).logp for i in torch.arange(n).split(s.minibatch)])
         moved = ascend(
-            lambda i: self.score(policy, taken, i, tau, eps),
+            score,
             advantage,
             s.clip_eps,
             self.learner.optimizer,
@@ -164,7 +165,8 @@ class FPOCFM(Algorithm):
         error = policy.draw_loss(taken.view(i), taken.latent[i], tau[i], eps[i])[..., : policy.action_dim]
         loss = chunk_loss(error, taken.mask[i], self.settings.numbers)
         loss = loss if self.settings.ratio == "sample" else loss.mean(1, keepdim=True)
-        return Score(-loss, torch.ones_like(loss, dtype=torch.bool), torch.zeros(()))
+        nothing = torch.zeros(len(loss))
+        return Score(-loss, torch.ones_like(loss, dtype=torch.bool), nothing, nothing)
 
     def state_dict(self) -> dict[str, Any]:
         """Optimiser, critic and generator."""

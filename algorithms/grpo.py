@@ -121,8 +121,9 @@ class GRPO(Algorithm):
         rows = used[taken.episode].nonzero()[:, 0]
         advantage = group_advantages(outcome, start, s.baseline)[taken.episode][rows]
         metrics |= {"advantage_std": advantage.std(correction=0).item()}
+        score = taken.spread(lambda i: self.score(policy, taken, i))
         return metrics | ascend(
-            lambda i: self.score(policy, taken, rows[i]),
+            lambda i: score(rows[i]),
             advantage,
             s.clip_eps if self.tokens else s.clip_chain,
             self.optimizer,
@@ -136,10 +137,10 @@ class GRPO(Algorithm):
         """Log-probabilities of executed tokens, one by one, or of denoising steps, each the mean over its numbers."""
         assert taken.trace is not None
         found = policy.log_prob(taken.view(i), taken.trace[i], taken.mask[i], self.noise)
-        entropy = found.entropy.sum() / found.mask.sum().clamp_min(1)
+        entropy, drawn = found.entropy.sum((1, 2)), found.mask.sum((1, 2))
         if self.tokens:
-            return Score(found.logp.flatten(1), found.mask.flatten(1), entropy)
-        return Score(found.logp.sum(2) / found.mask.sum(2).clamp_min(1), found.mask.any(2), entropy)
+            return Score(found.logp.flatten(1), found.mask.flatten(1), entropy, drawn)
+        return Score(found.logp.sum(2) / found.mask.sum(2).clamp_min(1), found.mask.any(2), entropy, drawn)
 
     def state_dict(self) -> dict[str, Any]:
         """Optimiser and generator."""

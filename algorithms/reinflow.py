@@ -124,7 +124,7 @@ class ReinFlow(Algorithm):
         if advantage is None:
             return metrics
         return metrics | self.learner.ascend(
-            lambda i: self.score(policy, taken, i),
+            taken.spread(lambda i: self.score(policy, taken, i)),
             advantage,
             s.clip_eps,
             entropy=s.entropy,
@@ -138,7 +138,7 @@ class ReinFlow(Algorithm):
         logp, numbers = found.logp.sum((1, 2)), found.mask.sum((1, 2))
         if self.settings.numbers == "mean":
             logp = logp / numbers.clamp_min(1)
-        return Score(logp[:, None], (numbers > 0)[:, None], found.entropy.sum() / numbers.sum().clamp_min(1))
+        return Score(logp[:, None], (numbers > 0)[:, None], found.entropy.sum((1, 2)), numbers)
 
     def state_dict(self) -> dict[str, Any]:
         """Noise network, optimiser, critic and generator."""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from vlarl_bench.algorithm import Algorithm
+from vlarl_bench.distributed import descend, spread
 from vlarl_bench.errors import BenchError
 from vlarl_bench.lazy import lazy_import
 from vlarl_bench.policy_gradient import only_actor_learns
@@ -155,31 +156,34 @@ class RWFM(Algorithm):
         losses: list[float] = []
         for _ in range(s.gradient_steps):
             i = torch.randint(len(weight), (s.minibatch,), generator=self.generator)
-            loss = (weight[i] * self._losses(policy, batch.index(i), latent[i], mask[i])).mean()
-            self.optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.actor, s.grad_norm)
-            self.optimizer.step()
+            loss = (weight[i] * self._losses(policy, batch, latent, mask, i)).mean()
+            descend(self.optimizer, loss, s.grad_norm)
             losses.append(loss.item())
         effective = float(weight.sum() ** 2 / (weight**2).sum() / len(weight))
         return metrics | {"weighted_loss": float(np.mean(losses)), "effective_share": effective}
 
-    def _losses(self, policy: DenoisingPolicy, batch: Any, latent: Tensor, mask: Tensor) -> Tensor:
-        """[B] denoising losses at fresh draws: the mean over draws, executed steps and action dimensions."""
-        with torch.no_grad():
-            context = policy.encode(batch)
-        shape = (len(latent), self.settings.draws)
+    def _losses(self, policy: DenoisingPolicy, batch: Any, latent: Tensor, mask: Tensor, i: Tensor) -> Tensor:
+        """[B] denoising losses of the rows i [B] at fresh draws: the mean over draws, executed steps and action
+        dimensions."""
+        shape = (len(i), self.settings.draws)
         t = torch.rand(shape, generator=self.generator)
         noise = torch.randn(*shape, *latent.shape[1:], generator=self.generator)
-        error = policy.draw_loss(context, latent, t, noise)[..., : policy.action_dim].mean((1, 3))
-        return (error * mask).sum(1) / mask.sum(1)
+
+        def losses(mine: Tensor) -> Tensor:
+            rows = i[mine]
+            with torch.no_grad():
+                context = policy.encode(batch.index(rows))
+            error = policy.draw_loss(context, latent[rows], t[mine], noise[mine])[..., : policy.action_dim].mean((1, 3))
+            return (error * mask[rows]).sum(1) / mask[rows].sum(1)
+
+        return spread(losses, torch.arange(len(i)))
 
     def _fresh_loss(self, policy: DenoisingPolicy, episodes: Sequence[dict[str, Any]]) -> float:
         """Mean loss on the round's own chunks, before anything is learned from them."""
         batch, latent, mask, _ = gather(policy, episodes)
         with torch.no_grad():
             parts = torch.arange(len(latent)).split(self.settings.minibatch)
-            return float(torch.cat([self._losses(policy, batch.index(i), latent[i], mask[i]) for i in parts]).mean())
+            return float(torch.cat([self._losses(policy, batch, latent, mask, i) for i in parts]).mean())
 
     def state_dict(self) -> dict[str, Any]:
         """Optimiser, generator and the window's episodes."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlarl_bench.algorithm import Algorithm
+from vlarl_bench.distributed import descend, own, shared, total
 from vlarl_bench.errors import BenchError
 from vlarl_bench.lazy import lazy_import
 
@@ -90,13 +91,13 @@ class SFT(Algorithm):
             for group in self.optimizer.param_groups:
                 group["lr"] = s.lr * min((self.steps + 1) / (s.warmup + 1), 1 - self.steps / budget.gradient_steps)
             i = torch.randint(len(actions), (budget.batch_size,), generator=self.generator)
-            loss = policy.sft_loss(policy.encode(batch.index(i)), actions[i], mask[i], self.generator)
-            self.optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(policy.parameters(), s.grad_norm)
-            self.optimizer.step()
+            mine = own(len(i))
+            with shared():
+                context = policy.encode(batch.index(i[mine]))
+                loss = policy.sft_loss(context, actions[i], mask[i], self.generator, mine)
+            descend(self.optimizer, loss, s.grad_norm)
             self.steps += 1
-            losses.append(loss.item())
+            losses.append(total(loss.item()))
         return {"sft_loss": float(np.mean(losses))} if losses else {}
 
     def state_dict(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import numpy as np
 
 from vlarl_bench.algorithm import Algorithm
 from vlarl_bench.decisions import decisions
+from vlarl_bench.distributed import descend
 from vlarl_bench.errors import BenchError
 from vlarl_bench.lazy import lazy_import
 from vlarl_bench.policy_gradient import mixed, only_actor_learns
@@ -108,7 +109,7 @@ class TPO(Algorithm):
         metrics = {"groups_used": len(groups) / len(start.unique())}
         if not len(groups):
             return metrics
-        score = self._likelihood(policy, taken) if self.tokens else self._surrogate(policy, taken)
+        score = taken.spread(self._likelihood(policy, taken) if self.tokens else self._surrogate(policy, taken))
         rows = {int(group): (taken.start == group).nonzero()[:, 0] for group in groups}
         if not self.tokens:
             with torch.no_grad():
@@ -123,7 +124,7 @@ class TPO(Algorithm):
                 ratio = torch.zeros(len(outcome)).index_add(0, taken.episode[i], score(i) - reference[group])
                 won, lost = (ratio[(start == group) & (outcome == value)] for value in (1, 0))
                 loss, margin = preference_loss(won, lost, s.beta)
-                self._step(loss)
+                descend(self.optimizer, loss, s.grad_norm)
                 seen["loss"].append(loss.item())
                 seen["preferred"].append((margin > 0).float().mean().item())
                 seen["won"].append(won.mean().item())
@@ -176,12 +177,6 @@ class TPO(Algorithm):
         with torch.no_grad():
             for parameter, weight in zip(self.actor, weights, strict=True):
                 parameter.copy_(weight)
-
-    def _step(self, loss: Tensor) -> None:
-        self.optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.actor, self.settings.grad_norm)
-        self.optimizer.step()
 
     def state_dict(self) -> dict[str, Any]:
         """Reference, optimiser and generator."""

@@ -129,8 +129,14 @@ class Categorical:
 
     def __call__(self, i):
         logp = self.theta.log_softmax(-1)
-        entropy = -(logp.exp() * logp).sum(-1).mean()
-        return Score(logp[torch.arange(logp.shape[0]), self.drawn[i]], self.mask[i], entropy)
+        entropy = -(logp.exp() * logp).sum(-1).sum().expand(len(i))
+        drawn = torch.full((len(i),), logp.shape[0])
+        return Score(logp[torch.arange(logp.shape[0]), self.drawn[i]], self.mask[i], entropy, drawn)
+
+
+def nothing(i):
+    """No entropy, of no draws."""
+    return torch.zeros(len(i)), torch.zeros(len(i))
 
 
 def step(score, parameter, advantage, clip=0.2, epochs=1, minibatch=100, lr=1.0, grad_norm=1e9, **more):
@@ -162,7 +168,7 @@ def test_first_gradient_of_a_gaussian_in_closed_form():
 
     def score(i):
         logp = -0.5 * ((x[i] - mean) / deviation) ** 2
-        return Score(logp, torch.ones(len(i), 3, dtype=torch.bool), torch.zeros(()))
+        return Score(logp, torch.ones(len(i), 3, dtype=torch.bool), *nothing(i))
 
     expected = (advantage * (x - mean.detach()) / deviation**2).sum(0) / 30
     torch.testing.assert_close(step(score, mean, advantage, lr=1.0)[0], expected, rtol=1e-9, atol=1e-12)
@@ -205,7 +211,9 @@ def test_metrics_by_hand():
 
     def score(i):
         now = torch.tensor([0.1, -0.5, 9.0]) * next(calls)
-        return Score((now[i] + 0 * shift[i])[:, None], torch.tensor([[True], [True], [False]])[i], torch.tensor(0.7))
+        entropy, drawn = torch.tensor([2.1, 1.4, 0.0]), torch.tensor([3, 2, 0])
+        mask = torch.tensor([[True], [True], [False]])
+        return Score((now[i] + 0 * shift[i])[:, None], mask[i], entropy[i], drawn[i])
 
     _, metrics = step(score, shift, torch.ones(3), clip=0.2, epochs=2)
     ratios = np.exp([0.1, -0.5])
@@ -220,7 +228,7 @@ def test_a_score_that_does_not_repeat_is_an_error():
     shift = torch.zeros(1, requires_grad=True)
 
     def score(i):
-        return Score(shift + 0.01 * next(calls), torch.ones(1, 1, dtype=torch.bool), torch.zeros(()))
+        return Score((shift + 0.01 * next(calls))[None], torch.ones(1, 1, dtype=torch.bool), *nothing(i))
 
     with pytest.raises(BenchError, match=r"ratio: off 1 by 0\.01"):
         step(score, shift, torch.ones(1))
@@ -256,7 +264,7 @@ def jump(by, advantage, **more):
 
     def score(i):
         calls.append(i)
-        return Score((shift + by * (len(calls) == 3))[None], torch.ones(1, 1, dtype=torch.bool), torch.zeros(()))
+        return Score((shift + by * (len(calls) == 3))[None], torch.ones(1, 1, dtype=torch.bool), *nothing(i))
 
     _, metrics = step(score, shift, torch.tensor([advantage]), epochs=2, lr=0.0, **more)
     return shift.grad.item(), metrics

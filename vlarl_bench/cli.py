@@ -65,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: list[str]) -> int:
-    from .config import RunConfig
+    from .config import MOST_PROCESSES, RunConfig, check_range
+    from .distributed import joined, launch, started
     from .options import Resume, parse, parse_run
     from .trackers import check_tracker
 
@@ -84,23 +85,34 @@ def _run(args: list[str]) -> int:
             raise BenchError(f"resume: {resume.resume} is an evaluation, and only runs resume; evaluate again")
         changes = {"workers": resume.workers} if resume.workers else {}
         config = RunConfig.from_dict({**stored, **changes, "out": resume.resume})
-        tracker, keep = resume.tracker, resume.keep
+        tracker, keep, processes = resume.tracker, resume.keep, resume.processes
     else:
         options = parse_run(args)
-        config, tracker, keep = run_config(options), options.tracker, options.keep
+        config, tracker = run_config(options), options.tracker
+        keep, processes = options.keep, options.processes
+    check_range("processes", processes, 1, MOST_PROCESSES)
     check_tracker(tracker)
     if keep < 1:
         raise BenchError(f"keep: {keep}; it must be at least 1, the checkpoint to go on from")
     registry.check_compatible(config.algorithm, config.policy)
     _check(config.suite, config.tasks)
-    from .run import run
-
+    ranks = started()
+    if processes not in (1, ranks) and ranks > 1:
+        raise BenchError(f"processes: {processes}; a launcher has started {ranks} already (WORLD_SIZE)")
     try:
-        run(config, resume=resuming, tracker=tracker, keep=keep)
+        if processes > 1 and ranks == 1:
+            named = resuming or options.out  # else by the time, which each of them would read
+            return launch(processes, ["run", *args, *([] if named else ["--out", config.out])])
+        from .run import run
+
+        with joined():
+            run(config, resume=resuming, tracker=tracker, keep=keep)
     except KeyboardInterrupt:
+        if ranks > 1:
+            return 130  # the launcher tells
         again = f"continue with: vlarl-bench run --resume {shlex.quote(config.out)}"
-        started = (Path(config.out) / "config.json").is_file()
-        print(f"vlarl-bench: interrupted; {again if started else 'nothing was started'}", file=sys.stderr)
+        begun = (Path(config.out) / "config.json").is_file()
+        print(f"vlarl-bench: interrupted; {again if begun else 'nothing was started'}", file=sys.stderr)
         return 130
     return 0
 

@@ -295,7 +295,7 @@ def _at_least(least: int, where: str, value: int) -> None:
         raise BenchError(f"{where}: {value}; it must be at least {least}")
 
 
-MOST_WORKERS, MOST_SLOTS = 256, 4096
+MOST_WORKERS, MOST_SLOTS, MOST_PROCESSES = 256, 4096, 1024
 """Beyond these a typing error is likelier than a machine that can do it."""
 
 BUDGETS = {

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .distributed import Rows, count, own, rank, shared, spread
+from .errors import BenchError
 from .lazy import lazy_import
 
 if TYPE_CHECKING:
@@ -24,9 +27,10 @@ class Decisions:
     """N decisions in the order in which they were taken, episode after episode."""
 
     context: Any
-    """Every observation of the round, encoded: n + 1 rows for an episode of n decisions."""
+    """Every observation of the round, encoded: n + 1 rows for an episode of n decisions. Where a run has several
+    processes, those rows that are this one's (`distributed.own`)."""
     row: Tensor
-    """[N] the context's row that a decision was taken from; the next one shows what it led to."""
+    """[N] number of the observation that a decision was taken from; the next one shows what it led to."""
     features: Tensor
     """[N, F + 1] what a critic sees: the policy's features, and how much of the episode's time is over (0 to 1)."""
     next_features: Tensor
@@ -52,8 +56,16 @@ class Decisions:
         return len(self.row)
 
     def view(self, i: Tensor) -> Any:
-        """The encoded observations of the decisions `i`."""
-        return self.context.index(self.row[i])
+        """The encoded observations of the decisions `i`. Raises BenchError if another process of the run holds one."""
+        row = self.row[i]
+        if count() > 1 and (row % count() != rank()).any():
+            raise BenchError("processes: this method cannot share a run; it scores decisions without Decisions.spread")
+        return self.context.index(row // count())
+
+    def spread(self, score: Callable[[Tensor], Rows]) -> Callable[[Tensor], Rows]:
+        """`score`, of decisions i [B], such that each process scores those whose observation it holds, and all of them
+        get all values."""
+        return lambda i: spread(lambda mine: score(i[mine]), self.row[i])
 
     def returns(self, gamma: float) -> Tensor:
         """[N] discounted sum of the rewards from a decision to its episode's end; running out of time is a failure."""
@@ -83,9 +95,12 @@ def decisions(policy: Policy, rollout: Rollout) -> Decisions:
         time += [i / rollout.max_decisions for i in range(n + 1)]
         last += [False] * (n - 1) + [True]
         solved += [0.0] * (n - 1) + [float(episode.success)]
+    seen = [seen for episode in episodes for seen in episode.observations]
     with torch.no_grad():
-        context = policy.encode(policy.preprocess([seen for episode in episodes for seen in episode.observations]))
-        features = torch.cat([policy.features(context), torch.tensor(time)[:, None]], dim=1)
+        with shared():
+            context = policy.encode(policy.preprocess([seen[i] for i in own(len(seen)).tolist()]))
+        features = spread(lambda _: policy.features(context), torch.arange(len(seen)))
+        features = torch.cat([features, torch.tensor(time)[:, None]], dim=1)
     latent = torch.from_numpy(np.stack([x for episode in episodes for x in episode.latents]))
     traces = [x for episode in episodes for x in episode.traces]
     executed = torch.tensor([n for episode in episodes for n in episode.executed])

@@ -15,6 +15,7 @@ from torch.optim.optimizer import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from .distributed import sharing, total
 from .errors import Diverged
 
 
@@ -38,12 +39,15 @@ class Meter(TorchDispatchMode):
 
     Operations are those of matrix products, convolutions and attention, forward and backward, a multiplication and its
     addition being two; element-wise work is not counted. Every optimiser's steps count, a critic's like an actor's.
-    Raises Diverged before a step whose gradient is not finite, naming the tensor and the step.
+    Raises Diverged before a step whose gradient is not finite, naming the tensor and the step. Where a run has several
+    processes, what each does its share of is summed when the block ends, and what all of them do counts once: so the
+    numbers are those of one process.
     """
 
     def __init__(self, policy: nn.Module) -> None:
         super().__init__()
         self.flops = 0
+        self._shared = 0
         self.gradient_steps = 0
         self._names = {id(parameter): name for name, parameter in policy.named_parameters()}
         self._hooks: list[Any] = []
@@ -57,12 +61,18 @@ class Meter(TorchDispatchMode):
         super().__exit__(*error)
         for hook in self._hooks:
             hook.remove()
+        if error[0] is None:
+            self.flops += int(total(self._shared))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         formula = FORMULAS.get(func._overloadpacket)
         if formula is not None:
-            self.flops += formula(*args, **(kwargs or {}), out_val=out)
+            found = formula(*args, **(kwargs or {}), out_val=out)
+            if sharing():
+                self._shared += found
+            else:
+                self.flops += found
         return out
 
     def _check(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:

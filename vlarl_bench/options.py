@@ -74,6 +74,9 @@ class Run(Generic[Settings]):
     """Where metrics are shown besides the run folder: wandb (offline), tensorboard or trackio."""
     keep: int = 2
     """Newest checkpoints that stay, of one each round; `vlarl-bench analyze` shows the policy of each."""
+    processes: int = 1
+    """Processes that share the run, each with --workers, --slots and --threads of its own; torchrun starts them on
+    several machines. Another number rounds sums differently."""
     out: str = ""
     """Run folder, which must not exist; empty names one under runs/ by algorithm, suite, seed and time."""
 
@@ -90,6 +93,8 @@ class Resume:
     """Where metrics are shown besides the run folder: wandb (offline), tensorboard or trackio."""
     keep: int = 2
     """Newest checkpoints that stay, of one each round; `vlarl-bench analyze` shows the policy of each."""
+    processes: int = 1
+    """Processes that share the run from here on; it need not be the number that began it."""
 
 
 @dataclass(frozen=True)
@@ -395,7 +400,7 @@ def to_arguments(config: RunConfig) -> list[str]:
     for name, value in _differing(dataclasses.asdict(config.settings), defaults).items():
         args += _argument(f"algo.{name}", value)
     for field in dataclasses.fields(Run):
-        if field.name in ("algo", "suite", "settings", "budget", "numbers", "tracker", "keep"):
+        if field.name in ("algo", "suite", "settings", "budget", "numbers", "tracker", "keep", "processes"):
             continue
         value = getattr(config, field.name)
         if field.name in ("freeze", "tasks"):

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
+from .distributed import descend
 from .errors import BenchError
 from .lazy import lazy_import
 
@@ -215,8 +215,7 @@ class ActorCritic:
         self.updates = state["updates"]
 
 
-@dataclass(frozen=True)
-class Score:
+class Score(NamedTuple):
     """How likely a minibatch of decisions is under the present policy."""
 
     logp: torch.Tensor
@@ -224,7 +223,14 @@ class Score:
     mask: torch.Tensor
     """[B, U] bool: false for units that decided nothing that was executed."""
     entropy: torch.Tensor
-    """Scalar: mean entropy of a unit."""
+    """[B] summed entropy of what was drawn and executed ..."""
+    drawn: torch.Tensor
+    """[B] ... and of how many draws that is the sum."""
+
+    @property
+    def mean_entropy(self) -> torch.Tensor:
+        """Scalar: of a draw."""
+        return self.entropy.sum() / self.drawn.sum().clamp_min(1)
 
 
 def ascend(
@@ -245,15 +251,15 @@ def ascend(
 ) -> dict[str, float]:
     """PPO's epochs (Schulman et al., 2017, alg. 1) over N decisions; the mean is over units that count.
 
-    `score(i)` scores the decisions i [B]; `advantage` is [N] or [N, U]; `clip` is a number or [U], `clip_high` another
-    upper bound; `objective(ratio [B, U], advantage)` takes the place of the clipped surrogate. A log-ratio beyond
-    `log_ratio_limit` counts as that, so that no outlier overflows; its gradient passes as if it did not. `old` is what
-    all score before, where that is known. Stops before the first step at which the policy is `target_kl` from where it
-    began (mean over units, estimator k3 of Schulman, 2020). Metrics are means over the steps taken; `kl` is over the
-    last epoch's, and says how far the policy went. Raises BenchError if the first ratio is not 1, for then `score`
-    gives the same policy two scores.
+    `score(i)` scores the decisions i [B], on every process of the run all of them (`Decisions.spread`); `advantage` is
+    [N] or [N, U]; `clip` is a number or [U], `clip_high` another upper bound; `objective(ratio [B, U], advantage)`
+    takes the place of the clipped surrogate. A log-ratio beyond `log_ratio_limit` counts as that, so that no outlier
+    overflows; its gradient passes as if it did not. `old` is what all score before, where that is known. Stops before
+    the first step at which the policy is `target_kl` from where it began (mean over units, estimator k3 of Schulman,
+    2020). Metrics are means over the steps taken; `kl` is over the last epoch's, and says how far the policy went.
+    Raises BenchError if the first ratio is not 1, for then `score` gives the same policy two scores.
     """
-    n, parameters = len(advantage), [p for group in optimizer.param_groups for p in group["params"]]
+    n = len(advantage)
     if old is None:
         with torch.no_grad():
             old = torch.cat([score(i).logp for i in torch.arange(n).split(minibatch)])
@@ -271,14 +277,11 @@ def ascend(
             break
         gain = advantage[i] if advantage.dim() == 2 else advantage[i, None]
         surrogate = objective(ratio, gain) if objective else clipped_surrogate(ratio, gain, clip, clip_high)
-        loss = -(surrogate * now.mask).sum() / units - entropy * now.entropy
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, grad_norm)
-        optimizer.step()
+        loss = -(surrogate * now.mask).sum() / units - entropy * now.mean_entropy
+        descend(optimizer, loss, grad_norm)
         beyond = (ratio < 1 - clip) | (ratio > 1 + (clip if clip_high is None else clip_high))
         seen["clip_fraction"].append((beyond & now.mask).sum().item() / units.item())
         seen["ratio_off_one"].append((off * now.mask).sum().item() / units.item())
-        seen["entropy"].append(now.entropy.item())
+        seen["entropy"].append(now.mean_entropy.item())
     seen["kl"] = seen["kl"][-math.ceil(n / minibatch) :]
     return {name: float(np.mean(values)) for name, values in seen.items()}

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .distributed import count, gathered, rank
 from .errors import Diverged
 from .suite import Observation, Task
 
@@ -136,6 +137,37 @@ def run_episodes(
                 if on_episode:
                     on_episode(episode)
     return [episode for episode in done if episode is not None]
+
+
+def run_shared(
+    pool: Pool,
+    policy: Policy,
+    jobs: Sequence[Job],
+    protocol: Protocol,
+    slots: int,
+    act: Act | None = None,
+    on_episode: Callable[[Episode], None] | None = None,
+) -> list[Episode]:
+    """`run_episodes` by all processes of a run: of N each plays every N-th job, and all get every episode.
+
+    Each has `slots` in flight, so that episodes are those of one process to the bit. `on_episode` is called as this
+    process's own finish, and for the others' when all have.
+    """
+    if count() == 1:
+        return run_episodes(pool, policy, jobs, protocol, slots, act, on_episode)
+    try:
+        played: Any = run_episodes(pool, policy, jobs[rank() :: count()], protocol, slots, act, on_episode)
+    except Diverged as error:
+        played = error
+    shares = gathered(played)
+    for share in shares:
+        if isinstance(share, Diverged):
+            raise share
+    if on_episode:
+        for share in shares[: rank()] + shares[rank() + 1 :]:
+            for episode in share:
+                on_episode(episode)
+    return [shares[i % count()][i // count()] for i in range(len(jobs))]
 
 
 def _decide(

@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,16 +21,17 @@ import numpy as np
 from . import registry
 from .checkpoint import load_latest, save_checkpoint
 from .config import EvalConfig, RunConfig
+from .distributed import check_same, count, from_first, rank
 from .errors import BenchError
 from .plan import NOTHING, Plan, Spent, plan_evaluation, plan_run
 from .pool import Loss, Pool
 from .progress import Progress
 from .provenance import code_version, make_manifest
 from .records import STOPPED, EpisodeLog, EpisodeRow, LossLog, Phase, explained, read_json, write_text_atomic
-from .rollout import Episode, Job, run_episodes
+from .rollout import Episode, Job, run_shared
 from .sealed import read_sealed, write_sealed
 from .trackers import TrackedMetrics
-from .training import check_whole, spent_so_far, state, train
+from .training import check_whole, same_hash, spent_so_far, state, train
 
 if TYPE_CHECKING:
     from .policies.base import Policy
@@ -38,36 +40,40 @@ if TYPE_CHECKING:
 
 def run(config: RunConfig, resume: bool = False, tracker: str = "", keep: int = 2) -> Path:
     """Runs or, with `resume`, continues `config`; prints the table and returns the run folder. `tracker` names one of
-    `trackers.TRACKERS`; the newest `keep` checkpoints stay.
+    `trackers.TRACKERS`; the newest `keep` checkpoints stay. Where a launcher started several processes
+    (`distributed.joined`), all of them call this and share the work, and the first one writes.
 
     Raises:
         BenchError: for whatever the user can mend, if possible before anything heavy starts.
     """
     import torch
 
+    config = from_first(config)
     plan = plan_run(config)
     method = registry.get("algorithm", config.algorithm)
+    _check_processes(config, method)
     with ExitStack() as stack:
-        out = stack.enter_context(_claimed(config, resume))
+        out = stack.enter_context(_claimed(config, resume) if rank() == 0 else nullcontext(Path(config.out)))
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(config.threads)
-        progress = stack.enter_context(Progress())
+        silent = stack.enter_context(open(os.devnull, "w")) if rank() else None
+        progress = stack.enter_context(Progress(silent))
         demonstrations, learned_from = None, None
         if method.learns_from == "demonstrations":
             demonstrations, learned_from = _demonstrations(plan, config, progress)
         policy = _first_policy(plan, demonstrations)
         adapt(policy, config)
-        _write_manifest(plan, policy, out, learned_from)
+        if rank() == 0:
+            _write_manifest(plan, policy, out, learned_from)
         algorithm = method(config.settings, policy, config.budget, config.seed)
-        log = stack.enter_context(EpisodeLog(out / "episodes.jsonl"))
-        metrics = stack.enter_context(TrackedMetrics(out / "metrics.jsonl", tracker, config, progress.say))
+        log, metrics = _records(stack, out, tracker, config, progress)
         for found in (log, metrics):
             if found.torn:
                 progress.say(f"{found.path}: its last line had no end and was removed ({found.torn} bytes)")
         pool = stack.enter_context(_pool(plan, out, progress))
         progress.say(
             f"{config.algorithm} on {config.policy}: {len(plan.tasks)} of the {len(plan.suite.tasks)} tasks of "
-            f"{config.suite}, protocol {plan.protocol.label}"
+            f"{config.suite}, protocol {plan.protocol.label}{f', {count()} processes' if count() > 1 else ''}"
         )
         restored = load_latest(out / "checkpoints") if resume else None
         if restored is None and any(row.phase != "base" for row in log.rows):
@@ -75,7 +81,8 @@ def run(config: RunConfig, resume: bool = False, tracker: str = "", keep: int = 
         if restored is None:
             if plan.base is not None:  # random weights solve nothing
                 _evaluate(plan, "base", 0, policy, pool, log, progress, NOTHING)
-            save_checkpoint(out / "checkpoints", 0, state(policy, algorithm, log, metrics))
+            if rank() == 0:
+                save_checkpoint(out / "checkpoints", 0, state(policy, algorithm, log, metrics))
             done = 0
         else:
             for problem in restored.problems:
@@ -84,7 +91,8 @@ def run(config: RunConfig, resume: bool = False, tracker: str = "", keep: int = 
             done = restored.iteration
             policy.load_state_dict(restored.state["policy"])
             algorithm.load_state_dict(restored.state["algorithm"])
-        if (out / STOPPED).exists():
+            check_same("the newest checkpoint", str(done))
+        if from_first((out / STOPPED).exists()):
             read_sealed(out / STOPPED, older=True)
         else:
             log.rewind(done)
@@ -93,6 +101,8 @@ def run(config: RunConfig, resume: bool = False, tracker: str = "", keep: int = 
         done, spent = len(metrics.lines), spent_so_far(metrics)
         _merge(policy)
         _evaluate(plan, "final", done, policy, pool, log, progress, spent)
+        if rank():
+            return out
         _save_policy(plan, policy, out, spent)
         rows = log.rows
     _report(out)
@@ -150,6 +160,31 @@ def _claimed(config: RunConfig | EvalConfig, resume: bool) -> Iterator[Path]:
         raise
 
 
+def _check_processes(config: RunConfig, method: Any) -> None:
+    """Raises BenchError where some process of the run would have nothing to do."""
+    field = "batch_size" if method.learns_from == "demonstrations" else "episodes"
+    most = getattr(config.budget, field)
+    if count() > most:
+        raise BenchError(f"processes: {count()}; budget.{field} is {most}, and each process needs one at least")
+
+
+def _records(
+    stack: ExitStack, out: Path, tracker: str, config: RunConfig, progress: Progress
+) -> tuple[EpisodeLog, TrackedMetrics]:
+    """The run's rows and metrics: in its folder those of the first process, which writes; the others keep the same in
+    files that have no name any more once they are open."""
+    with tempfile.TemporaryDirectory() if rank() else nullcontext(out) as folder:
+        log = stack.enter_context(EpisodeLog(Path(folder) / "episodes.jsonl"))
+        tracker = "" if rank() else tracker
+        metrics = stack.enter_context(TrackedMetrics(Path(folder) / "metrics.jsonl", tracker, config, progress.say))
+    rows, lines = from_first((log.rows, metrics.lines))
+    if rank():
+        log.append_all(rows)
+        for line in lines:
+            metrics.append(line)
+    return log, metrics
+
+
 def _demonstrations(plan: Plan, config: RunConfig, progress: Progress) -> tuple[list[Demonstration], dict[str, Any]]:
     """What an algorithm that learns from demonstrations is given, and what the manifest says of it. Without a folder
     of the user's, those that are missing are made first."""
@@ -161,7 +196,7 @@ def _demonstrations(plan: Plan, config: RunConfig, progress: Progress) -> tuple[
     )
 
     folder, count = Path(config.demos or "demos"), config.budget.demos
-    if not config.demos:
+    if not config.demos and rank() == 0:
         short = [task for task in plan.tasks if count_demonstrations(folder, task) < count]
         if short:
             with progress.phase("expert", count * len(short), "demonstrations") as phase:
@@ -175,6 +210,7 @@ def _demonstrations(plan: Plan, config: RunConfig, progress: Progress) -> tuple[
                     0,
                     lambda made: phase.advance(episodes=made),
                 )
+    from_first(None)  # has made them by now
     found = load_demonstrations(plan.suite, folder, plan.tasks, plan.protocol, count)
     return found, describe_demonstrations(folder, plan.tasks, plan.protocol, found)
 
@@ -213,12 +249,13 @@ def _merge(policy: Policy) -> None:
 
 
 def _pool(plan: Plan, out: Path, progress: Progress) -> Pool:
-    """The run's workers; each loss is told at once and kept in `lost.jsonl`."""
+    """This process's workers; each loss is told at once and kept in `lost.jsonl`, or `lost.N.jsonl` for process N."""
+    name = f"lost.{rank()}.jsonl" if rank() else "lost.jsonl"
 
     def tell(loss: Loss) -> None:
-        with LossLog(out / "lost.jsonl") as log:
+        with LossLog(out / name) as log:
             number = log.append(loss.to_json())
-        progress.say(f"loss {number}, see lost.jsonl: {loss}")
+        progress.say(f"loss {number}, see {name}: {loss}")
 
     return Pool(plan.suite, plan.protocol, plan.config.workers, on_loss=tell)
 
@@ -234,9 +271,7 @@ def _evaluate(
     spent: Spent,
 ) -> None:
     """Plays the held-out jobs that have no row yet; each finished episode is on disk before the next turn."""
-    from .policies.store import content_hash
-
-    checkpoint = content_hash(policy)
+    checkpoint = same_hash(policy)
     jobs = [job for job in plan.eval_jobs() if plan.key(phase, iteration, job) not in log]
     decoding = plan.protocol.decoding
     name = {"base": "base evaluation", "final": "final evaluation"}.get(phase, "evaluation")
@@ -246,7 +281,7 @@ def _evaluate(
             log.append(plan.row(episode, phase, iteration, checkpoint, decoding, spent))
             bar.advance(episodes=1, successes=int(episode.success), steps=episode.steps)
 
-        episodes = run_episodes(pool, policy, jobs, plan.protocol, plan.config.slots, on_episode=keep)
+        episodes = run_shared(pool, policy, jobs, plan.protocol, plan.config.slots, on_episode=keep)
     invalid = sum(episode.invalid for episode in episodes)
     if invalid:
         progress.say(f"{name}: {invalid} of {sum(len(e.actions) for e in episodes)} decisions spelled no action chunk")

@@ -31,11 +31,15 @@ class Resources:
     """What one cell is given."""
 
     cpus: int = 2
-    """CPU cores; at least the run's `workers` and `threads` should fit."""
+    """CPU cores of each node; at least the run's `workers` and `threads` should fit."""
     memory_gib: float = 8.0
-    """Memory in GiB."""
+    """Memory of each node in GiB."""
     gpus: int = 0
-    """GPUs."""
+    """GPUs of each node."""
+    processes: int = 1
+    """Processes of each node that share the cell's run, each with the run's `workers` and `threads`."""
+    nodes: int = 1
+    """Machines that share the cell's run; more than one need SLURM."""
     minutes: int = 240
     """Time limit of a SLURM job. A cell that needs longer is queued again and goes on from its checkpoint."""
     partition: str = ""
@@ -45,7 +49,7 @@ class Resources:
 
     def check(self, where: str) -> None:
         """Raises BenchError on a value out of range."""
-        for name, least in (("cpus", 1), ("gpus", 0), ("minutes", 1)):
+        for name, least in (("cpus", 1), ("gpus", 0), ("processes", 1), ("nodes", 1), ("minutes", 1)):
             if getattr(self, name) < least:
                 raise BenchError(f"{where}.{name}: {getattr(self, name)}; it must be at least {least}")
         if self.memory_gib <= 0:

@@ -13,6 +13,7 @@ from .records import explained
 
 if TYPE_CHECKING:
     from .options import Sweep
+    from .sweep import Resources
 
 
 def sweep(args: list[str]) -> int:
@@ -40,6 +41,8 @@ def sweep(args: list[str]) -> int:
         write_text_atomic(file, text)
         print(f"wrote {file}")
     chosen = choose(found, states, options.retry_failed)
+    for cell, _ in chosen:
+        check_executor(options.executor, cell.row.resources)
     prepare(found, [cell for cell, _ in chosen])
     if chosen and options.executor == "slurm":
         for job in submit(found, chosen):
@@ -72,6 +75,14 @@ def _file_of(options: Sweep) -> tuple[Path, str]:
         if file.exists() and file.read_bytes() != text.encode():
             raise BenchError(f"out: {file} says something else than these options; name that file, or choose another")
         return file, "" if file.exists() else text
+
+
+def check_executor(executor: str, resources: Resources) -> None:
+    """Raises BenchError where an executor cannot give a cell what it asks for."""
+    if resources.nodes > 1 and executor != "slurm":
+        raise BenchError(f"resources.nodes: {resources.nodes}; more than one need --executor slurm")
+    if resources.processes > 1 and executor == "debug":
+        raise BenchError(f"resources.processes: {resources.processes}; --executor debug runs cells in its own process")
 
 
 def status(args: list[str]) -> int:

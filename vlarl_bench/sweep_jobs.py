@@ -37,7 +37,7 @@ from .errors import BenchError
 from .records import explained
 from .sealed import read_sealed, write_sealed
 from .sweep import IGNORED, Cell, Sweep
-from .sweep_slurm import COMMAND, ask, job_here, queued
+from .sweep_slurm import COMMAND, across, ask, job_here, queued
 
 Word = Literal["done", "running", "queued", "failed", "interrupted", "missing", "impossible"]
 TO_RUN: tuple[Word, ...] = ("missing", "interrupted")
@@ -121,7 +121,9 @@ def prepare(sweep: Sweep, cells: Iterable[Cell]) -> None:
             (sweep.out / folder).mkdir(parents=True, exist_ok=True)
 
     def write(cell: Cell) -> None:
-        content = {"cell": cell.name, "config": cell.config.to_dict(), "tracker": sweep.file.tracker}
+        resources = cell.row.resources
+        spread = {"nodes": resources.nodes, "processes": resources.processes}
+        content = {"cell": cell.name, "config": cell.config.to_dict(), "tracker": sweep.file.tracker, **spread}
         path = sweep.out / "cells" / f"{cell.name}.json"
         if not path.exists() or read_sealed(path) != content:
             write_sealed(path, content)
@@ -136,15 +138,19 @@ def run_cell(out: Path, name: str, seen: int) -> int:
     Returns 0 if it is done or another process's, 1 if it failed, 75 if it was stopped and can go on.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-    config, tracker = _read_cell(out, name)
+    config, tracker, nodes, processes = _read_cell(out, name)
     claim = attempts.take(out / "attempts", name, seen, job=job_here())
     if isinstance(claim, str):
         print(f"{name}: left alone: {claim}")
         return 0
     try:
         arguments = _arguments(config, tracker)
+        if nodes == 1:
+            command = [*COMMAND, *arguments, *(["--processes", str(processes)] if processes > 1 else [])]
+        else:
+            command = across(nodes, processes, arguments)
         before = _progress(Path(config.out))
-        status, asked = _supervise(claim, arguments, out / claim.attempt.log)
+        status, asked = _supervise(claim, command, out / claim.attempt.log)
     except BenchError as error:
         claim.end("failed", str(error))
         print(f"{name}: {error}")
@@ -165,7 +171,7 @@ def run_cell(out: Path, name: str, seen: int) -> int:
     return 1
 
 
-def _supervise(claim: Claim, arguments: Sequence[str], log: Path) -> tuple[int, int]:
+def _supervise(claim: Claim, command: Sequence[str], log: Path) -> tuple[int, int]:
     """Runs a command to its end; returns its exit status, and the signal that asked this process to stop it (0: none).
 
     The signals are blocked here and taken one by one, so nothing is lost between them and nothing polls.
@@ -184,7 +190,7 @@ def _supervise(claim: Claim, arguments: Sequence[str], log: Path) -> tuple[int, 
     asked = 0
     with output:
         child = subprocess.Popen(
-            [*COMMAND, *arguments],
+            command,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -221,12 +227,14 @@ def _beating(claim: Claim) -> Iterator[None]:
         thread.join()
 
 
-def _read_cell(out: Path, name: str) -> tuple[RunConfig, str]:
+def _read_cell(out: Path, name: str) -> tuple[RunConfig, str, int, int]:
+    """A cell's run, its tracker, and on how many nodes how many processes each share it."""
     path = out / "cells" / f"{name}.json"
     content = read_sealed(path)
     if content.get("cell") != name:
         raise BenchError(f"{path}: it holds the cell {content.get('cell')!r}; run the sweep's command again")
-    return RunConfig.from_dict(content["config"]), str(content["tracker"])
+    config = RunConfig.from_dict(content["config"])
+    return config, str(content["tracker"]), int(content["nodes"]), int(content["processes"])
 
 
 def _arguments(config: RunConfig, tracker: str) -> list[str]:

@@ -53,6 +53,8 @@ def _submit_array(sweep: Sweep, resources: Resources, members: Sequence[tuple[Ce
         raise BenchError("executor: 'slurm'; there is no srun on this machine; log in where SLURM is") from None
     executor.update_parameters(
         job_name=_job_name(token),
+        nodes=resources.nodes,
+        tasks_per_node=1,
         time=resources.minutes,
         cpus_per_task=resources.cpus,
         mem=f"{round(resources.memory_gib * 1024)}M",
@@ -76,6 +78,19 @@ def _submit_array(sweep: Sweep, resources: Resources, members: Sequence[tuple[Ce
         raise BenchError(f"sbatch: {lines[-1]}") from None
     write_sealed(path, {**record, "job": job.job_id})
     return str(job.job_id)
+
+
+def across(nodes: int, processes: int, arguments: Sequence[str]) -> list[str]:
+    """Starts a run on the nodes of the job that this process is in: a torchrun on each, with so many processes."""
+    job = os.environ.get("SLURM_JOB_ID", "")
+    if not job.isdigit():
+        raise BenchError(f"resources.nodes: {nodes}; more than one need --executor slurm")
+    first = ask(["scontrol", "show", "hostnames"]).split()[0]
+    each = [f"--nnodes={nodes}", f"--nproc-per-node={processes}", f"--rdzv-id={job}", "--rdzv-backend=c10d"]
+    meet = f"--rdzv-endpoint={first}:{20000 + int(job) % 20000}"  # a port that other jobs of the node do not take
+    steps = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
+    torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", *each, meet, "--no-python"]
+    return [*steps, *torchrun, *COMMAND, *arguments]
 
 
 def submitted_cell(out: Path, token: str) -> tuple[str, int]:

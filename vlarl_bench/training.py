@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .checkpoint import Restored, load_latest, save_checkpoint
+from .distributed import check_same, count, rank
 from .errors import BenchError, Diverged
 from .plan import NOTHING, Plan, Spent
 from .records import STOPPED, EpisodeLog, MetricsLog
-from .rollout import Episode, Rollout, episode_seed, run_episodes
+from .rollout import Episode, Rollout, episode_seed, run_shared
 from .sealed import write_sealed
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ def train(
     keep: int,
 ) -> None:
     """The rounds that are left; a checkpoint after each, of which the newest `keep` stay. If the policy is destroyed,
-    it is put back as it was after the last whole round, and the run is marked as stopped."""
+    it is put back as it was after the last whole round, and the run is marked as stopped. Where the run has several
+    processes, the first one writes."""
     budget, out = config.budget, Path(config.out)
     left = budget.iterations - done
     total, unit = (left * budget.episodes, "episodes") if demonstrations is None else (left, "rounds")
@@ -57,14 +59,16 @@ def train(
             try:
                 line = _round(plan, config, policy, algorithm, demonstrations, iteration, pool, log, metrics, bar)
             except Diverged as error:
-                write_sealed(out / STOPPED, {"iteration": iteration, "reason": str(error)})
+                if rank() == 0:
+                    write_sealed(out / STOPPED, {"iteration": iteration, "reason": str(error)})
                 progress.say(f"stopped in round {iteration} of {budget.iterations}: {error}; it is scored as it was")
                 restored = load_latest(out / "checkpoints")
                 assert restored is not None
                 policy.load_state_dict(restored.state["policy"])
                 return
             metrics.append(line)
-            save_checkpoint(out / "checkpoints", iteration, state(policy, algorithm, log, metrics), keep)
+            if rank() == 0:
+                save_checkpoint(out / "checkpoints", iteration, state(policy, algorithm, log, metrics), keep)
 
 
 def _round(
@@ -83,8 +87,10 @@ def _round(
     from .metering import Meter, check_finite
 
     began, spent = time.monotonic(), spent_so_far(metrics)
-    line: dict[str, Any] = {"iteration": iteration}
+    line: dict[str, Any] = {"iteration": iteration} | ({"processes": count()} if count() > 1 else {})
     data: Any = demonstrations
+    if demonstrations is not None and count() > 1:
+        same_hash(policy)
     if demonstrations is None:
         episodes = _collect(plan, config, policy, algorithm, iteration, pool, log, spent, bar)
         _check_collapse(log)
@@ -121,11 +127,9 @@ def _collect(
     bar: Phase,
 ) -> list[Episode]:
     """One round's episodes, played the algorithm's way; their rows are on disk."""
-    from .policies.store import content_hash
-
-    checkpoint = content_hash(policy)
+    checkpoint = same_hash(policy)
     weights = algorithm.task_weights([task.key for task in plan.tasks])
-    episodes = run_episodes(
+    episodes = run_shared(
         pool,
         policy,
         plan.train_jobs(iteration, config.budget.episodes, weights, algorithm.group),
@@ -136,6 +140,15 @@ def _collect(
     )
     log.append_all(plan.row(e, "train", iteration, checkpoint, "explore", spent) for e in episodes)
     return episodes
+
+
+def same_hash(policy: Policy) -> str:
+    """The policy's content hash. Raises BenchError unless all processes of the run have the same weights."""
+    from .policies.store import content_hash
+
+    found = content_hash(policy)
+    check_same("the policy", found)
+    return found
 
 
 def _check_collapse(log: EpisodeLog) -> None:

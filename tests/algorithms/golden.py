@@ -1,6 +1,5 @@
 """Inputs of the numbers that the authors' code gave (`flow_golden.json` says how), and what compares ours with them."""
 
-import dataclasses
 import json
 import math
 from pathlib import Path
@@ -53,7 +52,7 @@ def surrogate_gradient(score, old, advantage, clip, parameters, **more):
     def staged(i):
         calls.append(i)
         now = score(i)
-        return now if len(calls) == 3 else dataclasses.replace(now, logp=old[i] + 0 * now.logp)
+        return now if len(calls) == 3 else now._replace(logp=old[i] + 0 * now.logp)
 
     optimizer = torch.optim.SGD(parameters, lr=0.0)
     generator = torch.Generator().manual_seed(0)

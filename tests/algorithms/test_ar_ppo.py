@@ -36,7 +36,7 @@ def test_log_probabilities_are_at_the_temperature_that_was_drawn_with(temperatur
     expected = torch.distributions.Categorical(logits=logits / temperature)
     assert got.mask.tolist() == [[True, True, False, False]] * 2  # the second action was never executed
     torch.testing.assert_close(got.logp[:, :2], expected.log_prob(taken.trace[i, :, 0])[:, :2])
-    torch.testing.assert_close(got.entropy, expected.entropy()[:, :2].mean())
+    torch.testing.assert_close(got.mean_entropy, expected.entropy()[:, :2].mean())
 
 
 def test_a_higher_temperature_draws_more_evenly():
@@ -62,7 +62,7 @@ def test_ratio_of_a_token_or_of_the_chunk():
     assert chunk.logp.shape == chunk.mask.shape == (len(taken), 1)
     torch.testing.assert_close(chunk.logp[:, 0], tokens.logp[:, 0] + tokens.logp[:, 1])
     assert chunk.mask.all()
-    torch.testing.assert_close(chunk.entropy, tokens.entropy)
+    torch.testing.assert_close(chunk.mean_entropy, tokens.mean_entropy)
 
 
 def formula(n, *shape):
@@ -110,7 +110,7 @@ def test_the_authors_numbers():
 
 
 def in_order(score, i):
-    return Score(score.logp[i], score.mask[i], score.entropy)
+    return Score(*(column[i] for column in score))
 
 
 def test_curriculum_by_hand():

@@ -57,7 +57,7 @@ def test_score_is_the_mean_density_of_the_executed_numbers_of_the_last_steps():
             mean = 0.5 * x + taken.view(n[None]).proprio[0] @ policy.w[step] + policy.b[step, 0]
             density = torch.distributions.Normal(mean, 0.3).log_prob(after)[:2]  # the first action was executed
             assert got.logp[row, column].item() == pytest.approx(density.clamp(-5, 2).mean().item(), abs=1e-5)
-    assert got.entropy.item() == pytest.approx(torch.distributions.Normal(0.0, 0.3).entropy().item(), rel=1e-5)
+    assert got.mean_entropy.item() == pytest.approx(torch.distributions.Normal(0.0, 0.3).entropy().item(), rel=1e-5)
 
 
 def test_densities_are_clamped_number_by_number():

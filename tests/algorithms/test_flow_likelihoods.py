@@ -66,7 +66,7 @@ def test_reinflows_numbers():
     golden, taken = GOLDEN["reinflow"], seen(N, trace=chain)
     score = algorithm.score(policy, taken, torch.arange(N))
     torch.testing.assert_close(score.logp, column(golden["logp"]), rtol=1e-7, atol=1e-7)
-    assert score.entropy.item() == pytest.approx(golden["entropy"][0], rel=1e-7)
+    assert score.mean_entropy.item() == pytest.approx(golden["entropy"][0], rel=1e-7)
     advantage = formula(5, N)
     advantage = (advantage - advantage.mean()) / advantage.std()  # as their loss does first
     assert_golden(algorithm, policy, taken, learning, golden, column(golden["old"]), advantage, 0.01, entropy=0.03)
@@ -179,7 +179,7 @@ def test_what_was_not_executed_counts_for_nothing(cls):
     nothing = dataclasses.replace(taken, mask=torch.zeros_like(taken.mask))
     none = algorithm.score(policy, nothing, i)
     assert not none.mask.any()
-    assert none.logp.item() == 0 and none.entropy.item() == 0
+    assert none.logp.item() == 0 and none.mean_entropy.item() == 0
 
 
 @pytest.mark.parametrize("cls", [ReinFlow, FlowNoise, FlowSDE])
@@ -195,7 +195,7 @@ def test_gradient_is_that_of_finite_differences(cls):
     def loss():
         score = algorithm.score(policy, taken, torch.arange(N))
         ratio, gain = (score.logp - old).exp(), advantage[:, None]
-        return -torch.minimum(ratio * gain, ratio.clamp(0.95, 1.05) * gain).mean() - 0.02 * score.entropy
+        return -torch.minimum(ratio * gain, ratio.clamp(0.95, 1.05) * gain).mean() - 0.02 * score.mean_entropy
 
     surrogate_gradient(lambda i: algorithm.score(policy, taken, i), old, advantage, 0.05, learning, entropy=0.02)
     watched = [policy.b, policy.u] + ([] if cls is FlowSDE else [algorithm.noise.layers[-1].bias])
@@ -229,12 +229,12 @@ def test_the_noise_network_learns_beside_the_actor_and_is_kept_in_the_state(cls)
 def test_an_entropy_bonus_makes_more_noise(cls):
     """With no advantage at all, entropy is all there is to gain."""
     algorithm, policy, data, taken = scored(cls, entropy=1.0, lr=1e-2)
-    before = algorithm.score(policy, taken, torch.arange(4)).entropy.item()
+    before = algorithm.score(policy, taken, torch.arange(4)).mean_entropy.item()
     for episode in data.episodes:
         episode.success = False
     for _ in range(3):
         algorithm.update(policy, data)
-    assert algorithm.score(policy, taken, torch.arange(4)).entropy.item() > before + 0.05
+    assert algorithm.score(policy, taken, torch.arange(4)).mean_entropy.item() > before + 0.05
 
 
 SHARED = [{"clip_eps": 0.0}, {"target_kl": 0.0}, {"epochs": 0}, {"warmup": -1}, {"gamma": 0.0}]

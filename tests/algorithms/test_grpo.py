@@ -123,7 +123,7 @@ def test_a_chains_steps_are_judged_by_their_mean_density(monkeypatch):
             mean = 0.5 * x + taken.view(torch.tensor([n])).proprio[0] @ policy.w[step] + policy.b[step, 0]
             density = torch.distributions.Normal(mean, 0.3).log_prob(after)[:2]  # the first action was executed
             assert got.logp[row, step].item() == pytest.approx(density.mean().item(), abs=1e-5)
-    assert got.entropy.item() == pytest.approx(0.5 * math.log(2 * math.pi * math.e * 0.09), rel=1e-5)
+    assert got.mean_entropy.item() == pytest.approx(0.5 * math.log(2 * math.pi * math.e * 0.09), rel=1e-5)
 
 
 def formula(n, *shape):
@@ -141,7 +141,7 @@ def second_step(advantage, units, mask, move, clip, clip_high=None):
 
     def score(i):
         logp = -1.5 + formula(1, 10, units) + next(moves) * formula(2, 10, units) + theta * formula(3, 10, units)
-        return Score(logp[i], mask[i], torch.zeros(()))
+        return Score(logp[i], mask[i], torch.zeros(len(i)), torch.zeros(len(i)))
 
     optimizer, generator = torch.optim.SGD([theta], lr=0.0), torch.Generator().manual_seed(0)
     ascend(score, advantage, clip, optimizer, generator, 2, 100, clip_high=clip_high, grad_norm=1e9)

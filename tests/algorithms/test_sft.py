@@ -16,10 +16,11 @@ from vlarl_bench.suite import Demonstration, Observation
 
 
 class Imitator(ToyFlow):
-    def sft_loss(self, context, actions, mask, generator):
+    def sft_loss(self, context, actions, mask, generator, rows=slice(None)):
         noise = torch.randn(len(actions), 1, *actions.shape[1:], generator=generator)
         t = torch.rand(len(actions), 1, generator=generator)
-        return (self.flow_loss(context, actions, t, noise).mean((1, 3)) * mask).sum() / mask.sum()
+        errors = self.flow_loss(context, actions[rows], t[rows], noise[rows]).mean((1, 3))
+        return (errors * mask[rows]).sum() / mask.sum()
 
 
 def demonstrations():

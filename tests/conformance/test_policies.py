@@ -191,6 +191,21 @@ def test_sft_loss_learns_from_real_steps_only(stage, policy):
         assert policy.sft_loss(context, changed, torch.ones_like(mask), *seeds(0)) != pytest.approx(float(loss))
 
 
+def test_sft_loss_of_some_rows_is_what_they_add_to_that_of_all(stage, policy, context):
+    """So that processes can share a batch, each with its rows of the context alone."""
+    needs(policy, "sft")
+    actions, mask = policy.sample(context, seeds(0, 1, 2, 3)).actions, torch.ones(4, policy.chunk)
+    mask[1, policy.chunk // 2 :] = 0
+    with torch.no_grad():
+        whole = policy.sft_loss(context, actions, mask, *seeds(0))
+        parts = [
+            policy.sft_loss(context.index(rows), actions, mask, *seeds(0), rows)
+            for rows in (torch.tensor([0, 3]), torch.tensor([1]), torch.tensor([2]))
+        ]
+    assert all(part > 0 for part in parts)
+    assert float(sum(parts)) == pytest.approx(float(whole), rel=1e-5)
+
+
 def test_velocity_is_differentiable_and_takes_k_draws(policy, context):
     needs(policy, "flow")
     policy = copy.deepcopy(policy).requires_grad_(True)

@@ -19,6 +19,9 @@ from ..suite import Observation
 from .steady import steady_rows
 from .steering import Steering
 
+ALL = slice(None)
+"""Every row."""
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -106,8 +109,11 @@ class Policy(nn.Module):
         """Decodes one chunk an observation. Row i uses only `generators[i]`; None decodes from zero noise."""
 
     @abstractmethod
-    def sft_loss(self, context: Any, actions: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
-        """Scalar supervised loss of [B, H, A] actions in environment units; mask [B, H] marks real steps."""
+    def sft_loss(
+        self, context: Any, actions: Tensor, mask: Tensor, generator: torch.Generator, rows: Tensor | slice = ALL
+    ) -> Tensor:
+        """Scalar supervised loss of [B, H, A] actions in environment units; mask [B, H] marks real steps. The context
+        has those `rows` of the B alone, and the loss is what they add to that of all B."""
 
     @abstractmethod
     def fit_normalisation(self, actions: Sequence[np.ndarray], proprio: np.ndarray) -> None:

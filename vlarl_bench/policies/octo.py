@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from ..errors import BenchError
 from ..suite import Embodiment, Observation
 from .adapt import learning
-from .base import DiffusionPolicy, LogProb, Sample
+from .base import ALL, DiffusionPolicy, LogProb, Sample
 from .inputs import Batch, Rows, to_batch
 from .octo_model import OctoArchitecture, OctoNetwork, cosine_betas
 from .standardised import Standardised
@@ -285,7 +285,9 @@ class Octo(Standardised, DiffusionPolicy):
         errors = self.denoising_loss(context, latent, t, noise)
         return errors / self.kept[t][..., None, None] if self.architecture.predicts == "velocity" else errors
 
-    def sft_loss(self, context: Context, actions: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+    def sft_loss(
+        self, context: Context, actions: Tensor, mask: Tensor, generator: torch.Generator, rows: Tensor | slice = ALL
+    ) -> Tensor:
         """Mean over real steps of the error of what the head predicts, at uniform steps (Ho et al., 2020, eq. 14).
 
         For noise the authors' loss is this times A.
@@ -294,8 +296,8 @@ class Octo(Standardised, DiffusionPolicy):
         shape = (len(latent), self.sft_draws)
         t = torch.randint(self.denoising_steps, shape, generator=generator, device=generator.device).to(latent.device)
         noise = torch.randn(*shape, *latent.shape[1:], generator=generator, device=generator.device).to(latent)
-        errors = self._head_loss(context, latent, t, noise).mean((1, 3))
-        return (errors * mask).sum() / mask.sum()
+        errors = self._head_loss(context, latent[rows], t[rows], noise[rows]).mean((1, 3))
+        return (errors * mask[rows]).sum() / mask.sum()
 
     def actor_parameters(self) -> list[nn.Parameter]:
         """The diffusion head: exactly what receives a gradient from a detached context."""

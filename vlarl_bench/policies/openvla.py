@@ -23,7 +23,7 @@ from transformers.cache_utils import DynamicCache
 from ..errors import BenchError
 from ..suite import Embodiment, Observation
 from .adapt import learning
-from .base import LogProb, Sample
+from .base import ALL, LogProb, Sample
 from .inputs import Batch, Rows, object_tokens, object_width, to_batch
 from .openvla_inputs import Prompts, from_bins, pixels, to_bins
 from .openvla_model import L1Head, OpenVLAArchitecture, OpenVLANetwork, ProprioProjector, Tower
@@ -275,12 +275,14 @@ class OpenVLA(_OpenVLA, TokenPolicy):
         executed = mask.bool().repeat_interleave(self.action_dim, 1)[..., None]
         return LogProb(logp * executed, entropy * executed, executed)
 
-    def sft_loss(self, context: Context, actions: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+    def sft_loss(
+        self, context: Context, actions: Tensor, mask: Tensor, generator: torch.Generator, rows: Tensor | slice = ALL
+    ) -> Tensor:
         """Cross-entropy of the bins (only among bins, not the whole vocabulary); mean over real steps."""
-        index = to_bins(self.normalise(actions), self.architecture.bins).flatten(1)
+        index = to_bins(self.normalise(actions[rows]), self.architecture.bins).flatten(1)
         losses = F.cross_entropy(self.logits(context, index).flatten(0, 1), index.flatten(), reduction="none")
-        steps = losses.view(*mask.shape, self.action_dim).mean(-1)
-        return (steps * mask).sum() / mask.sum()
+        steps = losses.view(-1, self.chunk, self.action_dim).mean(-1)
+        return (steps * mask[rows]).sum() / mask.sum()
 
 
 class OpenVLARegression(_OpenVLA):
@@ -294,10 +296,12 @@ class OpenVLARegression(_OpenVLA):
         latent = self.action_head(self._read(context)).float()
         return Sample(self.unnormalise(latent), latent)
 
-    def sft_loss(self, context: Context, actions: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+    def sft_loss(
+        self, context: Context, actions: Tensor, mask: Tensor, generator: torch.Generator, rows: Tensor | slice = ALL
+    ) -> Tensor:
         """Mean absolute error of the normalised actions over real steps (Kim et al., 2025)."""
-        errors = (self.action_head(self._read(context)).float() - self.normalise(actions)).abs().mean(-1)
-        return (errors * mask).sum() / mask.sum()
+        errors = (self.action_head(self._read(context)).float() - self.normalise(actions[rows])).abs().mean(-1)
+        return (errors * mask[rows]).sum() / mask.sum()
 
 
 def _causal(real: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from transformers.cache_utils import DynamicCache
 from ..errors import BenchError
 from ..suite import Embodiment, Observation
 from .adapt import learning
-from .base import NoisePolicy, Sample
+from .base import ALL, NoisePolicy, Sample
 from .gemma import additive, block, keys_and_values, norm, repeated, rotation
 from .inputs import Batch, Rows, object_tokens, object_width, to_batch
 from .siglip import siglip
@@ -274,15 +274,17 @@ class Pi0(Standardised, StochasticFlow, NoisePolicy):
             x = x - self._read(tokens, x) / self.euler_steps
         return x
 
-    def sft_loss(self, context: Context, actions: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+    def sft_loss(
+        self, context: Context, actions: Tensor, mask: Tensor, generator: torch.Generator, rows: Tensor | slice = ALL
+    ) -> Tensor:
         """Conditional flow matching with pi0's own times, t ~ 0.001 + 0.999 Beta(1.5, 1); mean over real steps."""
         latent = self.normalise(actions)
         shape = (len(latent), self.sft_draws)
         uniform = torch.rand(shape, generator=generator, device=generator.device).to(latent)
         noise = torch.randn(*shape, *latent.shape[1:], generator=generator, device=generator.device).to(latent)
         t = 0.001 + 0.999 * uniform ** (1 / 1.5)  # the inverse of Beta(1.5, 1)'s distribution function, t^1.5
-        errors = self.flow_loss(context, latent, t, noise).mean((1, 3))
-        return (errors * mask).sum() / mask.sum()
+        errors = self.flow_loss(context, latent[rows], t[rows], noise[rows]).mean((1, 3))
+        return (errors * mask[rows]).sum() / mask.sum()
 
     def actor_parameters(self) -> list[nn.Parameter]:
         """The action expert and its projections: exactly what receives a gradient from a detached context."""

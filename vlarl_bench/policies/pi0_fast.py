@@ -34,7 +34,7 @@ from transformers.cache_utils import DynamicCache
 from ..errors import BenchError
 from ..suite import Embodiment, Observation
 from .adapt import learning
-from .base import LogProb, Sample
+from .base import ALL, LogProb, Sample
 from .fast_tokens import FastTokenizer, windows
 from .inputs import Batch, Rows, object_tokens, object_width, to_batch
 from .quantiles import Quantiles
@@ -366,7 +366,9 @@ class Pi0Fast(Quantiles, TokenPolicy):
         kept = counted[..., None]
         return LogProb(F.pad(logp, rest) * kept, F.pad(entropy, rest) * kept, kept)
 
-    def sft_loss(self, context: Context, actions: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+    def sft_loss(
+        self, context: Context, actions: Tensor, mask: Tensor, generator: torch.Generator, rows: Tensor | slice = ALL
+    ) -> Tensor:
         """Cross-entropy of the chunks' tokens (only among action tokens): a chunk's mean over its tokens, the end
         among them, and the mean over chunks, as the authors' code has it.
 
@@ -374,7 +376,7 @@ class Pi0Fast(Quantiles, TokenPolicy):
         chunk without a real step does not count.
         """
         steps = torch.arange(self.chunk, device=mask.device)
-        real = mask.bool()
+        everything, actions, real = mask.bool().any(1).sum(), actions[rows], mask[rows].bool()
         last = torch.where(real, steps, -1).cummax(1).values
         held = torch.where(last < 0, real.int().argmax(1, keepdim=True), last)
         latent = self.normalise(actions.gather(1, held[..., None].expand_as(actions)))
@@ -386,7 +388,7 @@ class Pi0Fast(Quantiles, TokenPolicy):
         said = torch.arange(index.shape[1], device=index.device) <= (index != END).sum(1, keepdim=True)
         losses = F.cross_entropy(self.logits(context, index).transpose(1, 2), index, reduction="none")
         chunks, counted = (losses * said).sum(1) / said.sum(1), real.any(1)
-        return (chunks * counted).sum() / counted.sum()
+        return (chunks * counted).sum() / everything
 
     def actor_parameters(self) -> list[nn.Parameter]:
         """The language model above `frozen_layers`, and the head: what receives a gradient from a detached context."""
