@@ -50,7 +50,7 @@ def draw_embeddings(figure: Figure, found: dict[str, Any]) -> bool:
 
 def _scatter(axes: Axes, points: np.ndarray, colour: Any, marker: str, label: str, named: bool) -> None:
     if len(points):
-        axes.scatter(*points.T, s=12, color=[colour], marker=marker, alpha=0.5, linewidths=0,
+        axes.scatter(points[:, 0], points[:, 1], s=12, color=[colour], marker=marker, alpha=0.5, linewidths=0,
                      label=label if named else None)  # fmt: skip
 
 
