@@ -23,7 +23,7 @@ from .run import adapt
 
 if TYPE_CHECKING:
     from .policies.base import Policy
-    from .progress import Progress
+    from .progress import Phase, Progress
     from .report.runs import RunFolder
 
 
@@ -53,31 +53,32 @@ def replay(run: RunFolder, states: int, workers: int, progress: Progress) -> lis
     """
     import torch
 
-    plan = _plan(run)
+    config, plan = _plan(run)
     jobs = [
-        Job(task, state, 0, episode_seed(plan.config.seed, "analyze", task.key, state))
+        Job(task, state, 0, episode_seed(config.seed, "analyze", task.key, state))
         for task in plan.tasks
         for state in plan.protocol.train_states[:states]
     ]
     threads = torch.get_num_threads()
     played: list[Played] = []
     try:
-        torch.set_num_threads(plan.config.threads)
+        torch.set_num_threads(config.threads)
         with Pool(plan.suite, plan.protocol, workers) as pool:
-            for iteration, policy in _kept(run, plan):
+            for iteration, policy in _kept(run, plan, config):
                 with progress.phase(f"{run.folder.name}, round {iteration}", len(jobs)) as bar:
-                    episodes = run_episodes(
-                        pool, policy, jobs, plan.protocol, plan.config.slots,
-                        on_episode=lambda e, bar=bar: bar.advance(episodes=1, successes=int(e.success), steps=e.steps),
-                    )  # fmt: skip
+
+                    def tell(episode: Episode, bar: Phase = bar) -> None:
+                        bar.advance(episodes=1, successes=int(episode.success), steps=episode.steps)
+
+                    episodes = run_episodes(pool, policy, jobs, plan.protocol, config.slots, on_episode=tell)
                 played.append(_played(iteration, policy, episodes))
     finally:
         torch.set_num_threads(threads)
     return played
 
 
-def _plan(run: RunFolder) -> Plan:
-    """The run's plan; raises BenchError where this version, or what is installed, would make another."""
+def _plan(run: RunFolder) -> tuple[RunConfig, Plan]:
+    """What was asked, and its plan; raises BenchError where this version, or what is installed, would make another."""
     if not run.compares:
         raise BenchError(f"{run.folder}: an evaluation has one policy; latents are compared along a run")
     config = RunConfig.from_dict({**run.config, "out": str(run.folder)})
@@ -90,10 +91,10 @@ def _plan(run: RunFolder) -> Plan:
     ):
         if was != now:
             raise BenchError(f"{run.folder}: its {what} was {was} and would now be {now}; use the version that made it")
-    return plan
+    return config, plan
 
 
-def _kept(run: RunFolder, plan: Plan) -> Iterator[tuple[int, Policy]]:
+def _kept(run: RunFolder, plan: Plan, config: RunConfig) -> Iterator[tuple[int, Policy]]:
     """(rounds of training, policy) of the base policy, of each checkpoint and of the final policy, one at a time."""
     from .policies.store import content_hash
 
@@ -110,10 +111,10 @@ def _kept(run: RunFolder, plan: Plan) -> Iterator[tuple[int, Policy]]:
             continue  # the final policy once more
         iteration, state = load_checkpoint(path)
         policy = plan.load_base()
-        adapt(policy, plan.config)
+        adapt(policy, config)
         # Some methods give the policy a part to train, and its weights are in the checkpoint.
         method = registry.get("algorithm", plan.algorithm)
-        method(plan.config.settings, policy, plan.config.budget, plan.config.seed)
+        method(config.settings, policy, config.budget, config.seed)
         try:
             policy.load_state_dict(state["policy"])
         except (KeyError, RuntimeError):

@@ -6,8 +6,9 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from .figures import COLOURS, place_legend
+from .figures import COLOURS
 from .latents import FAILED, INITIAL, SUCCESSFUL
 
 SHOWN = {INITIAL: (COLOURS[4], "s"), FAILED: (COLOURS[1], "X"), SUCCESSFUL: (COLOURS[2], "o")}
@@ -49,7 +50,7 @@ def draw_embeddings(figure: Figure, found: dict[str, Any]) -> bool:
 
 def _scatter(axes: Axes, points: np.ndarray, colour: Any, marker: str, label: str, named: bool) -> None:
     if len(points):
-        axes.scatter(*points.T, s=12, color=[colour], marker=marker, alpha=0.5, linewidths=0,
+        axes.scatter(points[:, 0], points[:, 1], s=12, color=[colour], marker=marker, alpha=0.5, linewidths=0,
                      label=label if named else None)  # fmt: skip
 
 
@@ -84,11 +85,13 @@ def draw_dispersion(figure: Figure, found: dict[str, Any]) -> bool:
     success.set_title(f"success here (%), {policies[0]['episodes']} episodes each", fontsize=9)
     success.set_ylim(-2, 102)
     for axes in (std, hull, norm, distance):
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.08 * max(axes.dataLim.y1, 0.01))
+    apart.set_ylim(-0.1, 1)  # or two policies that are on top of each other would look apart
     for axes in (distance, apart, success):
         axes.set_xlabel("rounds of training")
     for axes in figure.axes:
-        axes.set_xticks(rounds)
+        axes.set_xlim(-0.3, max(rounds) + 0.3)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return True
 
 
@@ -119,7 +122,7 @@ def draw_groups(figure: Figure, found: dict[str, Any]) -> bool:
     variance.set_title("variance of each dimension", fontsize=9)
     three, two = (_number(found["silhouette"][name]) for name in ("groups", "failed_against_successful"))
     figure.supxlabel(f"silhouette: of the groups {three}; of failed against successful {two}", fontsize=9)
-    place_legend(figure, variance)
+    variance.legend(fontsize=8)
     return True
 
 

@@ -126,8 +126,8 @@ def _tsne(points: np.ndarray) -> list[list[float]] | None:
 
 
 def _mahalanobis(points: np.ndarray, base: np.ndarray) -> np.ndarray:
-    """[N] Mahalanobis distance to the base policy's chunks, over the root of the dimension: about 1 for those. Their
-    covariance is shrunk (Ledoit and Wolf, 2004), since chunks are few for so many dimensions."""
+    """[N] Mahalanobis distance to the base policy's chunks, over the root of the dimension; for those themselves its
+    mean square is about 1. Their covariance is shrunk (Ledoit and Wolf, 2004): chunks are few for their dimensions."""
     from sklearn.covariance import LedoitWolf
 
     fitted = LedoitWolf().fit(base)
