@@ -103,6 +103,7 @@ def change(folder, **fields):
         ({"use_relative_actions": True}, ["use_relative_actions True"]),
         ({"max_state_dim": 14}, ["max_state_dim and max_action_dim"]),
         ({"output_features": {}}, ["KeyError('action')"]),
+        ({"num_inference_steps": "ten"}, ["num_inference_steps 'ten'", "a whole number above 0"]),
         ({"normalization_mapping": {"ACTION": "MIN_MAX"}}, ["ACTION 'MIN_MAX'", "known are MEAN_STD"]),
         ({"normalization_mapping": {"ACTION": "QUANTILES", "STATE": "MEAN_STD"}}, ["KeyError('q01')", "q01 and q99"]),
         ({"output_features": {"action": {"type": "ACTION", "shape": [14]}}}, ["action has shape [7]", "needs [14]"]),
@@ -134,6 +135,9 @@ def test_missing_and_broken_files(folder):
 def test_a_tokenizer_from_elsewhere(folder, tmp_path):
     (folder / "tokenizer.json").rename(tmp_path / "paligemma.json")
     assert load_published(folder, tokenizer=tmp_path / "paligemma.json", **SIZES).vocabulary.encode("pick")[0] == 2
+    (folder / "tokenizer").mkdir()  # as lerobot's newer releases write it
+    (tmp_path / "paligemma.json").rename(folder / "tokenizer" / "tokenizer.json")
+    assert load_published(folder, **SIZES).vocabulary.encode("pick")[0] == 2
 
 
 def test_openpi_s_scales_by_name(folder):

@@ -65,8 +65,9 @@ def test_every_wrong_tensor_is_named(folder):
     [
         ({"type": "pi0fast"}, ["type 'pi0fast'", "must be 'pi0_fast'"]),
         ({"use_relative_actions": True}, ["use_relative_actions True"]),
-        ({"fast_skip_tokens": "many"}, ["fast_skip_tokens 'many'; it must be a whole number"]),
+        ({"fast_skip_tokens": "many"}, ["fast_skip_tokens 'many'; it must be a whole number above 0"]),
         ({"fast_skip_tokens": 200}, ["FAST's 200 tokens would be 119 down to -80"]),
+        ({"chunk_size": 0}, ["chunk_size 0; it must be a whole number above 0"]),
         ({"max_action_tokens": 5}, ["max_action_tokens", "it must be above 5"]),
         ({"normalization_mapping": {"ACTION": "QUANTILE10"}}, ["ACTION 'QUANTILE10'", "known are MEAN_STD"]),
         ({"normalization_mapping": {"ACTION": "MEAN_STD"}}, ["KeyError('mean')", "needs mean and std"]),

@@ -103,11 +103,15 @@ def _architecture(
 ) -> dict[str, Any]:
     """What config.json decides. Raises BenchError naming what this network cannot be."""
     shape = shared_architecture(config, folder, cameras, dtype, "pi0", {"action_expert_variant": "gemma_300m"})
-    padded = {config.get("max_state_dim", 32), config.get("max_action_dim", 32)}
-    if len(padded) != 1:
+    width = whole_number(config, "max_action_dim", 32)
+    if whole_number(config, "max_state_dim", 32) != width:
         raise BenchError(f"config.json: max_state_dim and max_action_dim must agree in {folder}")
-    steps = config.get("num_inference_steps", 10)
-    return {"max_words": 48, **shape, "padded_dim": int(padded.pop()), "euler_steps": int(steps)}
+    return {
+        **shape,
+        "padded_dim": width,
+        "max_words": whole_number(config, "tokenizer_max_length", 48),
+        "euler_steps": whole_number(config, "num_inference_steps", 10),
+    }
 
 
 def shared_architecture(
@@ -128,20 +132,17 @@ def shared_architecture(
     try:
         inputs, outputs = config["input_features"], config["output_features"]
         images = [key.removeprefix("observation.images.") for key in inputs if inputs[key]["type"] == "VISUAL"]
-        (action,) = outputs["action"]["shape"]
-        (state,) = inputs["observation.state"]["shape"]
-        size, other = config.get("image_resolution", (224, 224))
-        numbers = {"chunk": int(config.get("chunk_size", 50)), "image_size": int(size)}
-        if "tokenizer_max_length" in config:
-            numbers["max_words"] = int(config["tokenizer_max_length"])
+        (action,) = map(int, outputs["action"]["shape"])
+        (state,) = map(int, inputs["observation.state"]["shape"])
+        size, other = map(int, config.get("image_resolution", (224, 224)))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise BenchError(f"config.json: {error!r} in {folder} does not describe a {kind} checkpoint") from None
     if size != other:
         raise BenchError(f"config.json: both sides of an image must agree in {folder}")
     # A base checkpoint's features are the padding's own; what the robot has is LIBERO's.
     dims = {
-        "action_dim": 7 if action == config.get("max_action_dim", 32) else int(action),
-        "proprio_dim": 8 if state == config.get("max_state_dim", 32) else int(state),
+        "action_dim": 7 if action == whole_number(config, "max_action_dim", 32) else action,
+        "proprio_dim": 8 if state == whole_number(config, "max_state_dim", 32) else state,
     }
     unknown = [i for i in images if i not in cameras and not any(re.fullmatch(pattern, i) for pattern in ABSENT)]
     if unknown or not any(i in cameras for i in images):
@@ -156,14 +157,26 @@ def shared_architecture(
         "observation": "pixels",
         "cameras": tuple(cameras[i] for i in images if i in cameras),
         "dtype": dtype,
+        "chunk": whole_number(config, "chunk_size", 50),
+        "image_size": size,
         **dims,
-        **numbers,
     }
 
 
+def whole_number(config: Mapping[str, Any], field: str, default: int) -> int:
+    """What config.json says, or `default`. Raises BenchError if that is none above 0."""
+    found = config.get(field, default)
+    if type(found) is not int or found < 1:
+        raise BenchError(f"config.json: {field} {found!r}; it must be a whole number above 0")
+    return found
+
+
 def tokenizer_json(place: Path) -> str:
-    """The text of PaliGemma's tokenizer.json, given its path or its folder."""
+    """The text of PaliGemma's tokenizer.json, given its path, or a folder that has it, or has it in `tokenizer` as
+    lerobot's newer releases write it."""
     file = place / "tokenizer.json" if place.is_dir() else place
+    if not file.exists() and (place / "tokenizer" / "tokenizer.json").exists():
+        file = place / "tokenizer" / "tokenizer.json"
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -17,7 +17,16 @@ from torch import Tensor
 from ..errors import BenchError
 from ..records import read_json_object
 from .fast_tokens import FastTokenizer
-from .pi0_checkpoint import CAMERAS, EXPERT, TIED, published_key, read_scales, shared_architecture, tokenizer_json
+from .pi0_checkpoint import (
+    CAMERAS,
+    EXPERT,
+    TIED,
+    published_key,
+    read_scales,
+    shared_architecture,
+    tokenizer_json,
+    whole_number,
+)
 from .pi0_fast_published import FastPrompts, PublishedPi0Fast, PublishedPi0FastArchitecture
 from .published import keys_in, read_tensors, shards
 
@@ -53,11 +62,12 @@ def load_published(
     shape = {
         **shared_architecture(config, folder, cameras, dtype, "pi0_fast", {}),
         "action_tokens": len(actions),
-        "skip_tokens": _count(config, "fast_skip_tokens", 128),
+        "max_words": whole_number(config, "tokenizer_max_length", 200),
+        "skip_tokens": whole_number(config, "fast_skip_tokens", 128),
         **sizes,
     }
     prompts: Any = FastPrompts(tokenizer_json(folder if tokenizer is None else Path(tokenizer)), shape["skip_tokens"])
-    room = _count(config, "max_action_tokens", 256) - len(prompts.opening)
+    room = whole_number(config, "max_action_tokens", 256) - len(prompts.opening)
     if room < 2:
         raise BenchError(f"config.json: max_action_tokens in {folder}; it must be above {len(prompts.opening) + 1}")
     with torch.device("meta"):  # the checkpoint's tensors take the parameters' place, so nothing is held twice
@@ -84,13 +94,6 @@ def _fast(place: Path, config: Mapping[str, Any]) -> FastTokenizer:
         named = config.get("action_tokenizer_name", "lerobot/fast-action-tokenizer")
         raise BenchError(f"action_tokenizer: there is no folder {place}; put the FAST tokenizer {named!r} there")
     return FastTokenizer.load(place)
-
-
-def _count(config: Mapping[str, Any], field: str, default: int) -> int:
-    found = config.get(field, default)
-    if type(found) is not int or found < 0:
-        raise BenchError(f"config.json: {field} {found!r}; it must be a whole number")
-    return found
 
 
 def _scales(
