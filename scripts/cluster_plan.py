@@ -24,7 +24,6 @@ NUMBERS: dict[str, tuple[float, str]] = {
     "cores": (12, "CPU cores a GPU; assumed: usual for nodes of 8 GPUs"),
     "step_ms": (1.52, "CPU ms an environment step; measured: docs/suites/speed.md, first row"),
     "look_ms": (81.6, "CPU ms a look through two cameras (OSMesa); measured: the same, second row less 8 steps"),
-    "slots": (48, "episodes in flight a process; assumed"),
     "parameters": (3.501e9, "parameters; counted: tests/policies/pi0_manifest.json, docs/policies.md"),
     "prefix": (2.92e9, "of them PaliGemma; the rest is the action expert, which is what RL trains"),
     "tokens": (816, "tokens of the prefix: three images of 256 (one of them blank), 48 of text"),

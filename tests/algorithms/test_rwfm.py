@@ -59,7 +59,8 @@ def test_steps_never_executed_do_not_count():
     (episode, *_) = [stored(e) for e in rollout.episodes]
     batch = policy.preprocess(observations(episode))
     before = algorithm.generator.get_state()
-    loss = algorithm._losses(policy, batch, episode["latent"], episode["mask"])
+    everything = torch.arange(len(episode["latent"]))
+    loss = algorithm._losses(policy, batch, episode["latent"], episode["mask"], everything)
     algorithm.generator.set_state(before)
     t = torch.rand(len(loss), 1, generator=algorithm.generator)
     noise = torch.randn(len(loss), 1, 2, 2, generator=algorithm.generator)

@@ -6,6 +6,7 @@ import torch
 
 from vlarl_bench import registry
 from vlarl_bench.config import BUDGETS
+from vlarl_bench.distributed import descend
 
 SUITE = registry.get("suite", "libero_object")
 PROTOCOL = SUITE.protocol("state")
@@ -61,6 +62,6 @@ def test_one_gradient_step_of_the_actor(benchmark, simulator, policy):
 
     def step():
         loss, _ = actor_loss(chunk_loss(policy, context, latent, mask, t, noise), old, advantage, settings)
-        algorithm._step(loss)
+        descend(algorithm.optimizer, loss, 1.0)
 
     benchmark(step)
