@@ -232,7 +232,9 @@ class Lint:
 
 @dataclass(frozen=True)
 class Power:
-    """How many episodes and seeds tell two success rates apart."""
+    """How many episodes and seeds tell two success rates apart.
+
+    `--sequential DIR...` in place of these options says where a test that may stop early would have stopped."""
 
     first: tyro.conf.Positional[float]
     """One success rate, between 0 and 1."""
@@ -248,6 +250,16 @@ class Power:
     """Standard deviation of the success rate between training seeds."""
     episodes: int = 150
     """Episodes played of each seed."""
+
+
+@dataclass(frozen=True)
+class Sequential:
+    """Replay finished runs, pair by pair, with a test that may stop early."""
+
+    sequential: tuple[str, ...]
+    """Run folders, packs, or runs of packs as PACK/NAME; each is tested by itself, before against after."""
+    alpha: float = 0.05
+    """Chance to see a difference where there is none, however often one looks; two-sided."""
 
 
 @dataclass(frozen=True)
