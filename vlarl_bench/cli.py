@@ -325,6 +325,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "figures": (report.figures, "draw several runs: learning curves, tasks, profiles, gain against cost"),
     "leaderboard": (report.leaderboard, "write the leaderboard, one HTML page of all runs"),
     "pack": (report.pack, "put finished runs into one small folder, to publish them"),
+    "submit": (report.submit, "check another group's runs, and add them to results/ as theirs"),
     "lint": (report.lint, "say what is wrong with results, in rows, tables and published numbers"),
     "power": (report.power, "say how many episodes and seeds tell two success rates apart"),
     "list": (_list, "show what is installed: algorithms, policies, suites, and which run on which"),

@@ -222,6 +222,25 @@ class Pack:
 
 
 @dataclass(frozen=True)
+class Submit:
+    """Check another group's runs and add them to results/, as a pack of theirs that every report shows as submitted.
+    All are added or none; exit status 1 with a line for each reason. More: docs/contributing-results.md."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    """Run folders or packs, finished."""
+    by: str
+    """Group or person whose results they are."""
+    contact: str
+    """Where questions go: an address or a page."""
+    licence: str
+    """Under which the rows may be used, such as CC-BY-4.0."""
+    source: str = ""
+    """Paper, page or commit that tells more, if any."""
+    out: str = "results"
+    """Folder of results that the pack goes to."""
+
+
+@dataclass(frozen=True)
 class Lint:
     """Say what is wrong with results: rows, tables in JSON, and numbers that others published. Exit status 1 if any."""
 

@@ -1,4 +1,4 @@
-"""The commands that read rows: `vlarl-bench table | figures | leaderboard | pack | lint | power`."""
+"""The commands that read rows: `vlarl-bench table | figures | leaderboard | pack | submit | lint | power`."""
 
 from __future__ import annotations
 
@@ -91,6 +91,25 @@ def pack(args: list[str]) -> int:
     added, before, size = add(options.runs, options.out)
     print(f"{options.out}: {before + added} runs, {added} of them new, {size / 1e6:.2f} MB")
     return 0
+
+
+def submit(args: list[str]) -> int:
+    """Adds another group's runs and prints where they are; or prints why not, with exit status 1."""
+    from ..options import Submit, parse
+
+    options = parse(Submit, args, "vlarl-bench submit")
+    if not options.runs:
+        raise BenchError("runs: missing; name one or more run folders")
+    from .submit import Sender
+    from .submit import submit as take_in
+
+    sender = Sender(options.by, options.contact, options.licence, options.source)
+    pack, lines = take_in(options.runs, sender, options.out)
+    for line in lines:
+        print(f"{'note' if pack else 'refused'}: {line}")
+    if pack:
+        print(f"{pack}: added, submitted by {sender.by}")
+    return 0 if pack else 1
 
 
 def lint(args: list[str]) -> int:

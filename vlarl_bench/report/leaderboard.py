@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..records import write_text_atomic
-from .lint import lint_published, lint_runs
+from .lint import lint_methods, lint_published, lint_run
 from .methods import Method, base_of, best, cell, change, compared_methods, planned_tasks, suites_of
 from .paper import budget_text
 from .published import Published
@@ -48,10 +48,13 @@ def make_page(runs: Sequence[RunFolder], published: Sequence[Published]) -> str:
     for run in runs:
         by_protocol.setdefault(run.manifest["protocol"]["hash"], []).append(run)
     single = sum(len(run.base) + len(run.evaluated) for run in runs) <= MOST_EPISODES
-    cells = [found for group in by_protocol.values() for found in _measured_cells(group, single)]
+    compared = [compared_methods(group) for group in by_protocol.values()]
+    cells = [found for methods in compared for found in _measured_cells(methods, single)]
     cells += [found for entry in published for found in _copied_cells(entry)]
     notes = [*NOTES, *([] if single else ["Single episodes are left out: they are too many for one page."])]
-    notes += [f"Lint: {finding}" for group in by_protocol.values() for finding in lint_runs(group)]
+    findings = [finding for run in runs for finding in lint_run(run)]
+    findings += [finding for methods in compared for finding in lint_methods(methods)]
+    notes += [f"Lint: {finding}" for finding in findings]
     data = json.dumps({"cells": cells, "notes": notes}, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     page = (site / "index.html").read_text(encoding="utf-8")
     for name, content in (
@@ -64,8 +67,7 @@ def make_page(runs: Sequence[RunFolder], published: Sequence[Published]) -> str:
     return page
 
 
-def _measured_cells(runs: Sequence[RunFolder], single: bool) -> list[dict[str, Any]]:
-    methods = compared_methods(runs)
+def _measured_cells(methods: Sequence[Method], single: bool) -> list[dict[str, Any]]:
     cells = []
     for suite in suites_of(methods):
         present = [method for method in methods if any(suite in run.suites for run in method.runs)]
@@ -94,7 +96,7 @@ def _measured_cell(method: Method, suite: str, base: Method | None, is_best: boo
         "protocol": manifest["protocol"]["label"],
         "coverage": f"{len(tasks)} of {manifest['evaluation']['suite_tasks']} tasks of {manifest['suite']}",
         **{name: shown[name] for name in ("settings", "decoding", "seeds", "episodes", "successes", "expected",
-                                          "complete", "rate", "low", "high", "resamples")},
+                                          "submitted", "complete", "rate", "low", "high", "resamples")},
         "best": is_best,
         "change": change(method, base, suite) if base else None,
         "budget": budget_text(method),
