@@ -44,6 +44,9 @@ SCHEMAS = {
 """Columns of the Parquet files. Episodes: the fields of a row, as `episodes.jsonl` names them. Metrics: a line for each
 number of `metrics.jsonl`, in `number` or, where it was written without a point, in `integer`; null was null."""
 
+SENDER = {"by", "contact", "licence", "source"}
+"""What is kept of who submitted a run."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -55,7 +58,7 @@ class Entry:
     config: dict[str, Any]
     stopped: dict[str, Any] | None
     submitted: dict[str, str] | None
-    """Who sent it; None where it is our own."""
+    """Who sent it, as `SENDER` has it; None where it is our own."""
     sha256: dict[str, str]
     """Of each file of its folder, as this project writes them."""
     rows: Rows
@@ -178,6 +181,9 @@ def read_pack(folder: str | os.PathLike[str]) -> list[Entry]:
             for file in named.keys() | ({"stopped.json"} & run["sha256"].keys()):
                 if named.get(file) != run["sha256"].get(file):
                     raise BenchError(f"{path}: {run['name']}: {file} does not have the SHA-256 it claims; altered?")
+            sender = fields["submitted"]
+            if sender is not None and ({*sender} != SENDER or not all(type(text) is str for text in sender.values())):
+                raise BenchError(f"{path}: {run['name']}: submitted must have {', '.join(sorted(SENDER))}, all texts")
             fields["rows"] = rows.where(slice(row, row + run["rows"]))
             fields["metrics"] = metrics.slice(metric, run["metrics"])
             row, metric = row + run["rows"], metric + run["metrics"]
