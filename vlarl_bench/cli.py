@@ -352,6 +352,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "analyze": (report.analyze, "draw how the CFM loss converged and how latents moved, from what runs kept"),
     "leaderboard": (report.leaderboard, "write the leaderboard, one HTML page of all runs"),
     "pack": (report.pack, "put finished runs into one small folder, to publish them"),
+    "submit": (report.submit, "check another group's runs, and add them to results/ as theirs"),
     "lint": (report.lint, "say what is wrong with results, in rows, tables and published numbers"),
     "power": (report.power, "say how many episodes and seeds tell two success rates apart"),
     "list": (_list, "show what is installed: algorithms, policies, suites, and which run on which"),

@@ -246,6 +246,25 @@ class Pack:
 
 
 @dataclass(frozen=True)
+class Submit:
+    """Check another group's runs and add them to results/, as a pack of theirs that every report shows as submitted.
+    All are added or none; exit status 1 with a line for each reason. More: docs/contributing-results.md."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    """Run folders or packs, finished."""
+    by: str
+    """Group or person whose results they are."""
+    contact: str
+    """Where questions go: an address or a page."""
+    licence: str
+    """Under which the rows may be used, such as CC-BY-4.0."""
+    source: str = ""
+    """Paper, page or commit that tells more, if any."""
+    out: str = "results"
+    """Folder of results that the pack goes to."""
+
+
+@dataclass(frozen=True)
 class Lint:
     """Say what is wrong with results: rows, tables in JSON, and numbers that others published. Exit status 1 if any."""
 
@@ -256,7 +275,9 @@ class Lint:
 
 @dataclass(frozen=True)
 class Power:
-    """How many episodes and seeds tell two success rates apart."""
+    """How many episodes and seeds tell two success rates apart.
+
+    `--sequential DIR...` in place of these options says where a test that may stop early would have stopped."""
 
     first: tyro.conf.Positional[float]
     """One success rate, between 0 and 1."""
@@ -272,6 +293,16 @@ class Power:
     """Standard deviation of the success rate between training seeds."""
     episodes: int = 150
     """Episodes played of each seed."""
+
+
+@dataclass(frozen=True)
+class Sequential:
+    """Replay finished runs, pair by pair, with a test that may stop early."""
+
+    sequential: tuple[str, ...]
+    """Run folders, packs, or runs of packs as PACK/NAME; each is tested by itself, before against after."""
+    alpha: float = 0.05
+    """Chance to see a difference where there is none, however often one looks; two-sided."""
 
 
 @dataclass(frozen=True)

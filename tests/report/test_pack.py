@@ -114,6 +114,7 @@ def test_damage_is_found(folders, tmp_path):
         ('"rows": 35', '"rows": 34', "do not add up"),
         ("pack 1", "pack 9", "format is 'vlarl-bench pack 9', expected"),
         ('"runs"', '"ruins"', "not a pack"),
+        ('"submitted": null', '"submitted": {"by": "them"}', "submitted must have by, contact, licence, source"),
     ):
         assert old in text
         file.write_text(text.replace(old, new, 1))

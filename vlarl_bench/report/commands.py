@@ -1,4 +1,4 @@
-"""The commands that read rows: `vlarl-bench table | figures | analyze | leaderboard | pack | lint | power`."""
+"""The commands that read rows: table, figures, analyze, leaderboard, pack, submit, lint and power."""
 
 from __future__ import annotations
 
@@ -112,6 +112,25 @@ def pack(args: list[str]) -> int:
     return 0
 
 
+def submit(args: list[str]) -> int:
+    """Adds another group's runs and prints where they are; or prints why not, with exit status 1."""
+    from ..options import Submit, parse
+
+    options = parse(Submit, args, "vlarl-bench submit")
+    if not options.runs:
+        raise BenchError("runs: missing; name one or more run folders")
+    from .submit import Sender
+    from .submit import submit as take_in
+
+    sender = Sender(options.by, options.contact, options.licence, options.source)
+    pack, lines = take_in(options.runs, sender, options.out)
+    for line in lines:
+        print(f"{'note' if pack else 'refused'}: {line}")
+    if pack:
+        print(f"{pack}: added, submitted by {sender.by}")
+    return 0 if pack else 1
+
+
 def lint(args: list[str]) -> int:
     """Prints findings; the exit status is 1 if there are any."""
     from ..options import Lint, parse
@@ -127,7 +146,9 @@ def lint(args: list[str]) -> int:
 
 
 def power(args: list[str]) -> int:
-    """Prints how much it takes to tell two rates apart."""
+    """Prints how much it takes to tell two rates apart, or how much of finished runs would have told."""
+    if any(arg.split("=")[0] == "--sequential" for arg in args):
+        return _sequential(args)
     from ..options import Power, parse
     from ..power import check_rates, episodes_needed, pairs_needed, seeds_needed, z_test_power
 
@@ -145,4 +166,27 @@ def power(args: list[str]) -> int:
         f"  two methods       {seeds.n:,} seeds with {asked.episodes:,} episodes each and a deviation of "
         f"{asked.seed_sd:g} between seeds (t-test; power {seeds.power:.3f})"
     )
+    return 0
+
+
+def _sequential(args: list[str]) -> int:
+    from ..options import Sequential, parse
+
+    options = parse(Sequential, args, "vlarl-bench power")
+    if not options.sequential:
+        raise BenchError("sequential: missing; name one or more run folders")
+    if not 0 < options.alpha < 1:
+        raise BenchError(f"alpha: {options.alpha:g}; it must be between 0 and 1, such as 0.05")
+    from .runs import read_all
+    from .sequential import replay
+
+    for run in read_all(options.sequential):
+        found = replay(run, options.alpha)
+        after = f"stops after {found.used:,}" if found.stopped else "does not stop in"
+        after += " of" if found.stopped else ""
+        print(
+            f"{run.folder.name}: {after} {found.pairs:,} pairs of episodes, {found.pairs - found.used:,} saved "
+            f"({100 * (1 - found.used / found.pairs):.0f}%); of the initial states seen {found.gained:,} were gained "
+            f"and {found.lost:,} lost, e = {found.e_value:.3g} (stops at {1 / options.alpha:g})"
+        )
     return 0

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..records import write_text_atomic
-from .lint import lint_published, lint_runs
+from .lint import lint_methods, lint_published, lint_run
 from .method_pages import link, method_pages
 from .methods import Method, base_of, best, cell, change, compared_methods, planned_tasks, suites_of
 from .metrics import wall_time_curve
@@ -52,10 +52,12 @@ def make_page(runs: Sequence[RunFolder], published: Sequence[Published], site: P
     for run in runs:
         by_protocol.setdefault(run.manifest["protocol"]["hash"], []).append(run)
     single = sum(len(run.base) + len(run.evaluated) for run in runs) <= MOST_EPISODES
-    cells = [found for group in by_protocol.values() for found in _measured_cells(group, single, site)]
+    compared = [compared_methods(group) for group in by_protocol.values()]
+    cells = [found for methods in compared for found in _measured_cells(methods, single, site)]
     cells += [found for entry in published for found in _copied_cells(entry)]
     notes = [*NOTES, *([] if single else ["Single episodes are left out: they are too many for one page."])]
-    findings = [finding for group in by_protocol.values() for finding in lint_runs(group)]
+    findings = [finding for run in runs for finding in lint_run(run)]
+    findings += [finding for methods in compared for finding in lint_methods(methods)]
     content = {"cells": cells, "methods": method_pages(runs, site), "notes": notes, "findings": findings}
     data = json.dumps(content, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     page = (parts / "index.html").read_text(encoding="utf-8")
@@ -69,8 +71,7 @@ def make_page(runs: Sequence[RunFolder], published: Sequence[Published], site: P
     return page
 
 
-def _measured_cells(runs: Sequence[RunFolder], single: bool, site: Path | None) -> list[dict[str, Any]]:
-    methods = compared_methods(runs)
+def _measured_cells(methods: Sequence[Method], single: bool, site: Path | None) -> list[dict[str, Any]]:
     cells = []
     for suite in suites_of(methods):
         present = [method for method in methods if any(suite in run.suites for run in method.runs)]
@@ -108,7 +109,7 @@ def _measured_cell(
         "protocol": manifest["protocol"]["label"],
         "coverage": f"{len(tasks)} of {manifest['evaluation']['suite_tasks']} tasks of {manifest['suite']}",
         **{name: shown[name] for name in ("settings", "decoding", "seeds", "episodes", "successes", "expected",
-                                          "complete", "rate", "low", "high", "resamples")},
+                                          "submitted", "complete", "rate", "low", "high", "resamples")},
         "best": is_best,
         "change": change(method, base, suite) if base else None,
         "budget": budget_text(method),

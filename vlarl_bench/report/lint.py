@@ -44,24 +44,30 @@ def lint(paths: Iterable[str]) -> list[str]:
 
 def lint_runs(runs: Sequence[RunFolder]) -> list[str]:
     """Findings about runs that are compared: what is mixed, unequal, missing or too little for a claim."""
-    findings = []
-    for run in runs:
-        shared = set(run.manifest["protocol"]["train_states"]) & set(run.manifest["protocol"]["eval_states"])
-        if shared:
-            findings.append(f"{run.folder}: evaluates on {len(shared)} initial states that training may use")
-        explored = sum(int((rows.column("decoding") == "explore").sum()) for rows in (run.base, run.evaluated))
-        if explored:
-            findings.append(f"{run.folder}: {explored} scored rows were played while exploring, as in training")
+    findings = [finding for run in runs for finding in lint_run(run)]
     by_protocol: dict[str, list[RunFolder]] = {}
     for run in runs:
         by_protocol.setdefault(run.manifest["protocol"]["label"], []).append(run)
     if len(by_protocol) > 1:
         parts = "; ".join(f"{label}: {', '.join(str(run.folder) for run in of)}" for label, of in by_protocol.items())
         findings.append(f"mixed protocols, whose scores do not compare: {parts}")
-    return findings + [finding for of in by_protocol.values() for finding in _lint_methods(compared_methods(of))]
+    return findings + [finding for of in by_protocol.values() for finding in lint_methods(compared_methods(of))]
 
 
-def _lint_methods(methods: Sequence[Method]) -> list[str]:
+def lint_run(run: RunFolder) -> list[str]:
+    """Findings about one run that make its scores worthless."""
+    findings = []
+    shared = set(run.manifest["protocol"]["train_states"]) & set(run.manifest["protocol"]["eval_states"])
+    if shared:
+        findings.append(f"{run.folder}: evaluates on {len(shared)} initial states that training may use")
+    explored = sum(int((rows.column("decoding") == "explore").sum()) for rows in (run.base, run.evaluated))
+    if explored:
+        findings.append(f"{run.folder}: {explored} scored rows were played while exploring, as in training")
+    return findings
+
+
+def lint_methods(methods: Sequence[Method]) -> list[str]:
+    """Findings about methods that are compared under one protocol."""
     findings = []
     for method in methods:
         what = f"{method.label} on {method.policy}"

@@ -3,7 +3,7 @@
 import itertools
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ from ..stats import (
     wilson_interval,
 )
 from .runs import RunFolder
-from .table import settings_labels
+from .table import settings_labels, submitter
 
 BASE = "base policy"
 
@@ -40,6 +40,8 @@ class Method:
     settings: str
     """In what it differs from others of the same algorithm and policy; empty if in nothing."""
     decoding: str
+    submitted_by: str
+    """Whose runs they are; empty where they are our own. Runs of several are never seeds of one method."""
     runs: tuple[RunFolder, ...]
     seeds: tuple[int, ...]
     """Training seeds; a base policy's are those of the noise it was played with."""
@@ -48,13 +50,15 @@ class Method:
     `cluster`, the same number for repeats of one seed, task and initial state. One object for all of them."""
     results: np.ndarray
     """[N] of this method on each: 1 success, 0 failure, -1 not played."""
+    changes: dict[Any, Any] = field(default_factory=dict)
+    """What `_paired` found already, by method and suite: several reports of one page ask for the same."""
 
     @property
     def label(self) -> str:
         """Name and settings, long lists in short; says so where it is a control."""
         control = " CONTROL" if self.is_control else ""
         short = re.sub(r"\[[^\]]{40,}\]", lambda found: f"[{found[0].count(',') + 1} named]", self.settings)
-        return f"{self.name}{control}" + (f" ({short})" if short else "")
+        return f"{self.name}{control}" + (f" ({short})" if short else "") + submitter(self.submitted_by)
 
     @property
     def is_base(self) -> bool:
@@ -86,11 +90,12 @@ class Method:
 def compared_methods(runs: Sequence[RunFolder]) -> list[Method]:
     """Runs under one protocol as methods, base policies first; raises BenchError where two runs are the same seed of
     the same experiment."""
-    groups: dict[tuple[str, str, str, str, str], list[RunFolder]] = {}
+    groups: dict[tuple[str, str, str, str, str, str], list[RunFolder]] = {}
     for run, settings in zip(runs, settings_labels(runs), strict=True):
         name = run.manifest["algorithm"] if run.compares else "evaluation"
         for decoding in run.decodings:
-            experiment = (name, run.manifest["policy"], run.manifest["base_checkpoint"], settings, decoding)
+            experiment = (name, run.manifest["policy"], run.manifest["base_checkpoint"], settings, decoding,
+                          run.submitted_by)  # fmt: skip
             groups.setdefault(experiment, []).append(run)
     trained = [_Group(*key, tuple(_by_seed(members))) for key, members in sorted(groups.items())]
     for group in trained:
@@ -99,16 +104,16 @@ def compared_methods(runs: Sequence[RunFolder]) -> list[Method]:
                 raise BenchError(
                     f"{one.folder} and {two.folder} are seed {one.manifest['seed']} of the same experiment; give one"
                 )
-    bases: dict[tuple[str, str, str, str], list[RunFolder]] = {}
+    bases: dict[tuple[str, ...], list[RunFolder]] = {}
     for run in runs:
         judged = ", ".join(sorted(run.manifest["evaluation"]["tasks"]))
         for decoding in set(run.base.column("decoding")):
-            key = (run.manifest["policy"], run.manifest["base_checkpoint"], judged, decoding)
+            key = (run.manifest["policy"], run.manifest["base_checkpoint"], judged, decoding, run.submitted_by)
             bases.setdefault(key, []).append(run)
-    several = len({judged for _, _, judged, _ in bases}) > 1
+    several = len({key[2] for key in bases}) > 1
     untrained = [
-        _Group(BASE, policy, checkpoint, f"tasks=[{judged}]" if several else "", decoding, tuple(_by_seed(members)))
-        for (policy, checkpoint, judged, decoding), members in sorted(bases.items())
+        _Group(BASE, policy, checkpoint, f"tasks=[{judged}]" if several else "", decoding, by, tuple(_by_seed(members)))
+        for (policy, checkpoint, judged, decoding, by), members in sorted(bases.items())
     ]
     return _methods(untrained + trained)
 
@@ -121,6 +126,7 @@ class _Group(NamedTuple):
     checkpoint: str
     settings: str
     decoding: str
+    submitted_by: str
     runs: tuple[RunFolder, ...]
 
 
@@ -220,6 +226,7 @@ def cell(method: Method, suite: str) -> dict[str, Any]:
         "settings": method.settings,
         "suite": suite,
         "decoding": method.decoding,
+        "submitted": method.runs[0].submitted,
         "seeds": list(method.seeds),
         "tasks": len(planned_tasks(method, suite)),
         "expected": owed,
@@ -262,11 +269,15 @@ def change(method: Method, base: Method, suite: str) -> dict[str, Any] | None:
 
 def _paired(before: Method, after: Method, suite: str) -> tuple[PairedResult, list[float]]:
     """How the shared episodes of a suite changed, and the mean change of each seed that has any."""
+    if (before, suite) in after.changes:
+        return after.changes[before, suite]
     shared = before.played(suite) & after.played(suite)
     changes = after.results[shared] - before.results[shared]
     _, seed = np.unique(after.episodes["seed"].to_numpy()[shared], return_inverse=True)
     by_seed = np.bincount(seed, changes) / np.bincount(seed)
-    return paired_changes(changes, after.episodes["cluster"].to_numpy()[shared]), by_seed.tolist()
+    found = paired_changes(changes, after.episodes["cluster"].to_numpy()[shared]), by_seed.tolist()
+    after.changes[before, suite] = found
+    return found
 
 
 def separation(methods: Sequence[Method], suite: str) -> tuple[np.ndarray, np.ndarray]:

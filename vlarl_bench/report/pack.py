@@ -45,6 +45,9 @@ SCHEMAS = {
 """Columns of the Parquet files. Episodes: the fields of a row, as `episodes.jsonl` names them. Metrics: a line for each
 number of `metrics.jsonl`, in `number` or, where it was written without a point, in `integer`; null was null."""
 
+SENDER = {"by", "contact", "licence", "source"}
+"""What is kept of who submitted a run."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -56,7 +59,7 @@ class Entry:
     config: dict[str, Any]
     stopped: dict[str, Any] | None
     submitted: dict[str, str] | None
-    """Who sent it; None where it is our own."""
+    """Who sent it, as `SENDER` has it; None where it is our own."""
     sha256: dict[str, str]
     """Of each file of its folder, as this project writes them."""
     rows: Rows
@@ -170,8 +173,8 @@ def read_pack(folder: str | os.PathLike[str]) -> list[Entry]:
         raise BenchError(f"{path}: format is {document.get('format')!r}, expected {FORMAT!r}")
     try:
         runs, sha256 = document["runs"], document["sha256"]
-        tables = {kind: _read(folder, kind, sha256[kind]) for kind in SCHEMAS}
-        rows = _rows(tables["episodes"], _file(folder, "episodes", sha256["episodes"]))
+        files = {kind: _open(folder, kind, sha256[kind]) for kind in SCHEMAS}
+        rows, metrics = _rows(files["episodes"], _file(folder, "episodes", sha256["episodes"])), files["metrics"].read()
         entries, row, metric = [], 0, 0
         for run in runs:
             fields = {field.name: run[field.name] for field in dataclasses.fields(Entry)}
@@ -179,40 +182,43 @@ def read_pack(folder: str | os.PathLike[str]) -> list[Entry]:
             for file in named.keys() | ({"stopped.json"} & run["sha256"].keys()):
                 if named.get(file) != run["sha256"].get(file):
                     raise BenchError(f"{path}: {run['name']}: {file} does not have the SHA-256 it claims; altered?")
+            sender = fields["submitted"]
+            if sender is not None and ({*sender} != SENDER or not all(type(text) is str for text in sender.values())):
+                raise BenchError(f"{path}: {run['name']}: submitted must have {', '.join(sorted(SENDER))}, all texts")
             fields["rows"] = rows.where(slice(row, row + run["rows"]))
-            fields["metrics"] = tables["metrics"].slice(metric, run["metrics"])
+            fields["metrics"] = metrics.slice(metric, run["metrics"])
             row, metric = row + run["rows"], metric + run["metrics"]
             entries.append(Entry(**fields))
             _check_unique(entries[-1], folder)
     except (KeyError, TypeError, AttributeError) as error:
         raise BenchError(f"{path}: not a pack ({error!r}); restore it from a copy") from None
-    if (row, metric) != (len(rows), len(tables["metrics"])) or len({entry.name for entry in entries}) < len(entries):
+    if (row, metric) != (len(rows), len(metrics)) or len({entry.name for entry in entries}) < len(entries):
         raise BenchError(f"{path}: its runs do not add up to the rows and metrics beside it; restore it from a copy")
     return entries
 
 
-def _read(folder: Path, kind: str, sha256: str) -> pa.Table:
+def _open(folder: Path, kind: str, sha256: str) -> pq.ParquetFile:
     path = _file(folder, kind, sha256)
     with explained(path):
         content = path.read_bytes()
     if _digest(content) != sha256:
         raise BenchError(f"{path}: does not have the SHA-256 that {PACK} names; restore it from a copy")
-    texts = [field.name for field in SCHEMAS[kind] if field.type == pa.string()]
+    texts = [field.name for field in SCHEMAS["episodes"] if field.type == pa.string()]
     try:
-        table = pq.read_table(pa.BufferReader(content), read_dictionary=texts if kind == "episodes" else None)
+        file = pq.ParquetFile(pa.BufferReader(content), read_dictionary=texts if kind == "episodes" else None)
     except (pa.ArrowException, OSError) as error:
         raise BenchError(f"{path}: not a Parquet file ({error})") from None
-    plain = [pa.string() if pa.types.is_dictionary(field.type) else field.type for field in table.schema]
-    if (table.schema.names, plain) != (SCHEMAS[kind].names, SCHEMAS[kind].types):
-        raise BenchError(
-            f"{path}: columns are {table.schema.names}, expected {SCHEMAS[kind].names} as {FORMAT} types them"
-        )
-    return table
+    names, types = file.schema_arrow.names, file.schema_arrow.types
+    plain = [pa.string() if pa.types.is_dictionary(each) else each for each in types]
+    if (names, plain) != (SCHEMAS[kind].names, SCHEMAS[kind].types):
+        raise BenchError(f"{path}: columns are {names}, expected {SCHEMAS[kind].names} as {FORMAT} types them")
+    return file
 
 
-def _rows(table: pa.Table, path: Path) -> Rows:
+def _rows(file: pq.ParquetFile, path: Path) -> Rows:
     columns = {}
-    for (name, (kind, allowed)), column in zip(field_types().items(), table.columns, strict=True):
+    for name, (kind, allowed) in field_types().items():  # one at a time, to hold little twice
+        column = file.read([name.rstrip("_")]).column(0)
         if column.null_count:
             raise BenchError(f"{path}: {column.null_count} rows have no {name.rstrip('_')}")
         if kind is not str:

@@ -13,13 +13,16 @@ from .runs import read_run
 
 
 def pack(paths: Iterable[str | os.PathLike[str]], out: str | os.PathLike[str]) -> tuple[int, int, int]:
-    """Adds the runs of run folders and packs to the pack `out`, which is made if need be: all of them or, on an error,
-    none.
+    """Adds the runs of run folders and packs to the pack `out`; returns and raises what `add` does."""
+    return add([entry for path in dict.fromkeys(map(Path, paths)) for entry in read_entries(path)], out)
 
-    Returns how many were added, how many were there already, and the size in bytes. Raises BenchError for a run that
-    is not finished, and for one whose name is taken by a run with other content.
+
+def add(entries: Iterable[Entry], out: str | os.PathLike[str]) -> tuple[int, int, int]:
+    """Adds runs to the pack `out`, which is made if need be: all of them or, on an error, none.
+
+    Returns how many were added, how many were there already, and the size in bytes. Raises BenchError for a run whose
+    name is taken by one with other content.
     """
-    entries = [entry for path in dict.fromkeys(map(Path, paths)) for entry in read_entries(path)]
     out = Path(out)
     if out.exists() and not (out / PACK).exists() and (not out.is_dir() or any(out.iterdir())):
         raise BenchError(f"out: {out} is there and no pack; name a folder that does not exist yet, or a pack to add to")
@@ -39,7 +42,7 @@ def pack(paths: Iterable[str | os.PathLike[str]], out: str | os.PathLike[str]) -
 
 
 def read_entries(path: Path) -> list[Entry]:
-    """What a run folder or a pack holds, ready for another pack."""
+    """What a run folder or a pack holds, ready for another pack; raises BenchError for a run that is not finished."""
     if (path / PACK).is_file():
         return read_pack(path)
     run = read_run(path)

@@ -14,6 +14,8 @@ class Rows(Sequence[EpisodeRow]):
 
     def __init__(self, columns: dict[str, np.ndarray]) -> None:
         self._columns = {name: columns[name] for name in field_types()}
+        self._source: Rows | None = None
+        self._chosen: np.ndarray | slice = slice(None)
 
     @classmethod
     def of(cls, rows: Iterable[EpisodeRow]) -> "Rows":
@@ -39,28 +41,32 @@ class Rows(Sequence[EpisodeRow]):
 
     def column(self, name: str) -> np.ndarray:
         """[N] values of a field of `EpisodeRow`; texts are objects."""
+        if name not in self._columns and self._source is not None:
+            self._columns[name] = self._source.column(name)[self._chosen]
         return self._columns[name]
 
     def where(self, chosen: np.ndarray | slice) -> "Rows":
-        """The rows that a mask [N], indices or a slice choose."""
-        return Rows({name: values[chosen] for name, values in self._columns.items()})
+        """The rows that a mask [N], indices or a slice choose. A column is only copied when it is asked for."""
+        rows = Rows.__new__(Rows)
+        rows._columns, rows._source, rows._chosen = {}, self, chosen
+        return rows
 
     def __len__(self) -> int:
-        return len(self._columns["run"])
+        return len(self.column("phase"))
 
     def __iter__(self) -> Iterator[EpisodeRow]:
-        return (EpisodeRow(*values) for values in zip(*(c.tolist() for c in self._columns.values()), strict=True))
+        return (EpisodeRow(*values) for values in zip(*(self.column(n).tolist() for n in field_types()), strict=True))
 
     @overload
     def __getitem__(self, index: int) -> EpisodeRow: ...
     @overload
     def __getitem__(self, index: slice) -> "Rows": ...
     def __getitem__(self, index: Any) -> Any:
-        return self.where(index) if isinstance(index, slice) else next(iter(self.where([index])))  # type: ignore[arg-type]
+        return self.where(index) if isinstance(index, slice) else next(iter(self.where(np.array([index]))))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Rows):
             return NotImplemented
-        return all(np.array_equal(values, other.column(name)) for name, values in self._columns.items())
+        return all(np.array_equal(self.column(name), other.column(name)) for name in field_types())
 
     __hash__ = None  # type: ignore[assignment]

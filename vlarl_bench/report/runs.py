@@ -32,7 +32,7 @@ class RunFolder:
     stopped: dict[str, Any] | None = None
     """In which round (`iteration`) training had destroyed the policy, and the `reason`, if it had."""
     submitted: dict[str, str] | None = None
-    """Who sent it (`by`, `contact`, `source`, `licence`); None where it is our own."""
+    """Who sent it (`by`, `contact`, `licence`, `source`); None where it is our own."""
     packed_metrics: tuple[dict[str, Any], ...] | None = None
     """Lines of `metrics.jsonl` where the run is of a pack; else they are in the folder (`metrics.metrics_of`)."""
     torn: tuple[str, ...] = ()
@@ -78,6 +78,11 @@ class RunFolder:
         if wrong.any():
             row = self.rows[int(wrong.argmax())]
             raise BenchError(f"{self.folder}: episode {row.key} {why(row)}")
+
+    @property
+    def submitted_by(self) -> str:
+        """Whose it is; empty where it is our own."""
+        return self.submitted["by"] if self.submitted else ""
 
     @functools.cached_property
     def evaluated(self) -> Rows:

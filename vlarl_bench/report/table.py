@@ -72,15 +72,15 @@ def summary_table(runs: Sequence[RunFolder]) -> Table:
     """
     if not runs:
         raise BenchError("runs: none given; name at least one run folder")
-    groups: dict[tuple[str, str, str, str, str, str], list[Record]] = {}
+    groups: dict[tuple[str, ...], list[Record]] = {}
     for run, settings in zip(runs, settings_labels(runs), strict=True):
         for suite in run.suites:
             for decoding in run.decodings:
                 keys = [key for key in run.manifest["evaluation"]["tasks"] if key.startswith(f"{suite}/")]
                 record = _record(run, keys, decoding) | {"suite": suite, "settings": settings}
                 phase = "run" if run.compares else "eval"
-                group = (record["algorithm"], record["policy"], suite, settings, decoding, phase)
-                groups.setdefault(group, []).append(record)
+                experiment = (record["algorithm"], record["policy"], suite, settings, decoding, phase, run.submitted_by)
+                groups.setdefault(experiment, []).append(record)
     groups = dict(sorted(groups.items()))
     several_settings = len({group[3] for group in groups}) > 1
     several_decodings = len({group[4] for group in groups}) > 1
@@ -99,7 +99,7 @@ def summary_table(runs: Sequence[RunFolder]) -> Table:
         for record in members + ([cell] if len(members) > 1 else []):
             seed = str(record["seed"]) if "seed" in record else f"all {len(members)} seeds"
             line: tuple[str, ...] = (
-                record["algorithm"] if group[5] == "run" else "(evaluation)",
+                (record["algorithm"] if group[5] == "run" else "(evaluation)") + submitter(group[6]),
                 record["policy"],
                 record["suite"],
             )
@@ -146,6 +146,7 @@ def _record(run: RunFolder, keys: Sequence[str], decoding: str) -> Record:
         **(change if change["n_pairs"] else dict.fromkeys(change)),
         "protocol": run.manifest["protocol"]["hash"],
         "run": run.folder.name,
+        "submitted": run.submitted,
     }
 
 
@@ -220,13 +221,18 @@ def _coverage(record: Record) -> str:
 def settings_labels(runs: Sequence[RunFolder]) -> list[str]:
     """For each run, the settings in which it differs from other runs of the same algorithm and policy."""
     flats = [run.settings() for run in runs]
-    families = [(run.manifest["algorithm"], run.manifest["policy"], run.compares) for run in runs]
+    families = [(run.manifest["algorithm"], run.manifest["policy"], run.compares, run.submitted_by) for run in runs]
     labels = []
     for family, flat in zip(families, flats, strict=True):
         kin = [other for other, theirs in zip(flats, families, strict=True) if theirs == family]
         odd = sorted({name for other in kin for name in flat.keys() | other.keys() if len(_values(kin, name)) > 1})
         labels.append(", ".join(f"{name}={flat.get(name, '(absent)')}" for name in odd))
     return labels
+
+
+def submitter(by: str) -> str:
+    """What is said behind the name of a method that another group ran."""
+    return f", submitted by {by}" if by else ""
 
 
 def _values(flats: list[dict[str, Any]], name: str) -> set[str]:
