@@ -7,6 +7,7 @@ TORTURE=0.2 does a fifth of it. The tests are those marked `torture`; CI runs th
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -33,13 +34,16 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-m", "torture", "--benchmark-disable", f"--junitxml={report}"]
-        command += ["-n", "2", "--dist", "loadfile", *sys.argv[1:]]
+        # Only the files that have some: importing all the others takes longer than many a test.
+        files = [str(path) for path in sorted(Path("tests").rglob("test_*.py")) if "mark.torture" in path.read_text()]
+        command += ["-n", "2", "--dist", "loadfile", *files, *sys.argv[1:]]
         environment = {**os.environ, "TORTURE": share, "OMP_NUM_THREADS": "1"}
         status = subprocess.run(command, env=environment, check=False).returncode
         lines = [line(case) for case in ElementTree.parse(report).iter("testcase")]
     asked = "make torture" if share == "1" else f"TORTURE={share} make torture"
+    asked += f" with `{shlex.join(sys.argv[1:])}`" if sys.argv[1:] else ""
     told = (
-        f"`{asked}`, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {code_version()}, {(time.monotonic() - begun) / 60:.0f} "
+        f"{asked}: {datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {code_version()}, {(time.monotonic() - begun) / 60:.0f} "
         f"minutes, load {os.getloadavg()[2]:.0f} on {os.cpu_count()} cores, Python {platform.python_version()}: "
         f"{sum(outcome == 'passed' for _, outcome, *_ in lines)} of {len(lines)} passed."
     )

@@ -100,6 +100,7 @@ def test_help_shows_defaults_units_and_the_preset(capsys):
         (["run", "--resume", "no-such-run"], "resume: no-such-run is not a run folder; it has no config.json"),
         (["sweep"], "algo: missing; name a sweep file, or give --algo, --suite and --out in its place"),
         (["sweep", "--algo", "fpo", "--suite", "libero"], "out: missing; name a sweep file"),
+        (["sweep", "x.toml", "--seeds", "1", "2"], "seeds: only without a sweep file; write it into x.toml"),
         (["sweep", "--algo", "fpoo", "--suite", "libero", "--out", "x"], "algorithms[0]: algorithm: 'fpoo' is not "),
         (["run", "--resume", "x", "--algo", "fpo"], "Unrecognized options: --algo, fpo"),
     ],

@@ -1,4 +1,7 @@
 import json
+import os
+import shutil
+import threading
 
 import pytest
 
@@ -34,3 +37,33 @@ def test_every_flipped_byte_and_every_truncation_is_named(tmp_path, older):
             with pytest.raises(BenchError, match=r"x\.json: ") as error:
                 read_sealed(path, older)
             assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "[]", "3", "null", '"x"', "[[1, 2]]"])
+def test_what_is_no_object_is_named(tmp_path, text):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(BenchError, match=r"x\.json: "):
+        read_sealed(tmp_path / "x.json", older=True)
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_whole(tmp_path):
+    """As an attempt's is when it ends, while somebody asks for the status."""
+    path, over = tmp_path / "x.json", threading.Event()
+    for name in ("a", "b"):
+        write_sealed(tmp_path / name, {**CONTENT, "name": name * 50})
+
+    def replace():
+        while not over.is_set():
+            for name in ("a", "b"):
+                shutil.copy(tmp_path / name, tmp_path / "new")
+                os.replace(tmp_path / "new", path)
+
+    write_sealed(path, CONTENT)
+    thread = threading.Thread(target=replace)
+    thread.start()
+    try:
+        for _ in range(500):
+            assert read_sealed(path).keys() == CONTENT.keys()
+    finally:
+        over.set()
+        thread.join()

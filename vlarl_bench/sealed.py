@@ -11,19 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from .errors import BenchError
-from .records import read_json_object, write_json_atomic
+from .records import explained, write_json_atomic
 
 SEAL = "sha256"
 
 
 def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
     """Writes a JSON object whole or not at all, with a digest of itself as its last entry."""
-    write_json_atomic(path, seal(content))
-
-
-def seal(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The object with its digest."""
-    return {**content, SEAL: _digest(content)}
+    write_json_atomic(path, {**content, SEAL: _digest(content)})
 
 
 def read_sealed(path: Path, older: bool = False) -> dict[str, Any]:
@@ -34,9 +29,16 @@ def read_sealed(path: Path, older: bool = False) -> dict[str, Any]:
     Raises:
         BenchError: naming the file, if it is missing, or if anything in it was altered.
     """
-    content = read_json_object(path)
+    with explained(path):
+        data = path.read_bytes()  # once: whoever holds the file may replace it at any time
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise BenchError(f"{path}: not valid JSON ({error}); restore it from a copy") from None
+    if not isinstance(content, dict):
+        raise BenchError(f"{path}: not a JSON object; restore it from a copy")
     # The text, too: two numbers may be written differently and still be read as the same.
-    as_written = path.read_text(encoding="utf-8", errors="replace") == json.dumps(content, indent=2) + "\n"
+    as_written = data == (json.dumps(content, indent=2) + "\n").encode()
     # One byte can spoil the digest or its name, but not both.
     if older and SEAL not in content and not re.fullmatch(r"[0-9a-f]{64}", str(next(reversed(content.values()), ""))):
         return content

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import tomllib
@@ -14,6 +15,9 @@ from .records import explained
 if TYPE_CHECKING:
     from .options import Sweep
     from .sweep import Resources
+
+STAND_IN = ("algo", "policy", "suite", "seeds", "budget", "out")
+"""Options of `sweep` that stand in for a file."""
 
 
 def sweep(args: list[str]) -> int:
@@ -28,7 +32,7 @@ def sweep(args: list[str]) -> int:
     from .trackers import check_tracker
 
     options = parse(Sweep, args, "vlarl-bench sweep")
-    file, text = (Path(options.file), "") if options.file else _file_of(options)
+    file, text = _file_of(options)
     found = read_sweep(file) if not text else plan_sweep(tomllib.loads(text), file)
     states = read_states(found)
     if options.dry_run:
@@ -63,7 +67,12 @@ def sweep(args: list[str]) -> int:
 
 
 def _file_of(options: Sweep) -> tuple[Path, str]:
-    """The sweep file that options without one stand for, and what to write into it: nothing if it is there already."""
+    """The sweep file, and what to write into it first: what other options stand for, unless it is there already."""
+    if options.file:
+        for field in dataclasses.fields(options):
+            if field.name in STAND_IN and getattr(options, field.name) != field.default:
+                raise BenchError(f"{field.name}: only without a sweep file; write it into {options.file}")
+        return Path(options.file), ""
     for name in ("algo", "suite", "out"):
         if not getattr(options, name):
             raise BenchError(f"{name}: missing; name a sweep file, or give --algo, --suite and --out in its place")
