@@ -90,7 +90,7 @@ class Method:
 def compared_methods(runs: Sequence[RunFolder]) -> list[Method]:
     """Runs under one protocol as methods, base policies first; raises BenchError where two runs are the same seed of
     the same experiment."""
-    groups: dict[tuple[str, ...], list[RunFolder]] = {}
+    groups: dict[tuple[str, str, str, str, str, str], list[RunFolder]] = {}
     for run, settings in zip(runs, settings_labels(runs), strict=True):
         name = run.manifest["algorithm"] if run.compares else "evaluation"
         for decoding in run.decodings:
@@ -104,7 +104,7 @@ def compared_methods(runs: Sequence[RunFolder]) -> list[Method]:
                 raise BenchError(
                     f"{one.folder} and {two.folder} are seed {one.manifest['seed']} of the same experiment; give one"
                 )
-    bases: dict[tuple[str, ...], list[RunFolder]] = {}
+    bases: dict[tuple[str, str, str, str, str], list[RunFolder]] = {}
     for run in runs:
         judged = ", ".join(sorted(run.manifest["evaluation"]["tasks"]))
         for decoding in set(run.base.column("decoding")):
