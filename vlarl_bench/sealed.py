@@ -18,7 +18,12 @@ SEAL = "sha256"
 
 def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
     """Writes a JSON object whole or not at all, with a digest of itself as its last entry."""
-    write_json_atomic(path, {**content, SEAL: _digest(content)})
+    write_json_atomic(path, seal(content))
+
+
+def seal(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The object with its digest."""
+    return {**content, SEAL: _digest(content)}
 
 
 def read_sealed(path: Path, older: bool = False) -> dict[str, Any]:

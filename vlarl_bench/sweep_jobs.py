@@ -36,7 +36,7 @@ from .config import RunConfig
 from .errors import BenchError
 from .records import explained
 from .sealed import read_sealed, write_sealed
-from .sweep import IGNORED, Cell, Sweep
+from .sweep import Cell, Sweep
 from .sweep_slurm import COMMAND, across, ask, job_here, queued
 
 Word = Literal["done", "running", "queued", "failed", "interrupted", "missing", "impossible"]
@@ -83,14 +83,15 @@ def read_states(sweep: Sweep) -> list[State]:
 
 
 def _packed(sweep: Sweep) -> set[str]:
-    """Names of the cells that a run of the sweep's pack is: its configuration is the cell's, whatever its name."""
+    """Names of the cells that a run of the sweep's pack is: the same experiment and seed, whatever its name."""
     pack = sweep.path.parent / sweep.file.packed
     if not sweep.file.packed or not pack.exists():
         return set()
     from .report.pack import read_pack
+    from .report.runs import PLACE_AND_SPEED
 
     def decides(config: Mapping[str, Any]) -> str:
-        kept = {name: value for name, value in config.items() if name not in IGNORED or name == "seed"}
+        kept = {name: value for name, value in config.items() if name not in PLACE_AND_SPEED or name == "seed"}
         return json.dumps(kept, sort_keys=True)
 
     runs = {decides(entry.config) for entry in read_pack(pack)}

@@ -152,7 +152,7 @@ def _run(run: RunFolder, method: Method, suite: str, site: Path | None) -> dict[
     there = [name for name in films if site is not None and (run.folder / f"{name}.mp4").is_file()]
     return {
         "films": {name: link(run.folder / f"{name}.mp4", site) for name in there if site is not None},
-        "submitted": getattr(run, "submitted", None),
+        "submitted": run.submitted,
         "seed": run.manifest["seed"],
         "episodes": len(successes),
         "successes": int(successes.sum()),

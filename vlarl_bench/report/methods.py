@@ -104,7 +104,7 @@ def compared_methods(runs: Sequence[RunFolder]) -> list[Method]:
                 raise BenchError(
                     f"{one.folder} and {two.folder} are seed {one.manifest['seed']} of the same experiment; give one"
                 )
-    bases: dict[tuple[str, ...], list[RunFolder]] = {}
+    bases: dict[tuple[str, str, str, str, str], list[RunFolder]] = {}
     for run in runs:
         judged = ", ".join(sorted(run.manifest["evaluation"]["tasks"]))
         for decoding in set(run.base.column("decoding")):

@@ -50,12 +50,9 @@ class RunFolder:
             raise BenchError(f"{self.folder}: seed is {told} in manifest.json and {asked} in config.json; altered?")
         rows, label = self.rows, protocol["label"]
         train, states = rows.column("phase") == "train", rows.column("init_state")
-        for name in ("run", "policy"):
-
-            def other(row: EpisodeRow, name: str = name) -> str:
-                return f"is of the {name} {getattr(row, name)!r}, not {self.manifest[name]!r}"
-
-            self._refuse(rows.column(name) != self.manifest[name], other)
+        run, policy = self.manifest["run"], self.manifest["policy"]
+        self._refuse(rows.column("run") != run, lambda row: f"is of the run {row.run!r}, not {run!r}")
+        self._refuse(rows.column("policy") != policy, lambda row: f"is of the policy {row.policy!r}, not {policy!r}")
         self._refuse(
             rows.column("protocol") != protocol["hash"],
             lambda row: f"has protocol {row.protocol}, but the manifest says {label}",

@@ -72,7 +72,7 @@ def summary_table(runs: Sequence[RunFolder]) -> Table:
     """
     if not runs:
         raise BenchError("runs: none given; name at least one run folder")
-    groups: dict[tuple[str, ...], list[Record]] = {}
+    groups: dict[tuple[str, str, str, str, str, str, str], list[Record]] = {}
     for run, settings in zip(runs, settings_labels(runs), strict=True):
         for suite in run.suites:
             for decoding in run.decodings:
