@@ -266,7 +266,7 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # what it logs is told here, in one line
+    logging.disable(logging.CRITICAL)  # what torch logs is told here, in one line
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
