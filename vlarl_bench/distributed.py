@@ -259,14 +259,14 @@ def sharing() -> bool:
 def launch(processes: int, arguments: Sequence[str]) -> int:
     """Runs this program with `arguments` in so many processes of this machine; returns its exit status.
 
-    Where one fails the others are ended within a second. Raises BenchError if one was killed, KeyboardInterrupt on
+    Where one fails the others are ended within seconds. Raises BenchError if one was killed, KeyboardInterrupt on
     Ctrl-C, and ends on a signal as a program does; whatever happens, none of them stays behind.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # what it logs is told here, in one line
+    logging.disable(logging.CRITICAL)  # what torch logs is told here, in one line
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

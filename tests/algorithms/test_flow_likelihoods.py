@@ -94,7 +94,7 @@ def test_flow_noises_numbers():
 
     def like_theirs(policy, taken, i):
         ours = FlowNoise.score(algorithm, policy, taken, i)
-        return dataclasses.replace(ours, logp=(ours.logp * STEPS + first[i]) / (STEPS + 1))
+        return ours._replace(logp=(ours.logp * STEPS + first[i]) / (STEPS + 1))
 
     algorithm.score = like_theirs
     assert_golden(algorithm, policy, taken, learning, golden, column(golden["old"]), formula(5, N), 0.2)
