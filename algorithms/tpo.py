@@ -81,7 +81,7 @@ class TPO(Algorithm):
     requires = frozenset({"likelihood"})
     learns_from = "rollouts"
     Settings = TPOSettings
-    search = MappingProxyType({"lr": (3e-5, 1e-4, 3e-4), "beta": (0.03, 0.1, 0.3), "epochs": (2, 4, 8)})
+    search = MappingProxyType({"lr": (1e-5, 3e-5, 1e-4), "beta": (0.01, 0.03, 0.1), "epochs": (2, 4, 8)})
 
     def __init__(self, settings: TPOSettings, policy: Any, budget: Budget, seed: int) -> None:
         self.settings, self.group = settings, settings.group_size

@@ -14,8 +14,10 @@ from pathlib import Path
 
 from vlarl_bench import registry
 from vlarl_bench.config import BUDGETS
+from vlarl_bench.records import log_line
+from vlarl_bench.report.pack import read_pack
 
-ROWS = Path(__file__).parents[1] / "results" / "fpo-demo-seed0" / "episodes.jsonl"
+PACK = Path(__file__).parents[1] / "results" / "quick"
 
 NUMBERS: dict[str, tuple[float, str]] = {
     "gpus": (1000, "GPUs of the cluster"),
@@ -85,7 +87,8 @@ def lines(n: argparse.Namespace) -> list[tuple[str, str]]:
     cell_s = budget.iterations * round_s + evaluate
     busy = (budget.iterations * (collect_gpu + update) + evaluate_gpu) / cell_s
     rows = budget.iterations * budget.episodes + 2 * evaluation
-    row_bytes = ROWS.stat().st_size / len(ROWS.read_text().splitlines())
+    demo = next(entry for entry in read_pack(PACK) if entry.name == "fpo-demo-seed0")
+    row_bytes = sum(len(log_line(row.to_json())) for row in demo.rows) / len(demo.rows)
     syncs = (2 * evaluation + budget.iterations * 6) / cell_s + 1 / 15  # a row, a round's files, a heartbeat
     queue = math.ceil(at_once / n.starts) * n.cycle
     total_h = waves * (cell_s + queue) / 3600

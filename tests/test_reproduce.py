@@ -1,14 +1,13 @@
 """What is said of a published run and its repetition. One is run again for real, at smoke size, by `.ci/run`."""
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 
 from vlarl_bench import cli
+from vlarl_bench.report.pack import make_entry, metric_lines, read_pack, write_pack
 from vlarl_bench.report.runs import read_all
 from vlarl_bench.reproduce import verdict
-from vlarl_bench.sealed import read_sealed, write_sealed
 
 from .report.conftest import make_run  # noqa: F401  (a fixture)
 
@@ -50,13 +49,14 @@ def test_equal_outcomes_of_other_weights_are_not_the_same_rows(runs):
 
 
 def test_what_cannot_be_run_again_is_told_in_one_line(tmp_path, capsys):
-    published = Path("results/fpo-demo-seed0")
-    copy = tmp_path / "copy"
-    copy.mkdir()
-    for name in ("manifest.json", "config.json", "episodes.jsonl"):
-        (copy / name).write_bytes((published / name).read_bytes())
-    write_sealed(copy / "manifest.json", {**read_sealed(copy / "manifest.json"), "base_checkpoint": "0" * 12})
-    for run, told in ((copy, "it started from 000000000000, and --base prior is"), (tmp_path, "manifest.json")):
+    entry = next(entry for entry in read_pack("results/quick") if entry.name == "fpo-demo-seed0")
+    manifest = {**entry.manifest, "base_checkpoint": "0" * 12}
+    altered = make_entry("altered", manifest, entry.config, None, entry.rows, metric_lines(entry.metrics))
+    write_pack(tmp_path / "copy", [altered])
+    for run, told in (
+        (tmp_path / "copy", "it started from 000000000000, and --base prior is"),
+        (tmp_path, "manifest.json"),
+    ):
         assert cli.main(["reproduce", str(run), "--out", str(tmp_path / "out")]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert told in line
