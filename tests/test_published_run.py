@@ -79,7 +79,7 @@ def test_pi0_fast_plays_from_its_folder_and_tells_what_is_no_chunk(tmp_path, mon
     told = capsys.readouterr()
     (row,) = read_rows(out / "episodes.jsonl")
     assert (row.steps, row.checkpoint) == (10, content_hash(made))
-    assert "no chunk" in told.out + told.err
+    assert "1 of 1 decisions spelled no action chunk" in told.out + told.err
 
 
 @pytest.mark.parametrize(

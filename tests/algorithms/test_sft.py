@@ -47,7 +47,9 @@ def test_pi0_fast_is_sft_on_the_policies_whose_tokens_are_fasts():
         policy = registry.get("policy", name)
         assert registry.runs_on("pi0-fast", name) == ("pi0_fast" in policy.family), name
     assert set(Pi0Fast.__dict__) & {"update", "state_dict", "load_state_dict", "act", "Settings"} == set()
-    with pytest.raises(BenchError, match=r"'pi0-tiny' lacks fast, .* runs on: pi0-fast-tiny, pi0-fast-tiny-pixels;"):
+    with pytest.raises(
+        BenchError, match=r"'pi0-tiny' lacks fast, .* runs on: pi0-fast-base, pi0-fast-tiny, pi0-fast-tiny-pixels;"
+    ):
         registry.check_compatible("pi0-fast", "pi0-tiny")
 
 

@@ -40,7 +40,8 @@ def _pi0(spec, e, known):
 
 def _pi0_fast(spec, e, known):
     shape = {"chunk": e.chunk, "image_size": 28, "cameras": spec.cameras, "skip_tokens": 8, **pi0_fast_small.SIZES}
-    architecture = PublishedPi0FastArchitecture("pixels", e.action_dim, e.proprio_dim, **{**shape, "layers": 2})
+    shape |= {"layers": 2, "max_words": 96, "longest": 24}  # shorter, which is quicker
+    architecture = PublishedPi0FastArchitecture("pixels", e.action_dim, e.proprio_dim, **shape)
     prompts = FastPrompts(pi0_fast_small.tokenizer(known), 8)
     return PublishedPi0Fast(spec.name, architecture, prompts, FastTokenizer.plain(e.chunk, 10.0))
 
