@@ -26,6 +26,14 @@ def test_without_gl_the_line_to_run_is_given(no_gl_libraries):
     assert "MUJOCO_GL" not in os.environ
 
 
+def test_a_busy_machine_is_not_taken_for_one_without_gl(monkeypatch):
+    monkeypatch.delenv("MUJOCO_GL", raising=False)
+    monkeypatch.setattr(doctor, "gl_error", lambda backend: doctor.TIMED_OUT)
+    with pytest.raises(BenchError, match=r"^GL: drawing one picture with \w+ took over 180 seconds; .* too busy"):
+        doctor.require_gl()
+    assert "MUJOCO_GL" not in os.environ
+
+
 def test_doctor_fails_without_gl(no_gl_libraries, capsys):
     assert doctor.doctor() == 1
     out = capsys.readouterr().out

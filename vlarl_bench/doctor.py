@@ -86,10 +86,16 @@ def require_gl() -> str:
             raise BenchError(f"MUJOCO_GL: {chosen!r} cannot render here ({reason}); {fix}")
         return chosen
     for backend in ("egl", "osmesa") if _gpu_name() else ("osmesa", "egl"):
-        if not gl_error(backend):
+        reason = gl_error(backend)
+        if not reason:
             os.environ["MUJOCO_GL"] = backend
             return backend
+        if reason == TIMED_OUT:
+            raise BenchError(f"GL: drawing one picture with {backend} {reason}; this machine is too busy, try again")
     raise BenchError(f"no GL library: nothing here can render for MuJoCo; {_install('osmesa')}")
+
+
+TIMED_OUT = "took over 180 seconds"
 
 
 @cache
@@ -101,11 +107,11 @@ def gl_error(backend: str) -> str:
             env={**os.environ, "MUJOCO_GL": backend},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=180,
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return "timed out"
+        return TIMED_OUT
     if done.returncode == 0:
         return ""
     lines = [line for line in done.stderr.splitlines() if line and not line.startswith(" ")]

@@ -23,7 +23,7 @@ from .runs import RunFolder, training_curve
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 """Okabe and Ito's palette, safe for the colour-blind; lines and markers differ too."""
-LINES, MARKERS = ("-", "--", "-.", ":"), "osD^vPX"
+LINES, MARKERS = ("-", "--", "-.", ":"), "osD^vPX*"
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False, "svg.hashsalt": "vlarl-bench",
@@ -211,7 +211,7 @@ def pareto(figure: Figure, methods: Sequence[Method], suite: str, cost: str = "e
         if len(front) > 1:
             axes.step(*zip(*front, strict=True), where="post", color="0.6", linewidth=1, zorder=0)
     axes.axhline(0, color="0.4", linewidth=0.8)
-    axes.set(xlabel=COSTS[cost], ylabel="change against the base policy (points)")
+    axes.set(xlabel=COSTS[cost], ylabel="change against base (points)")
     axes.xaxis.set_major_formatter((lambda x, _: f"{x:.3g}") if cost == "flops" else (lambda x, _: f"{x:,.0f}"))
     axes.set_xlim(0, max(1.06 * axes.dataLim.x1, 1))
     place_legend(figure, axes)
