@@ -171,9 +171,9 @@ def take(folder: Path, cell: str, seen: int, log: bool = True, job: str = "") ->
     pid = os.getpid()
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    begun = file_clock(folder)
     attempt = Attempt(
-        **{"cell": cell, "number": number, "host": socket.gethostname(), "space": _space(), "pid": pid},
-        **{"started": _started(pid), "job": job, "begun": file_clock(folder), "log": output, "seconds": seconds},
+        cell, number, socket.gethostname(), _space(), pid, _started(pid), job, begun, output, seconds=seconds
     )
     temporary = folder / f".{cell}.{socket.gethostname()}.{pid}.tmp"
     with explained(folder):
