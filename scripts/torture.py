@@ -47,6 +47,7 @@ def main() -> int:
         f"minutes, load {os.getloadavg()[2]:.0f} on {os.cpu_count()} cores, Python {platform.python_version()}: "
         f"{sum(outcome == 'passed' for _, outcome, *_ in lines)} of {len(lines)} passed."
     )
+    told += " It was interrupted: what it had not come to is missing." if status == 2 else ""
     table = ["| test | outcome | s | what was done |", "|---|---|---|---|"]
     table += [f"| {' | '.join(cells)} |" for cells in lines]
     write_text_atomic(PAGE, "\n".join([HEAD, told, "", *table, ""]))

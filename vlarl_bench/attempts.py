@@ -171,6 +171,7 @@ def take(folder: Path, cell: str, seen: int, log: bool = True, job: str = "") ->
     pid = os.getpid()
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    begun = file_clock(folder)
     attempt = Attempt(
         cell=cell,
         number=number,
@@ -179,7 +180,7 @@ def take(folder: Path, cell: str, seen: int, log: bool = True, job: str = "") ->
         pid=pid,
         started=_started(pid),
         job=job,
-        begun=file_clock(folder),
+        begun=begun,
         log=output,
         seconds=seconds,
     )
