@@ -5,13 +5,13 @@ import pytest
 
 from vlarl_bench import cli, registry
 from vlarl_bench.errors import BenchError
-from vlarl_bench.records import read_json, write_json_atomic
 from vlarl_bench.report.leaderboard import make_page
 from vlarl_bench.report.methods import base_of, compared_methods
 from vlarl_bench.report.render import to_json
 from vlarl_bench.report.runs import find_runs, read_all
 from vlarl_bench.report.submit import Sender, submit
 from vlarl_bench.report.table import summary_table
+from vlarl_bench.sealed import read_sealed, write_sealed
 
 SUITE = registry.get("suite", "libero_object")
 PROTOCOL = SUITE.protocol("state")
@@ -25,11 +25,11 @@ def finished(make_run, outcomes):
     def make(name, manifest=None, **options):
         given = {"base": outcomes["half"], "final": outcomes["always"], "tasks": (SUITE.tasks[0].key,)} | options
         folder = make_run(name, protocol=given.pop("protocol", PROTOCOL), **given)
-        whole = read_json(folder / "manifest.json")
+        whole = read_sealed(folder / "manifest.json")
         whole["suite"], whole["evaluation"]["suite_tasks"] = "libero_object", len(SUITE.tasks)
         for key, value in (manifest or {}).items():
             whole[key] = whole[key] | value if isinstance(value, dict) else value
-        write_json_atomic(folder / "manifest.json", whole)
+        write_sealed(folder / "manifest.json", whole)
         return folder
 
     return make
