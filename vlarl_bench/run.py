@@ -172,11 +172,11 @@ def _records(
     stack: ExitStack, out: Path, tracker: str, config: RunConfig, progress: Progress
 ) -> tuple[EpisodeLog, TrackedMetrics]:
     """The run's rows and metrics: in its folder those of the first process, which writes; the others keep the same in
-    files that have no name any more once they are open."""
-    with tempfile.TemporaryDirectory() if rank() else nullcontext(out) as folder:
-        log = stack.enter_context(EpisodeLog(Path(folder) / "episodes.jsonl"))
-        tracker = "" if rank() else tracker
-        metrics = stack.enter_context(TrackedMetrics(Path(folder) / "metrics.jsonl", tracker, config, progress.say))
+    a folder that goes with them."""
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) if rank() else out
+    log = stack.enter_context(EpisodeLog(folder / "episodes.jsonl"))
+    tracker = "" if rank() else tracker
+    metrics = stack.enter_context(TrackedMetrics(folder / "metrics.jsonl", tracker, config, progress.say))
     rows, lines = from_first((log.rows, metrics.lines))
     if rank():
         log.append_all(rows)
