@@ -176,13 +176,10 @@ def _tune(args: list[str]) -> int:
 
 
 def _reproduce(args: list[str]) -> int:
-    import dataclasses
-
     from .options import Reproduce, parse
-    from .reproduce import default_folder, reproduce
+    from .reproduce import reproduce
 
-    options = parse(Reproduce, args, "vlarl-bench reproduce")
-    return 0 if reproduce(dataclasses.replace(options, out=options.out or default_folder(options.run))) else 1
+    return 0 if reproduce(parse(Reproduce, args, "vlarl-bench reproduce")) else 1
 
 
 def _demos(args: list[str]) -> int:

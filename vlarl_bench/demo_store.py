@@ -7,10 +7,8 @@ one video a camera, one file of meta/episodes.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +21,7 @@ from .errors import BenchError
 from .lerobot import Reader, read_table
 from .lerobot_writer import Place, batch_files, meta_files
 from .protocol import Protocol
-from .records import atomic_file, explained, write_json_atomic
+from .records import atomic_file, explained, sole_writer, write_json_atomic
 from .suite import Demonstration, Suite, Task
 
 FORMAT = 2
@@ -181,15 +179,7 @@ def writing(root: Path, suite: Suite, name: str, protocol: Protocol, seed: int) 
         fresh = not root.exists() or not any(root.iterdir())
         if not fresh and not (root / RECORD).is_file():
             raise BenchError(f"{root}: holds files, and no {RECORD}: not demonstrations of ours; use another folder")
-        (root / "meta").mkdir(parents=True, exist_ok=True)
-        lock = os.open(root / "meta", os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BenchError(f"{root}: another process is writing here; wait, or use another folder") from None
-        except OSError:
-            pass  # a file system without locks
+    with sole_writer(root / "meta", root):
         if fresh:
             record = _new_record(suite, name, protocol, seed)
         else:
@@ -207,8 +197,6 @@ def writing(root: Path, suite: Suite, name: str, protocol: Protocol, seed: int) 
             writer.write_meta()
         _remove_strays(root, record)
         yield writer
-    finally:
-        os.close(lock)
 
 
 def _new_record(suite: Suite, name: str, protocol: Protocol, seed: int) -> Record:

@@ -302,6 +302,25 @@ def _canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
+@contextlib.contextmanager
+def sole_writer(lock: Path, folder: Path) -> Iterator[None]:
+    """One process at a time in a folder, by a lock on `lock`, a folder that is made if need be. A file system without
+    locks has none."""
+    with explained(folder):
+        lock.mkdir(parents=True, exist_ok=True)
+        handle = os.open(lock, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BenchError(f"{folder}: another process is writing here; wait, or use another folder") from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(handle)
+
+
 def log_line(record: Mapping[str, Any]) -> bytes:
     """A record as a log has it: one canonical line with its crc."""
     return (_canonical({**record, "crc": f"{zlib.crc32(_canonical(record).encode()):08x}"}) + "\n").encode()

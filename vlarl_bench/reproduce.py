@@ -29,8 +29,9 @@ def reproduce(asked: Reproduce) -> bool:
     from .run import run
 
     published = _choose(read_all([asked.run]), asked.run)
+    out = asked.out or str(Path("runs") / f"again-{Path(asked.run).name}")
     config = dataclasses.replace(
-        RunConfig.from_dict(published.config), out=asked.out, workers=asked.workers, video=False, demos=asked.demos
+        RunConfig.from_dict(published.config), out=out, workers=asked.workers, video=False, demos=asked.demos
     )
     if asked.smoke:
         config = dataclasses.replace(config, budget=BUDGETS["smoke"])
@@ -39,11 +40,11 @@ def reproduce(asked: Reproduce) -> bool:
     if plan.base and found != wanted:
         raise BenchError(f"{published.folder}: it started from {wanted}, and --base {config.base} is {found} here")
     print(f"again: {published.folder}, made by {published.manifest['code']}", flush=True)
-    out = run(config)
+    folder = run(config)
     if asked.smoke:
         print("at smoke size it runs to its end; whether it comes to the same, only the whole run tells")
         return True
-    text, agrees = verdict(published, read_run(out))
+    text, agrees = verdict(published, read_run(folder))
     print(text)
     return agrees
 
@@ -68,8 +69,3 @@ def verdict(published: RunFolder, again: RunFolder) -> tuple[str, bool]:
     if low <= j / m <= high:
         return f"{counts}: inside the interval", True
     return f"{counts}: OUTSIDE the interval, as one in six would be by chance where code or hardware differ", False
-
-
-def default_folder(run: str) -> str:
-    """Where the repetition goes unless told otherwise."""
-    return str(Path("runs") / f"again-{Path(run).name}")

@@ -1,13 +1,11 @@
 """Putting finished runs into a pack: `vlarl-bench pack`."""
 
-import contextlib
-import fcntl
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import BenchError
-from ..records import explained, read_metrics
+from ..records import read_metrics, sole_writer
 from .pack import PACK, Entry, make_entry, read_pack, write_pack
 from .runs import read_run
 
@@ -26,7 +24,7 @@ def add(entries: Iterable[Entry], out: str | os.PathLike[str]) -> tuple[int, int
     out = Path(out)
     if out.exists() and not (out / PACK).exists() and (not out.is_dir() or any(out.iterdir())):
         raise BenchError(f"out: {out} is there and no pack; name a folder that does not exist yet, or a pack to add to")
-    with _locked(out):
+    with sole_writer(out, out):
         before = read_pack(out) if (out / PACK).exists() else []
         packed = {entry.name: entry for entry in before}
         for entry in entries:
@@ -54,21 +52,3 @@ def read_entries(path: Path) -> list[Entry]:
         )
     metrics = read_metrics(path / "metrics.jsonl") if (path / "metrics.jsonl").exists() else []
     return [make_entry(path.resolve().name, run.manifest, run.config, run.stopped, run.rows, metrics)]
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One writer at a time."""
-    with explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BenchError(f"{folder}: another process is writing here; wait, or use another folder") from None
-        except OSError:
-            pass  # a file system without locks
-        yield
-    finally:
-        os.close(handle)
