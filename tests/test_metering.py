@@ -1,12 +1,16 @@
 """Costs against counts by hand; gradients that are not finite are told by name."""
 
+import subprocess
+import sys
+import time
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from vlarl_bench.errors import Diverged
-from vlarl_bench.metering import Meter, check_finite
+from vlarl_bench.metering import Meter, check_finite, cpu_seconds
 
 
 def learn(net, x, optimizer):
@@ -75,3 +79,17 @@ def test_numbers_that_are_not_finite_are_told_by_name():
         net.bias[1] = float("inf")
     with pytest.raises(Diverged, match="bias is not finite"):
         check_finite(net)
+
+
+BUSY = "import time\nwhile time.process_time() < 0.5: pass\nprint(flush=True)\ninput()"
+
+
+def test_cpu_seconds_are_those_of_the_workers_too_while_they_live_and_after():
+    before = cpu_seconds()
+    with subprocess.Popen([sys.executable, "-c", BUSY], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        child.stdout.readline()
+        time.sleep(0.2)  # waiting costs nothing
+        lives = cpu_seconds() - before
+        child.communicate(b"\n")
+    assert 0.5 <= lives < 0.8
+    assert lives <= cpu_seconds() - before < 1.0

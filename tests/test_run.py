@@ -31,7 +31,8 @@ def vlarl(*arguments, check=True):
 
 def outcome(folder):
     """What must not depend on how the run went: its rows, metrics and weights."""
-    drop = ("run", "crc", "seconds", "fingerprint")  # which names the renderer, and without films none is chosen
+    # A fingerprint names the renderer, and without films none is chosen.
+    drop = ("run", "crc", "seconds", "cpu_seconds", "fingerprint")
     rows = [{k: v for k, v in row.to_json().items() if k not in drop} for row in read_rows(folder / "episodes.jsonl")]
     metrics = [{k: v for k, v in line.items() if k not in drop} for line in read_metrics(folder / "metrics.jsonl")]
     hashes = json.loads((folder / "policy" / "hashes.json").read_text())
@@ -109,8 +110,9 @@ def test_every_row_says_what_training_had_cost(whole):
         done = row.iteration - (row.phase == "train")
         assert (row.env_steps, row.gradient_steps, row.flops) == spent[done]
     assert json.loads((folder / "policy" / "config.json").read_text())["spent"]["flops"] == spent[3][2]
-    seconds = [line["seconds"] for line in lines]
-    assert 0 < seconds[0] < seconds[1] < seconds[2]
+    for name in ("seconds", "cpu_seconds"):
+        taken = [line[name] for line in lines]
+        assert 0 < taken[0] < taken[1] < taken[2]
 
 
 def test_a_run_that_destroys_its_policy_stops_and_counts_as_it_was(tmp_path):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import (
@@ -32,6 +34,18 @@ FORMULAS: Mapping[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
+
+
+def cpu_seconds() -> float:
+    """CPU seconds that this process, its workers and the processes that it has outlived have used, all cores together:
+    what hardly depends on what else the machine does."""
+    me = psutil.Process()
+    seconds = 0.0
+    for process in (me, *me.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):  # it has ended since
+            times = process.cpu_times()
+            seconds += times.user + times.system + times.children_user + times.children_system
+    return seconds
 
 
 class Meter(TorchDispatchMode):

@@ -54,7 +54,7 @@ def _submit_array(sweep: Sweep, resources: Resources, members: Sequence[tuple[Ce
     executor.update_parameters(
         job_name=_job_name(token),
         nodes=resources.nodes,
-        tasks_per_node=1,
+        ntasks_per_node=1,
         time=resources.minutes,
         cpus_per_task=resources.cpus,
         mem=f"{round(resources.memory_gib * 1024)}M",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .checkpoint import Restored, load_latest, save_checkpoint
-from .distributed import check_same, count, rank
+from .distributed import check_same, count, rank, total
 from .errors import BenchError, Diverged
 from .plan import NOTHING, Plan, Spent
 from .records import STOPPED, EpisodeLog, MetricsLog
@@ -51,10 +51,10 @@ def train(
     processes, the first one writes."""
     budget, out = config.budget, Path(config.out)
     left = budget.iterations - done
-    total, unit = (left * budget.episodes, "episodes") if demonstrations is None else (left, "rounds")
+    length, unit = (left * budget.episodes, "episodes") if demonstrations is None else (left, "rounds")
     if left == 0:
         return
-    with progress.phase("fine-tuning" if plan.base else "training", total=total, unit=unit) as bar:
+    with progress.phase("fine-tuning" if plan.base else "training", total=length, unit=unit) as bar:
         for iteration in range(done + 1, budget.iterations + 1):
             try:
                 line = _round(plan, config, policy, algorithm, demonstrations, iteration, pool, log, metrics, bar)
@@ -84,9 +84,9 @@ def _round(
     bar: Phase,
 ) -> dict[str, Any]:
     """Collects, if the method learns from its own episodes, and updates; returns the round's metrics."""
-    from .metering import Meter, check_finite
+    from .metering import Meter, check_finite, cpu_seconds
 
-    began, spent = time.monotonic(), spent_so_far(metrics)
+    began, cpu, spent = time.monotonic(), cpu_seconds(), spent_so_far(metrics)
     line: dict[str, Any] = {"iteration": iteration} | ({"processes": count()} if count() > 1 else {})
     data: Any = demonstrations
     if demonstrations is not None and count() > 1:
@@ -106,8 +106,10 @@ def _round(
     check_finite(policy)
     spent["gradient_steps"] += meter.gradient_steps
     spent["flops"] += meter.flops
-    seconds = sum(earlier["seconds"] for earlier in metrics.lines[-1:]) + time.monotonic() - began
-    line |= {**spent, "seconds": round(seconds, 3)}
+    taken = {"seconds": time.monotonic() - began, "cpu_seconds": total(cpu_seconds() - cpu)}
+    for earlier in metrics.lines[-1:]:
+        taken = {name: earlier.get(name, 0.0) + more for name, more in taken.items()}  # cpu_seconds: since 2026-11-28
+    line |= {**spent, **{name: round(value, 3) for name, value in taken.items()}}
     if demonstrations is None:
         bar.advance(note=f"round {iteration}/{config.budget.iterations}: {line['train_success']:.0%}")
     else:

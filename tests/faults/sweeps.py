@@ -67,7 +67,8 @@ def outcomes(out):
     for run in sorted((out / "runs").iterdir()):
         rows = [row.to_json() for row in read_rows(run / "episodes.jsonl")]
         hashes = json.loads((run / "policy" / "hashes.json").read_text())
-        metrics = [{k: v for k, v in line.items() if k != "seconds"} for line in read_metrics(run / "metrics.jsonl")]
+        lines = read_metrics(run / "metrics.jsonl")
+        metrics = [{k: v for k, v in line.items() if k not in ("seconds", "cpu_seconds")} for line in lines]
         found[run.name] = (rows, metrics, hashes["model.safetensors"])
     return found
 
