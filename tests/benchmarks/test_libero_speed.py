@@ -103,6 +103,7 @@ class TestStep:
         import mujoco
 
         benchmark.extra_info.update(role="bound")
+
         def substeps():
             for _ in range(25):
                 mujoco.mj_step(simulator.model, simulator.data)
