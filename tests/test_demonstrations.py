@@ -6,6 +6,7 @@ import io
 import json
 import os
 import subprocess
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -195,6 +196,25 @@ def test_two_writers_do_not_meet(tmp_path: Path) -> None:
         writing(root, SUITE, SUITE.name, STATE, 0),
     ):
         pass
+
+
+def test_who_may_wait_for_another_writer_finds_what_it_made(tmp_path: Path) -> None:
+    waits, made = threading.Event(), []
+
+    def second() -> None:
+        made.extend(make_demonstrations(SUITE, [TASK], STATE, 1, tmp_path, on_wait=waits.set))
+
+    root = tmp_path / SUITE.name
+    with writing(root, SUITE, SUITE.name, STATE, 0) as first:
+        thread = threading.Thread(target=second)
+        thread.start()
+        assert waits.wait(60)
+        first.append(TASK, [0], [episode(0, 3)])
+        before = files(root)
+        assert not made
+    thread.join(60)
+    assert made == [root]
+    assert files(root) == before
 
 
 def test_what_an_interrupted_command_left_is_removed_and_a_damaged_batch_with_those_after_it(tmp_path: Path) -> None:

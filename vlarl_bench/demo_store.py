@@ -9,7 +9,7 @@ one video a camera, one file of meta/episodes.
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -169,17 +169,19 @@ class Writer:
 
 
 @contextlib.contextmanager
-def writing(root: Path, suite: Suite, name: str, protocol: Protocol, seed: int) -> Iterator[Writer]:
-    """The dataset of suite `name` at `root`, made if it is not there, for one writer at a time.
+def writing(
+    root: Path, suite: Suite, name: str, protocol: Protocol, seed: int, on_wait: Callable[[], None] | None = None
+) -> Iterator[Writer]:
+    """The dataset of suite `name` at `root`, made if it is not there, for one writer at a time (see `sole_writer`).
 
     A damaged batch and all that follow it are dropped, so that they are made again; so is what an interrupted command
     left. A dataset of another protocol, seed or expert is never touched. `suite` may be a group that `name` is in.
     """
-    with explained(root):
-        fresh = not root.exists() or not any(root.iterdir())
+    with sole_writer(root, on_wait):
+        with explained(root):
+            fresh = not any(path.is_file() for path in root.rglob("*"))
         if not fresh and not (root / RECORD).is_file():
             raise BenchError(f"{root}: holds files, and no {RECORD}: not demonstrations of ours; use another folder")
-    with sole_writer(root / "meta", root):
         if fresh:
             record = _new_record(suite, name, protocol, seed)
         else:

@@ -45,14 +45,16 @@ def make_demonstrations(
     workers: int = 2,
     seed: int = 0,
     on_progress: Progress | None = None,
+    on_wait: Callable[[], None] | None = None,
 ) -> list[Path]:
     """Makes `per_task` successful expert episodes of every task on the protocol's train states.
 
     Attempt j starts from train state j mod n with seed `seed` + j // n, and tasks are kept in their order, so a
     dataset is a pure function of the arguments, whatever `workers` is. Episodes that are there already are kept, and
     only those that are missing are made and appended; damaged ones are made again. Returns the datasets' folders.
-    Raises BenchError when the expert cannot do a task, when the folder cannot be written, and rather than replace
-    demonstrations of another protocol, seed or expert.
+    While another process writes there, `on_wait` is called and its end waited for.
+    Raises BenchError when the expert cannot do a task, when the folder cannot be written, or is being written to and
+    there is no `on_wait`; and rather than replace demonstrations of another protocol, seed or expert.
     """
     for name, value in (("per_task", per_task), ("workers", workers)):
         if value < 1:
@@ -60,7 +62,9 @@ def make_demonstrations(
     progress = on_progress or (lambda _: None)
     names = list(dict.fromkeys(task.suite for task in tasks))
     with ExitStack() as stack:
-        writers = {name: stack.enter_context(writing(folder / name, suite, name, protocol, seed)) for name in names}
+        writers = {
+            name: stack.enter_context(writing(folder / name, suite, name, protocol, seed, on_wait)) for name in names
+        }
         missing = []
         for task in tasks:
             count = writers[task.suite].record.count(task.name)

@@ -303,17 +303,20 @@ def _canonical(value: Any) -> str:
 
 
 @contextlib.contextmanager
-def sole_writer(lock: Path, folder: Path) -> Iterator[None]:
-    """One process at a time in a folder, by a lock on `lock`, a folder that is made if need be. A file system without
-    locks has none."""
+def sole_writer(folder: Path, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
+    """One process at a time in a folder, which is made if need be. Where another one is there, `on_wait` is called and
+    its end waited for; without `on_wait` BenchError is raised. A file system without locks has none."""
     with explained(folder):
-        lock.mkdir(parents=True, exist_ok=True)
-        handle = os.open(lock, os.O_RDONLY)
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise BenchError(f"{folder}: another process is writing here; wait, or use another folder") from None
+            if on_wait is None:
+                raise BenchError(f"{folder}: another process is writing here; wait, or use another folder") from None
+            on_wait()
+            fcntl.flock(handle, fcntl.LOCK_EX)
         except OSError:
             pass
         yield

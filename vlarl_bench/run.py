@@ -209,6 +209,7 @@ def _demonstrations(plan: Plan, config: RunConfig, progress: Progress) -> tuple[
                     config.workers,
                     0,
                     lambda made: phase.advance(episodes=made),
+                    lambda: progress.say(f"{folder}: waiting for another process that makes demonstrations here"),
                 )
     from_first(None)  # has made them by now
     found = load_demonstrations(plan.suite, folder, plan.tasks, plan.protocol, count)

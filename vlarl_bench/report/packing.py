@@ -24,7 +24,7 @@ def add(entries: Iterable[Entry], out: str | os.PathLike[str]) -> tuple[int, int
     out = Path(out)
     if out.exists() and not (out / PACK).exists() and (not out.is_dir() or any(out.iterdir())):
         raise BenchError(f"out: {out} is there and no pack; name a folder that does not exist yet, or a pack to add to")
-    with sole_writer(out, out):
+    with sole_writer(out):
         before = read_pack(out) if (out / PACK).exists() else []
         packed = {entry.name: entry for entry in before}
         for entry in entries:
