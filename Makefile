@@ -27,7 +27,7 @@ reproduce: $(STAMP) ## run a published run again: make reproduce CELL=results/qu
 	$(BIN)/vlarl-bench reproduce $(CELL)
 
 test: $(STAMP) ## run the tests in two processes (benchmarks run once, untimed)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --benchmark-disable -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --benchmark-disable -n 2 --dist loadfile --durations 30
 
 lint: $(STAMP) ## ruff: rules and formatting
 	$(BIN)/ruff check .

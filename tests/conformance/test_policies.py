@@ -163,6 +163,19 @@ def test_stored_and_loaded_it_is_the_same(stage, policy, context, tmp_path):
     assert torch.equal(expected.actions, found.actions)
 
 
+def test_configurations_of_something_else(stage, policy):
+    """One line, whichever part is missing or is not what it should be."""
+    whole = policy.config
+    for key in whole.keys() - {"normalisation"}:
+        with pytest.raises(BenchError, match=rf"^config\.json: .* does not describe {re.escape(stage.spec.name)}$"):
+            stage.spec.restore({name: value for name, value in whole.items() if name != key})
+        if key != "policy":  # a name, which `load` compares
+            with pytest.raises(BenchError):
+                stage.spec.restore(whole | {key: 7})
+    with pytest.raises(BenchError, match="does not describe"):
+        stage.spec.restore(whole | {"architecture": whole["architecture"] | {"unheard_of": 3}})
+
+
 def test_actor_parameters_are_the_policys_own(policy):
     own = {id(parameter) for parameter in policy.parameters()}
     actor = [id(parameter) for parameter in policy.actor_parameters()]

@@ -198,11 +198,3 @@ def test_tokenizers_that_do_not_fit():
         with pytest.raises(BenchError, match=rf"^tokenizer.json: FAST's {count} tokens would be 311 down to"):
             prompts.action_ids(count, known)
     assert len(fast()) == 200
-
-
-@pytest.mark.parametrize("damage", ["architecture", "fast", "tokenizer", "policy"])
-def test_a_configuration_of_something_else_is_refused(damage):
-    config = small().config
-    del config[damage]
-    with pytest.raises(BenchError, match=r"^config.json: .* does not describe a published pi0-FAST$"):
-        PublishedPi0Fast.restore(config)

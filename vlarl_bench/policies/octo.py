@@ -113,36 +113,24 @@ class Octo(Standardised, DiffusionPolicy):
 
     @classmethod
     def restore(cls, config: Mapping[str, Any]) -> Octo:
-        """The policy that `config` describes, its weights still to be loaded.
-
-        Raises BenchError if the configuration is not one of this architecture.
-        """
-        try:
-            stored = config["architecture"]
-            values: dict[str, Any] = {
-                key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()
-            }
-            architecture = OctoArchitecture(**values)
-            vocabulary: Vocabulary | Subwords
-            if architecture.text_layers:
-                vocabulary = Subwords(config["tokenizer"], architecture.max_words)
-            else:
-                vocabulary = Vocabulary(config["vocabulary"])
-            return cls(config["policy"], architecture, vocabulary)
-        except Exception as error:  # a broken tokenizer raises just that
-            raise BenchError(f"config.json: {error!r:.200} does not describe an Octo policy") from None
+        """The policy that `config` describes, its weights still to be loaded."""
+        architecture = OctoArchitecture(**config["architecture"])
+        vocabulary: Vocabulary | Subwords
+        if architecture.text_layers:
+            vocabulary = Subwords(config["tokenizer"], architecture.max_words)
+        else:
+            vocabulary = Vocabulary(config["vocabulary"])
+        return cls(config["policy"], architecture, vocabulary)
 
     @property
     def config(self) -> dict[str, Any]:
         """What config.json holds besides the card: enough to rebuild the policy around its weights."""
-        sizes = asdict(self.architecture)
-        listed = {key: list(value) if isinstance(value, tuple) else value for key, value in sizes.items()}
         words: dict[str, Any]
         if isinstance(self.vocabulary, Subwords):
             words = {"tokenizer": self.vocabulary.json}
         else:
             words = {"vocabulary": list(self.vocabulary.entries)}
-        return {"policy": self.name, "architecture": listed, "normalisation": self.scales, **words}
+        return {"policy": self.name, "architecture": asdict(self.architecture), "normalisation": self.scales, **words}
 
     @property
     def device(self) -> torch.device:

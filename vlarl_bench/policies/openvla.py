@@ -94,14 +94,14 @@ class _OpenVLA(Quantiles):
     @property
     def config(self) -> dict[str, Any]:
         """What config.json holds besides the card: enough to rebuild the policy around its weights."""
-        a, words = self.architecture, dict[str, Any]()
+        words: dict[str, Any]
         if isinstance(self.vocabulary, Prompts):
             words = {"tokenizer": self.vocabulary.json}
         else:
             words = {"vocabulary": list(self.vocabulary.entries)}
         return {
             "policy": self.name,
-            "architecture": {**asdict(a), "cameras": list(a.cameras), "hands": list(a.hands)},
+            "architecture": asdict(self.architecture),
             "normalisation": self.scales,
             **words,
         }
@@ -343,16 +343,7 @@ def create(
 
 
 def restore(config: Mapping[str, Any]) -> OpenVLA | OpenVLARegression:
-    """The policy that `config` describes, its weights still to be loaded.
-
-    Raises BenchError if the configuration is not one of this architecture.
-    """
-    try:
-        stored = dict(config["architecture"])
-        stored |= {name: tuple(stored.get(name, ())) for name in ("cameras", "hands")}
-        for tower in ("dino", "siglip"):
-            stored[tower] = Tower(**stored[tower])
-        words = Prompts(config["tokenizer"]) if "tokenizer" in config else Vocabulary(config["vocabulary"])
-        return assemble(config["policy"], OpenVLAArchitecture(**stored), words)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise BenchError(f"config.json: {error!r} does not describe an OpenVLA policy") from None
+    """The policy that `config` describes, its weights still to be loaded."""
+    towers = {tower: Tower(**config["architecture"][tower]) for tower in ("dino", "siglip")}
+    words = Prompts(config["tokenizer"]) if "tokenizer" in config else Vocabulary(config["vocabulary"])
+    return assemble(config["policy"], OpenVLAArchitecture(**{**config["architecture"], **towers}), words)

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from transformers import PI0Config, PI0ForConditionalGeneration
 from transformers.cache_utils import DynamicCache
 
-from ..errors import BenchError
 from ..suite import Embodiment, Observation
 from .adapt import learning
 from .base import ALL, NoisePolicy, Sample
@@ -132,24 +131,15 @@ class Pi0(Standardised, StochasticFlow, NoisePolicy):
 
     @classmethod
     def restore(cls, config: Mapping[str, Any]) -> Pi0:
-        """The policy that `config` describes, its weights still to be loaded.
-
-        Raises BenchError if the configuration is not one of this architecture.
-        """
-        try:
-            stored = dict(config["architecture"])
-            stored |= {name: tuple(stored.get(name, ())) for name in ("cameras", "hands")}
-            return cls(config["policy"], Pi0Architecture(**stored), Vocabulary(config["vocabulary"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise BenchError(f"config.json: {error!r} does not describe a pi0 policy") from None
+        """The policy that `config` describes, its weights still to be loaded."""
+        return cls(config["policy"], Pi0Architecture(**config["architecture"]), Vocabulary(config["vocabulary"]))
 
     @property
     def config(self) -> dict[str, Any]:
         """What config.json holds besides the card: enough to rebuild the policy around its weights."""
-        a = self.architecture
         return {
             "policy": self.name,
-            "architecture": {**asdict(a), "cameras": list(a.cameras), "hands": list(a.hands)},
+            "architecture": asdict(self.architecture),
             "normalisation": self.scales,
             "vocabulary": list(self.vocabulary.entries),
         }

@@ -162,25 +162,16 @@ class Pi0Fast(Quantiles, TokenPolicy):
 
     @classmethod
     def restore(cls, config: Mapping[str, Any]) -> Pi0Fast:
-        """The policy that `config` describes, its weights still to be loaded.
-
-        Raises BenchError if the configuration is not one of this architecture.
-        """
-        try:
-            stored = dict(config["architecture"])
-            stored |= {name: tuple(stored.get(name, ())) for name in ("cameras", "hands")}
-            fast = FastTokenizer.restore(config["fast"])
-            return cls(config["policy"], Pi0FastArchitecture(**stored), Vocabulary(config["vocabulary"]), fast)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise BenchError(f"config.json: {error!r} does not describe a pi0-FAST policy") from None
+        """The policy that `config` describes, its weights still to be loaded."""
+        architecture, fast = Pi0FastArchitecture(**config["architecture"]), FastTokenizer.restore(config["fast"])
+        return cls(config["policy"], architecture, Vocabulary(config["vocabulary"]), fast)
 
     @property
     def config(self) -> dict[str, Any]:
         """What config.json holds besides the card: enough to rebuild the policy around its weights."""
-        a = self.architecture
         return {
             "policy": self.name,
-            "architecture": {**asdict(a), "cameras": list(a.cameras), "hands": list(a.hands)},
+            "architecture": asdict(self.architecture),
             "normalisation": self.scales,
             "vocabulary": list(self.vocabulary.entries),
             "fast": self.fast.config,

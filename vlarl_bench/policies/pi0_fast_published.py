@@ -126,18 +126,10 @@ class PublishedPi0Fast(PaliGemmaPolicy, Pi0Fast):
 
     @classmethod
     def restore(cls, config: Mapping[str, Any]) -> PublishedPi0Fast:
-        """The policy that `config` describes, its weights still to be loaded.
-
-        Raises BenchError if the configuration is not one of this architecture.
-        """
-        try:
-            stored = dict(config["architecture"])
-            stored |= {name: tuple(stored.get(name, ())) for name in ("cameras", "hands")}
-            architecture, fast = PublishedPi0FastArchitecture(**stored), FastTokenizer.restore(config["fast"])
-            prompts: Any = FastPrompts(config["tokenizer"], architecture.skip_tokens)
-            return cls(config["policy"], architecture, prompts, fast)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise BenchError(f"config.json: {error!r} does not describe a published pi0-FAST") from None
+        """The policy that `config` describes, its weights still to be loaded."""
+        architecture = PublishedPi0FastArchitecture(**config["architecture"])
+        prompts: Any = FastPrompts(config["tokenizer"], architecture.skip_tokens)
+        return cls(config["policy"], architecture, prompts, FastTokenizer.restore(config["fast"]))
 
     def fill_buffers(self) -> None:
         """Computes what is not stored, where the policy was built on the meta device."""
@@ -147,10 +139,9 @@ class PublishedPi0Fast(PaliGemmaPolicy, Pi0Fast):
     @property
     def config(self) -> dict[str, Any]:
         """What config.json holds besides the card: enough to rebuild the policy around its weights."""
-        a = self.architecture
         return {
             "policy": self.name,
-            "architecture": {**asdict(a), "cameras": list(a.cameras), "hands": list(a.hands)},
+            "architecture": asdict(self.architecture),
             "normalisation": self.scales,
             "tokenizer": self.vocabulary.json,
             "fast": self.fast.config,

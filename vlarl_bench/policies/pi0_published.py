@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PI0Config, PI0ForConditionalGeneration
 
-from ..errors import BenchError
 from .base import Sample
 from .inputs import Batch
 from .paligemma import PaliGemmaPolicy, PaliGemmaPrompts, fill_buffers, lower_precision, paligemma_config
@@ -74,17 +73,9 @@ class PublishedPi0(PaliGemmaPolicy, Pi0):
 
     @classmethod
     def restore(cls, config: Mapping[str, Any]) -> PublishedPi0:
-        """The policy that `config` describes, its weights still to be loaded.
-
-        Raises BenchError if the configuration is not one of this architecture.
-        """
-        try:
-            stored = dict(config["architecture"])
-            stored |= {name: tuple(stored.get(name, ())) for name in ("cameras", "hands")}
-            prompts: Any = PaliGemmaPrompts(config["tokenizer"])
-            return cls(config["policy"], PublishedPi0Architecture(**stored), prompts)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise BenchError(f"config.json: {error!r} does not describe a published pi0") from None
+        """The policy that `config` describes, its weights still to be loaded."""
+        prompts: Any = PaliGemmaPrompts(config["tokenizer"])
+        return cls(config["policy"], PublishedPi0Architecture(**config["architecture"]), prompts)
 
     def fill_buffers(self) -> None:
         """Computes what is not stored, where the policy was built on the meta device."""
@@ -99,11 +90,11 @@ class PublishedPi0(PaliGemmaPolicy, Pi0):
     @property
     def config(self) -> dict[str, Any]:
         """What config.json holds besides the card: enough to rebuild the policy around its weights."""
-        a, vocabulary = self.architecture, self.vocabulary
+        vocabulary = self.vocabulary
         assert isinstance(vocabulary, PaliGemmaPrompts)
         return {
             "policy": self.name,
-            "architecture": {**asdict(a), "cameras": list(a.cameras), "hands": list(a.hands)},
+            "architecture": asdict(self.architecture),
             "normalisation": {**self.scales, "proprio": "(x - proprio_mean) / proprio_std"},
             "tokenizer": vocabulary.json,
         }

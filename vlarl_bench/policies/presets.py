@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from ..errors import BenchError
 
@@ -36,7 +36,8 @@ class PolicySpec:
     resizes: bool = False
     """Whether it brings images of any size to its own."""
     family: str = "vlarl_bench.policies.pi0"
-    """Module with `create(spec, embodiment, vocabulary, seed)` and `restore(config)`."""
+    """Module with `create(spec, embodiment, vocabulary, seed)` and `restore(config)`, which may raise whatever
+    a wrong configuration makes it raise."""
 
     def prior_folder(self, benchmark: str) -> Path | None:
         """Where the weights lie from which fine-tuning on suites of `benchmark` starts; None if none are shipped."""
@@ -56,10 +57,27 @@ class PolicySpec:
         config, tensors = read_policy(folder)
         if config.get("policy") != self.name:
             raise BenchError(f"policy: {folder} holds {config.get('policy')!r}, not {self.name!r}")
-        policy: Policy = importlib.import_module(self.family).restore(config)
+        policy = self.restore(config)
         if "steering" in config:
             steer(cast("NoisePolicy", policy), config["steering"])
         load_weights(policy, tensors, folder)
+        return policy
+
+    def restore(self, config: Mapping[str, Any]) -> Policy:
+        """The policy that `config`, as in config.json, describes; its weights are still to be loaded.
+
+        Raises BenchError if the configuration is not one of this family."""
+        try:
+            # JSON has no tuples.
+            sizes = {
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in config["architecture"].items()
+            }
+            policy: Policy = importlib.import_module(self.family).restore({**config, "architecture": sizes})
+        except BenchError:
+            raise
+        except Exception as error:  # a broken tokenizer raises just that
+            raise BenchError(f"config.json: {error!r:.200} does not describe {self.name}") from None
         return policy
 
 
