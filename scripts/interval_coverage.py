@@ -1,8 +1,8 @@
 """How often each interval holds the truth, over simulated experiments whose truth is known. Nominal: 95%.
 
-    python scripts/coverage.py                       # 10,000 experiments a line
-    python scripts/coverage.py --experiments 400     # a look
-    python scripts/coverage.py --only over_seeds     # one part
+    python scripts/interval_coverage.py                       # 10,000 experiments a line
+    python scripts/interval_coverage.py --experiments 400     # a look
+    python scripts/interval_coverage.py --only over_seeds     # one part
 
 Seeds are clusters: logit p = task + seed + seed-and-task, the last two normal with deviations 0.4 and 0.3, and 50
 episodes are played for each seed and task. A truth is what infinitely many seeds would give on the same ten tasks. The
