@@ -218,7 +218,7 @@ def test_the_chance_to_improve_is_brunner_and_munzels_on_one_task():
 
 @pytest.mark.parametrize(("seeds", "estimator"), [(3, stats.mean), (5, stats.iqm), (10, stats.optimality_gap)])
 def test_the_interval_over_seeds_covers(seeds, estimator):
-    # 800 experiments of scripts/interval_coverage.py, which has the full count; the bound leaves 3 standard errors below 95%
+    # 800 experiments of scripts/interval_coverage.py, the full count; the bound leaves 3 standard errors below 95%
     rng = np.random.default_rng(7)
 
     def simulate(experiments, n):
