@@ -1,15 +1,19 @@
 """Trials: which settings, on which states, and what is kept of them."""
 
-import subprocess
-import sys
+import shutil
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from vlarl_bench import registry
+from vlarl_bench.cli import main
+from vlarl_bench.config import BUDGETS
 from vlarl_bench.errors import BenchError
+from vlarl_bench.options import Tune
 from vlarl_bench.records import read_rows
-from vlarl_bench.tune import choices
+from vlarl_bench.sweep import plan_sweep, read_sweep
+from vlarl_bench.tune import choices, report, trials
 
 
 def test_the_first_trial_is_the_default_and_the_others_are_drawn_once():
@@ -21,9 +25,9 @@ def test_the_first_trial_is_the_default_and_the_others_are_drawn_once():
     assert drawn[:5] == choices("fpo", 5, seed=0)  # more trials later go on with the same ones
     everything = choices("fpo", 27, seed=0)
     assert {settings.lr for settings in everything} == set(method.search["lr"])
-    for trials in (0, 28):
+    for count in (0, 28):
         with pytest.raises(BenchError, match=r"^trials: .* 27 combinations of lr, clip_eps, epochs"):
-            choices("fpo", trials, seed=0)
+            choices("fpo", count, seed=0)
     with pytest.raises(BenchError, match="'sft' names no settings"):
         choices("sft", 1, seed=0)
 
@@ -40,25 +44,60 @@ def test_tuning_never_sees_a_held_out_state(suite, observation):
     assert tuning.hash != tiny.hash
 
 
-def test_trials_are_runs_that_stay_and_are_not_run_again(tmp_path):
+def test_the_file_stands_for_as_many_trials_of_every_method(tmp_path):
+    asked = Tune(
+        numbers=BUDGETS["smoke"], algo=("fpo", "ar-ppo"), policy=("pi0-tiny", "openvla-tiny"), trials=3, seed=4
+    )
+    sweep = plan_sweep(tomllib.loads(trials(asked, tmp_path)), tmp_path / "tuning.toml")
+    found = [(row.algorithm, row.policy, row.config.settings) for row in sweep.rows if not row.impossible]
+    assert found == [
+        (name, policy, settings)
+        for name, policy in (("fpo", "pi0-tiny"), ("ar-ppo", "openvla-tiny"))
+        for settings in choices(name, 3, seed=4)
+    ]
+    assert {(c.config.protocol, c.config.seed, c.config.budget) for c in sweep.cells} == {
+        ("tuning", 4, BUDGETS["smoke"])
+    }
+    file = tmp_path / "tuning.toml"
+    file.write_text(trials(asked, tmp_path))
+    text = report(read_sweep(file))
+    assert text.count("## ") == 2
+    assert "Best" not in text
+
+
+def test_trials_are_runs_that_stay_and_are_not_run_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     numbers = {"tasks": 1, "iterations": 1, "episodes": 2, "eval-states": 1, "eval-repeats": 1}
-    command = [str(Path(sys.executable).parent / "vlarl-bench"), "tune", "--algo", "fpo", "--out", str(tmp_path)]
+    command = ["tune", "--algo", "rwfm", "--trials", "2", "--workers", "1", "--threads", "1"]
     command += [word for name, number in numbers.items() for word in (f"--budget.{name}", str(number))]
-    done = subprocess.run([*command, "--trials", "2"], capture_output=True, text=True, timeout=600, check=True)
-    folder = tmp_path / "fpo-pi0-tiny-libero_object"
-    text = (folder / "trials.md").read_text()
-    assert text in done.stdout
-    assert "| 0 | 0.0001 | 0.05 | 4 |" in text
-    assert "protocol tiny-state-tuning@2" in text
+    assert main(["tune"]) == 2
+    assert "algo: missing; name algorithms, or a file" in capsys.readouterr().err
+    assert main(command) == 0
+    told = capsys.readouterr().out
+    assert "2 cells: 2 done" in told
+    text = Path("tuning/trials.md").read_text()
+    assert text in told
+    assert "| 0 | 0.0001 | 3 | 60 | 0/1 |" in text or "| 0 | 0.0001 | 3 | 60 | 1/1 |" in text
+    assert "protocol `tuning`" in text
     assert "Best: trial " in text
-    assert "--algo.clip-eps" in text
-    for trial in ("trial00", "trial01"):
-        rows = read_rows(folder / trial / "episodes.jsonl")
-        assert {row.init_state for row in rows} <= set(range(25))
-    before = (folder / "trial00" / "episodes.jsonl").stat().st_mtime_ns
-    again = subprocess.run([*command, "--trials", "2"], capture_output=True, text=True, timeout=600, check=True)
-    assert again.stdout.strip() == text.strip()
-    assert (folder / "trial00" / "episodes.jsonl").stat().st_mtime_ns == before
-    other = subprocess.run([*command, "--trials", "2", "--seed", "1"], capture_output=True, text=True, timeout=600)
-    assert other.returncode == 2
-    assert "holds a trial of other settings; choose another folder with --out" in other.stderr
+    assert "[settings.rwfm]\nlr = " in text
+    runs = sorted(Path("tuning/runs").iterdir())
+    for run in runs:
+        assert {row.init_state for row in read_rows(run / "episodes.jsonl")} <= set(range(25))
+    before = [(run / "episodes.jsonl").stat().st_mtime_ns for run in runs]
+    for again in (command, ["tune", "tuning.toml"]):
+        assert main(again) == 0
+        assert text in capsys.readouterr().out
+    assert [(run / "episodes.jsonl").stat().st_mtime_ns for run in runs] == before
+    assert main(["tune", "tuning.toml", "--trials", "3"]) == 2
+    assert "trials: only without a sweep file; write it into tuning.toml" in capsys.readouterr().err
+    assert main([*command, "--seed", "1"]) == 2
+    assert "out: tuning.toml says something else than these options" in capsys.readouterr().err
+    # As in another session: of all this only the file and a pack of the runs are left.
+    assert main(["pack", *map(str, runs), "--out", "packed"]) == 0
+    shutil.rmtree("tuning")
+    file = Path("tuning.toml")
+    file.write_text('packed = "packed"\n' + file.read_text())
+    assert main(["tune", "tuning.toml"]) == 0
+    assert text in capsys.readouterr().out
+    assert not Path("tuning/runs").exists() or not list(Path("tuning/runs").iterdir())

@@ -159,22 +159,6 @@ def _eval(args: list[str]) -> int:
     return 0
 
 
-def _tune(args: list[str]) -> int:
-    import dataclasses
-
-    from .config import BUDGETS
-    from .options import MISSING, Tune, parse
-
-    trial = dataclasses.replace(BUDGETS["quick"], eval_states=10, eval_repeats=3)
-    options = parse(Tune, args, "vlarl-bench tune", Tune(algo=MISSING, numbers=trial))
-    registry.check_compatible(options.algo, options.policy)
-    _check(options.suite, ())
-    from .tune import tune
-
-    tune(options)
-    return 0
-
-
 def _reproduce(args: list[str]) -> int:
     from .options import Reproduce, parse
     from .reproduce import reproduce
@@ -337,7 +321,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "demos": (_demos, "make demonstrations with the suite's scripted expert"),
     "video": (_video, "film one episode of a policy or of the scripted expert"),
     "reproduce": (_reproduce, "run a published run again and say whether it comes to the same"),
-    "tune": (_tune, "try settings of one algorithm on training states, as many trials for each algorithm"),
+    "tune": (sweep_commands.tune, "try settings on training states, as many trials for every algorithm"),
     "table": (report.table, "print one table of several runs, from their rows on disk"),
     "sweep": (
         sweep_commands.sweep,

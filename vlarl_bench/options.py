@@ -307,26 +307,37 @@ class Sequential:
 
 @dataclass(frozen=True)
 class Tune:
-    """Try settings of one algorithm on training states only: as many trials for every algorithm."""
+    """Try settings on training states only: as many trials for every algorithm. The trials are the cells of a sweep,
+    whose file is written first; the same command again, or the file's name, goes on with it and tells what was best."""
 
-    algo: str
-    """Algorithm; its own file says which settings are searched, over which values."""
     numbers: Annotated[Budget, tyro.conf.arg(name="budget")]
     """What each trial may use."""
-    policy: str = DEFAULT_POLICY
-    """Policy to fine-tune."""
+    file: tyro.conf.Positional[str] = ""
+    """A file that was written so, in place of what follows up to --out."""
+    algo: tuple[str, ...] = ()
+    """Algorithms; their own files say which settings are searched, over which values."""
+    policy: tuple[str, ...] = (DEFAULT_POLICY,)
+    """Policies to fine-tune."""
     suite: str = SUITE
     """The tuning suite; keep to it, or methods were not tuned alike."""
     base: str = "prior"
     """Weights to start from: prior (shipped with the policy) or a policy folder."""
     trials: int = 8
-    """Runs, the first of them with the defaults."""
+    """Runs of each algorithm on each policy, the first of them with the defaults."""
     seed: int = 0
     """Seeds the choice of settings, and every trial alike."""
     workers: int = 2
-    """Simulator processes; changes the speed, never the rows."""
+    """Simulator processes of each trial; changes the speed, never the rows."""
+    threads: int = 2
+    """CPU threads of each trial's tensor work."""
+    parallel: int = 1
+    """Trials at a time."""
     out: str = "tuning"
-    """Folder that the trials go to; what is there is not run again."""
+    """Folder that the trials go to; the file is written beside it, as OUT.toml."""
+    executor: Literal["local", "slurm", "debug"] = "local"
+    """Where trials run, as for `sweep`. With slurm: come back with the same command when the jobs have ended."""
+    retry_failed: bool = False
+    """Try again the trials that failed."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The commands of sweeps: `vlarl-bench sweep | status | cancel`, and what executors start."""
+"""The commands of sweeps: `vlarl-bench sweep | tune | status | cancel`, and what executors start."""
 
 from __future__ import annotations
 
@@ -7,29 +7,23 @@ import json
 import sys
 import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import BenchError
 from .records import explained
 
 if TYPE_CHECKING:
-    from .options import Sweep
+    from .options import Sweep, Tune
     from .sweep import Resources
-
-STAND_IN = ("algo", "policy", "suite", "seeds", "budget", "out")
-"""Options of `sweep` that stand in for a file."""
+    from .sweep import Sweep as Cells
 
 
 def sweep(args: list[str]) -> int:
     """Runs what is missing, or prints the plan; the exit status is 1 if a cell has failed."""
     from .options import Sweep, parse
-    from .progress import Progress
-    from .records import write_text_atomic
     from .sweep import plan_sweep, read_sweep
-    from .sweep_jobs import choose, count, prepare, read_states, run_here, run_local
-    from .sweep_slurm import submit
-    from .sweep_table import print_plan, summary
-    from .trackers import check_tracker
+    from .sweep_jobs import read_states
+    from .sweep_table import print_plan
 
     options = parse(Sweep, args, "vlarl-bench sweep")
     file, text = _file_of(options)
@@ -38,12 +32,53 @@ def sweep(args: list[str]) -> int:
     if options.dry_run:
         print_plan(found, states)
         return 0
+    return _play(found, text, options)
+
+
+def tune(args: list[str]) -> int:
+    """Runs the trials that are missing, and prints all of them and the best of each; the exit status is 1 if one has
+    failed."""
+    from .config import BUDGETS
+    from .options import Tune, parse
+    from .records import write_text_atomic
+    from .sweep import plan_sweep, read_sweep
+    from .tune import report, trials
+
+    default = Tune(numbers=dataclasses.replace(BUDGETS["quick"], eval_states=10, eval_repeats=3))
+    options = parse(Tune, args, "vlarl-bench tune", default)
+    if options.file:
+        _check_alone(options, default, ("file", "executor", "retry_failed"))
+        found, text = read_sweep(options.file), ""
+    else:
+        if not options.algo:
+            raise BenchError("algo: missing; name algorithms, or a file that `vlarl-bench tune` wrote")
+        file = _beside(options.out)
+        text = trials(options, file.parent)
+        found, text = plan_sweep(tomllib.loads(text), file), _unless_there(file, text)
+    status = _play(found, text, options)
+    told = report(found)
+    write_text_atomic(found.out / "trials.md", told)
+    print(told)
+    return status
+
+
+def _play(found: Cells, text: str, options: Sweep | Tune) -> int:
+    """Writes the sweep's file, if there is `text` for it, runs what is missing, and tells how the cells stand; 1 if one
+    has failed."""
+    from .progress import Progress
+    from .records import write_text_atomic
+    from .sweep_jobs import choose, count, prepare, read_states, run_here, run_local
+    from .sweep_slurm import submit
+    from .sweep_table import summary
+    from .trackers import check_tracker
+
+    states = read_states(found)
     if all(state.word == "impossible" for state in states):
-        raise BenchError(f"{file}: no cell can run: {states[0].note}")
+        raise BenchError(f"{found.path}: no cell can run: {states[0].note}")
     check_tracker(found.file.tracker)
     if text:
-        write_text_atomic(file, text)
-        print(f"wrote {file}")
+        write_text_atomic(found.path, text)
+        print(f"wrote {found.path}")
     chosen = choose(found, states, options.retry_failed)
     for cell, _ in chosen:
         check_executor(options.executor, cell.row.resources)
@@ -68,10 +103,10 @@ def sweep(args: list[str]) -> int:
 
 def _file_of(options: Sweep) -> tuple[Path, str]:
     """The sweep file, and what to write into it first: what other options stand for, unless it is there already."""
+    from .options import Sweep
+
     if options.file:
-        for field in dataclasses.fields(options):
-            if field.name in STAND_IN and getattr(options, field.name) != field.default:
-                raise BenchError(f"{field.name}: only without a sweep file; write it into {options.file}")
+        _check_alone(options, Sweep(), ("file", "executor", "dry_run", "retry_failed"))
         return Path(options.file), ""
     for name in ("algo", "suite", "out"):
         if not getattr(options, name):
@@ -79,11 +114,29 @@ def _file_of(options: Sweep) -> tuple[Path, str]:
     axes = {"algorithms": options.algo, "policies": options.policy, "suites": options.suite, "seeds": options.seeds}
     # JSON's texts, numbers and lists are TOML's, too.
     text = "".join(f"{name} = {json.dumps(value)}\n" for name, value in {**axes, "budget": options.budget}.items())
-    file = Path(f"{options.out.rstrip('/')}.toml")
+    file = _beside(options.out)
+    return file, _unless_there(file, text)
+
+
+def _check_alone(options: Any, default: Any, beside: tuple[str, ...]) -> None:
+    """Raises BenchError where options that stand in for a sweep file are given beside one."""
+    for field in dataclasses.fields(options):
+        if field.name not in beside and getattr(options, field.name) != getattr(default, field.name):
+            raise BenchError(f"{field.name}: only without a sweep file; write it into {options.file}")
+
+
+def _beside(out: str) -> Path:
+    """The file of the sweep whose folder is `out`."""
+    return Path(f"{out.rstrip('/')}.toml")
+
+
+def _unless_there(file: Path, text: str) -> str:
+    """What to write into a sweep file: nothing if it says the same already. Raises BenchError if it says something
+    else."""
     with explained(file):
         if file.exists() and file.read_bytes() != text.encode():
             raise BenchError(f"out: {file} says something else than these options; name that file, or choose another")
-        return file, "" if file.exists() else text
+        return "" if file.exists() else text
 
 
 def check_executor(executor: str, resources: Resources) -> None:

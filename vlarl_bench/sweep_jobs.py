@@ -67,7 +67,7 @@ def read_states(sweep: Sweep) -> list[State]:
     folder = sweep.out / "attempts"
     newest = attempts.newest(folder)
     now = attempts.file_clock(folder) if folder.is_dir() and os.access(folder, os.W_OK) else time.time()
-    packed = _packed(sweep)
+    packed = packed_runs(sweep)
     found = [
         State("done", note="packed") if cell.name in packed else _state(sweep, cell, newest.get(cell.name), now)
         for cell in sweep.cells
@@ -82,11 +82,11 @@ def read_states(sweep: Sweep) -> list[State]:
     ]
 
 
-def _packed(sweep: Sweep) -> set[str]:
-    """Names of the cells that a run of the sweep's pack is: the same experiment and seed, whatever its name."""
+def packed_runs(sweep: Sweep) -> dict[str, Path]:
+    """Cell -> the run of the sweep's pack (PACK/NAME) that it is: the same experiment and seed, whatever its name."""
     pack = sweep.path.parent / sweep.file.packed
     if not sweep.file.packed or not pack.exists():
-        return set()
+        return {}
     from .report.pack import read_pack
     from .report.runs import PLACE_AND_SPEED
 
@@ -94,8 +94,8 @@ def _packed(sweep: Sweep) -> set[str]:
         kept = {name: value for name, value in config.items() if name not in PLACE_AND_SPEED or name == "seed"}
         return json.dumps(kept, sort_keys=True)
 
-    runs = {decides(entry.config) for entry in read_pack(pack)}
-    return {cell.name for cell in sweep.cells if decides(cell.config.to_dict()) in runs}
+    runs = {decides(entry.config): pack / entry.name for entry in read_pack(pack)}
+    return {cell.name: runs[key] for cell in sweep.cells if (key := decides(cell.config.to_dict())) in runs}
 
 
 def _state(sweep: Sweep, cell: Cell, path: Path | None, now: float) -> State:

@@ -1,27 +1,30 @@
 """Choosing settings: the same number of trials for every method, on one suite, on training states only.
 
-A trial is an ordinary run under the protocol `tuning`, which learns from some training states and is judged on others;
-the states that tables are made from are never seen. The first trial has the defaults, the others are drawn from the
-values that the method names (`Algorithm.search`). All trials stay on disk, failures too.
+A trial is a cell of a sweep under the protocol `tuning`, which learns from some training states and is judged on
+others; the states that tables are made from are never seen. The first trial has the defaults (the sweep's `default`),
+the others are ablations, drawn from the values that the method names (`Algorithm.search`). So trials share machines,
+resume and are packed as all cells are, and failures stay among them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from . import registry
-from .config import RunConfig
 from .errors import BenchError
-from .records import write_text_atomic
-from .sealed import read_sealed
 
 if TYPE_CHECKING:
     from .options import Tune
+    from .report.runs import RunFolder
+    from .sweep import Row, Sweep
 
 SUITE = "libero_object"
 """The declared tuning suite. Tasks of it are also compared on, from other initial states."""
@@ -49,71 +52,85 @@ def choices(algorithm: str, trials: int, seed: int) -> list[Any]:
     return [default, *(others[i] for i in order[: trials - 1])]
 
 
-def tune(asked: Tune) -> Path:
-    """Runs the trials that are missing, prints a table of all and the options of the best; returns their folder."""
-    from .run import run
-
-    folder = Path(asked.out) / f"{asked.algo}-{asked.policy}-{asked.suite}"
-    for number, settings in enumerate(choices(asked.algo, asked.trials, asked.seed)):
-        trial = folder / f"trial{number:02d}"
-        config = RunConfig(
-            algorithm=asked.algo,
-            suite=asked.suite,
-            policy=asked.policy,
-            budget=asked.numbers,
-            settings=settings,
-            out=str(trial),
-            base=asked.base,
-            protocol="tuning",
-            seed=asked.seed,
-            workers=asked.workers,
-            video=False,
-        )
-        begun = (trial / "config.json").is_file()
-        if begun and _elsewhere(trial, config) != config:
-            raise BenchError(f"out: {trial} holds a trial of other settings; choose another folder with --out")
-        if not (trial / "policy" / "config.json").is_file():
-            run(config, resume=begun)
-    text = report(folder, asked.trials)
-    write_text_atomic(folder / "trials.md", text)
-    print(text)
-    return folder
+def trials(asked: Tune, folder: Path) -> str:
+    """The sweep file, to lie in `folder`, whose cells are the trials that are asked for."""
+    base = asked.base if asked.base in ("prior", "scratch") else os.path.relpath(asked.base, folder)
+    lines = [
+        f"# {asked.trials} trials of each method. Written by `vlarl-bench tune`, which goes on with it.",
+        *(f"{axis} = {json.dumps(names)}" for axis, names in (("algorithms", asked.algo), ("policies", asked.policy))),
+        f"suites = {json.dumps([asked.suite])}",
+        f"seeds = [{asked.seed}]",
+        f"budget = {_table(dataclasses.asdict(asked.numbers))}",
+        f"run = {_table({'protocol': 'tuning', 'base': base, 'workers': asked.workers, 'threads': asked.threads})}",
+        f"parallel = {asked.parallel}",
+    ]
+    for algorithm in asked.algo:
+        for number, settings in enumerate(choices(algorithm, asked.trials, asked.seed)):
+            values = {name: getattr(settings, name) for name in registry.get("algorithm", algorithm).search}
+            if number:
+                lines += ["", f"[ablations.{json.dumps(f'{algorithm} {number}')}]", f"algorithms = {json.dumps([algorithm])}"]
+                lines += [f"settings = {_table(values)}"]
+    return "\n".join(lines) + "\n"
 
 
-def _elsewhere(trial: Path, config: RunConfig) -> RunConfig:
-    """What a trial's folder holds, as if it had been started from here with so many workers."""
-    stored = RunConfig.from_dict(read_sealed(trial / "config.json", older=True))
-    return dataclasses.replace(stored, out=config.out, workers=config.workers)
+def _table(values: Mapping[str, Any]) -> str:
+    return f"{{ {', '.join(f'{name} = {json.dumps(value)}' for name, value in values.items())} }}"
 
 
-def report(folder: Path, trials: int) -> str:
-    """Markdown table of all trials, from their rows, and the options of the best: most held-back successes, and of
-    equals the earliest."""
-    from .report.runs import read_run
-
-    runs = [read_run(folder / f"trial{number:02d}") for number in range(trials)]
-    names = registry.get("algorithm", runs[0].manifest["algorithm"]).search
-    lines, scores = [], []
-    for number, found in enumerate(runs):
-        base, after = (f"{sum(row.success for row in rows)}/{len(rows)}" for rows in (found.base, found.evaluated))
-        scores.append(sum(row.success for row in found.evaluated))
-        spent = found.evaluated[0]
-        values = [f"{found.config['settings'][name]:g}" for name in names]
-        remark = f"stopped in round {found.stopped['iteration']}" if found.stopped else ""
-        cells = (str(number), *values, base, after, f"{spent.gradient_steps}", f"{spent.flops / 1e12:.1f}", remark)
-        lines.append("| " + " | ".join(cells) + " |")
-    best = int(np.argmax(scores))
-    chosen = " ".join(f"--algo.{name.replace('_', '-')} {runs[best].config['settings'][name]:g}" for name in names)
-    head = ("trial", *names, "before", "after", "gradient steps", "TFLOP", "")
-    first = runs[0]
+def report(sweep: Sweep) -> str:
+    """Markdown: for every method and policy a table of its trials, from their rows, and as a sweep file has them the
+    settings of the best: most held-back successes, and of equals the earliest."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in sweep.rows:
+        if not row.impossible:
+            groups.setdefault((row.algorithm, row.policy), []).append(row)
+    runs = _runs(sweep)
+    parts = [_table_of(name, policy, rows, runs) for (name, policy), rows in groups.items()]
+    first = sweep.rows[0]
     return "\n".join([
-        f"{trials} trials of {first.manifest['algorithm']} on {first.manifest['policy']}, {first.manifest['suite']}, "
-        f"protocol {first.manifest['protocol']['label']}, seed {first.manifest['seed']}.",
+        f"Trials on {first.suite}, protocol `{first.config.protocol}`, seed {first.seeds[0]}, by "
+        f"`vlarl-bench tune {sweep.path.name}`. What is not done yet has no numbers.",
         "",
-        "| " + " | ".join(head) + " |",
-        "|" + "---|" * len(head),
-        *lines,
-        "",
-        f"Best: trial {best}: `{chosen}`",
-        "",
+        *parts,
     ])  # fmt: skip
+
+
+def _runs(sweep: Sweep) -> dict[int, RunFolder]:
+    """Row's id -> its finished run, of the sweep's folder or its pack."""
+    from .report.runs import read_all, read_run
+    from .sweep_jobs import packed_runs, read_states
+
+    packed = packed_runs(sweep)
+    found = {}
+    for cell, state in zip(sweep.cells, read_states(sweep), strict=True):
+        if state.word == "done":
+            folder = sweep.out / "runs" / cell.name
+            (run,) = read_all([packed[cell.name]]) if cell.name in packed else [read_run(folder)]
+            found[id(cell.row)] = run
+    return found
+
+
+def _table_of(name: str, policy: str, rows: Sequence[Row], runs: Mapping[int, RunFolder]) -> str:
+    names = tuple(registry.get("algorithm", name).search)
+    lines, scores = [], []
+    for number, row in enumerate(rows):
+        values = [f"{getattr(row.config.settings, setting):g}" for setting in names]
+        found = runs.get(id(row))
+        scores.append(-1 if found is None else int(found.evaluated.column("success").sum()))
+        seen = ["", "", "", "", ""] if found is None else _outcome(found)
+        lines.append("| " + " | ".join((str(number), *values, *seen)) + " |")
+    head = ("trial", *names, "before", "after", "gradient steps", "TFLOP", "")
+    best = int(np.argmax(scores))
+    text = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *lines, ""]
+    if max(scores) >= 0:
+        settings = rows[best].config.settings
+        chosen = [f"{setting} = {json.dumps(getattr(settings, setting))}" for setting in names]
+        text += [f"Best: trial {best}.", "", "```toml", f"[settings.{name}]", *chosen, "```", ""]
+    return "\n".join([f"## {name} on {policy}", "", *text])
+
+
+def _outcome(run: RunFolder) -> list[str]:
+    before, after = (f"{int(rows.column('success').sum())}/{len(rows)}" for rows in (run.base, run.evaluated))
+    spent = run.evaluated[0]
+    remark = f"stopped in round {run.stopped['iteration']}" if run.stopped else ""
+    return [before, after, f"{spent.gradient_steps}", f"{spent.flops / 1e12:.1f}", remark]
