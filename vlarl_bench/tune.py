@@ -68,7 +68,11 @@ def trials(asked: Tune, folder: Path) -> str:
         for number, settings in enumerate(choices(algorithm, asked.trials, asked.seed)):
             values = {name: getattr(settings, name) for name in registry.get("algorithm", algorithm).search}
             if number:
-                lines += ["", f"[ablations.{json.dumps(f'{algorithm} {number}')}]", f"algorithms = {json.dumps([algorithm])}"]
+                lines += [
+                    "",
+                    f"[ablations.{json.dumps(f'{algorithm} {number}')}]",
+                    f"algorithms = {json.dumps([algorithm])}",
+                ]
                 lines += [f"settings = {_table(values)}"]
     return "\n".join(lines) + "\n"
 
