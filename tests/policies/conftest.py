@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from vlarl_bench.errors import BenchError
 from vlarl_bench.policies.presets import PI0_TINY, PI0_TINY_PIXELS
 from vlarl_bench.suite import Embodiment, Observation
 
@@ -37,6 +38,15 @@ def make(spec=PI0_TINY, seed=0):
     draw = np.random.default_rng(0)
     policy.fit_normalisation([draw.normal(0.2, 0.5, (500, 7))], draw.normal(0.1, 0.3, (500, 8)))
     return policy
+
+
+def told_in_one_line(load, *needles):
+    """`load()` is refused, in one line that has all of `needles`."""
+    with pytest.raises(BenchError) as error:
+        load()
+    assert "\n" not in str(error.value)
+    for needle in needles:
+        assert needle in str(error.value)
 
 
 @pytest.fixture(params=[PI0_TINY, PI0_TINY_PIXELS], ids=lambda spec: spec.name)
