@@ -18,6 +18,7 @@ def table(args: list[str]) -> int:
         raise BenchError(f"published: published numbers go with --layout paper, not {options.layout}")
     if not 0 < options.threshold <= 1:
         raise BenchError(f"threshold: {options.threshold:g}; it must be above 0 and at most 1, such as 0.8")
+    from .cost import cost_table
     from .paper import aggregate_table, paper_table
     from .published import read_published
     from .render import print_table, to_csv, to_json, to_latex, to_markdown
@@ -29,6 +30,8 @@ def table(args: list[str]) -> int:
         table = paper_table(runs, read_published(options.published) if options.published else ())
     elif options.layout == "aggregate":
         table = aggregate_table(runs, options.threshold)
+    elif options.layout == "cost":
+        table = cost_table(runs, options.threshold)
     else:
         table = comparison_table(runs[0]) if len(runs) == 1 else summary_table(runs)
     if options.format == "text":
