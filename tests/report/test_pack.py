@@ -11,7 +11,7 @@ from vlarl_bench.records import MetricsLog, read_metrics, read_rows
 from vlarl_bench.report.pack import PACK, metric_lines, read_pack
 from vlarl_bench.report.packing import pack
 from vlarl_bench.report.runs import find_runs, read_all, read_run
-from vlarl_bench.sealed import write_sealed
+from vlarl_bench.sealed import read_sealed, write_sealed
 
 LINES = [{"iteration": 1, "loss": 0.1, "flops": 2**53 + 1, "kl": None}, {"iteration": 2, "loss": 1.0}]
 
@@ -62,11 +62,24 @@ def test_what_is_read_is_what_was_packed(folders, tmp_path):
         run = read_run(folder)
         other = packed[run.folder.name]
         assert list(other.rows) == read_rows(run.folder / "episodes.jsonl")
-        assert (other.manifest, other.config, other.stopped) == (run.manifest, run.config, run.stopped)
+        assert (other.manifest, other.stopped) == (run.manifest, run.stopped)
+        assert other.config == run.config | {"out": run.folder.name}  # where it lay is nobody's business
     entry = next(entry for entry in read_pack(tmp_path / "packed") if entry.name == "fpo0")
     assert metric_lines(entry.metrics) == LINES == read_metrics(folders[0] + "/metrics.jsonl")
-    for name, sha256 in entry.sha256.items():  # anyone can check the folder that a pack was made from
+    for name in entry.sha256.keys() - {"config.json"}:  # anyone can check the folder that a pack was made from
+        sha256 = entry.sha256[name]
         assert hashlib.sha256((Path(folders[0]) / name).read_bytes()).hexdigest() == sha256
+
+
+@pytest.mark.parametrize(
+    ("asked", "packed"), [(["--out", "/home/me/x"], ["--out", "fpo0"]), (["--out=x"], ["--out=fpo0"])]
+)
+def test_the_command_of_a_packed_run_names_no_place(folders, tmp_path, asked, packed):
+    manifest = read_sealed(Path(folders[0]) / "manifest.json")
+    write_sealed(Path(folders[0]) / "manifest.json", manifest | {"argv": ["run", *asked, "--seed", "0"]})
+    pack(folders[:1], tmp_path / "packed")
+    (run,) = read_all([tmp_path / "packed"])
+    assert run.manifest["argv"] == ["run", *packed, "--seed", "0"]
 
 
 def test_a_pack_grows_and_the_order_of_runs_changes_nothing(folders, tmp_path):

@@ -61,7 +61,7 @@ class Entry:
     submitted: dict[str, str] | None
     """Who sent it, as `SENDER` has it; None where it is our own."""
     sha256: dict[str, str]
-    """Of each file of its folder, as this project writes them."""
+    """Of each file of its folder, as this project writes them; of the JSON files with the run's name as its place."""
     rows: Rows
     metrics: pa.Table
 

@@ -1,7 +1,7 @@
 """Putting finished runs into a pack: `vlarl-bench pack`."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ..errors import BenchError
@@ -51,4 +51,17 @@ def read_entries(path: Path) -> list[Entry]:
             f"{path}: not finished, {run.missing} evaluation episodes are missing; `run --resume` plays them"
         )
     metrics = read_metrics(path / "metrics.jsonl") if (path / "metrics.jsonl").exists() else []
-    return [make_entry(path.resolve().name, run.manifest, run.config, run.stopped, run.rows, metrics)]
+    name = path.resolve().name
+    manifest = run.manifest | {"argv": _placed(run.manifest["argv"], name)}
+    return [make_entry(name, manifest, run.config | {"out": name}, run.stopped, run.rows, metrics)]
+
+
+def _placed(argv: Sequence[str], name: str) -> list[str]:
+    """The command with `--out NAME`: where a run lay on its machine is nobody's business."""
+    placed = list(argv)
+    for i, argument in enumerate(placed):
+        if argument.startswith("--out="):
+            placed[i] = f"--out={name}"
+        elif i and placed[i - 1] == "--out":
+            placed[i] = name
+    return placed
