@@ -89,6 +89,9 @@ def test_trials_are_runs_that_stay_and_are_not_run_again(tmp_path, monkeypatch, 
         assert main(again) == 0
         assert text in capsys.readouterr().out
     assert [(run / "episodes.jsonl").stat().st_mtime_ns for run in runs] == before
+    Path("other.toml").write_text(Path("tuning.toml").read_text().replace('"tuning"', '"tiny"'))
+    assert main(["tune", "other.toml"]) == 2
+    assert "other.toml: run.protocol: 'tiny'; trials are under 'tuning'" in capsys.readouterr().err
     assert main(["tune", "tuning.toml", "--trials", "3"]) == 2
     assert "trials: only without a sweep file; write it into tuning.toml" in capsys.readouterr().err
     assert main([*command, "--seed", "1"]) == 2

@@ -60,7 +60,7 @@ class Progress:
         if self._bars is not None:
             self._bars.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
-            print(text, file=self._stream, flush=True)
+            print(f"{text}\n", end="", file=self._stream, flush=True)  # in one piece: threads of a sweep tell, too
 
     @contextmanager
     def phase(self, name: str, total: int, unit: str = "episodes") -> Iterator[Phase]:

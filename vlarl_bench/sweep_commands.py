@@ -49,6 +49,9 @@ def tune(args: list[str]) -> int:
     if options.file:
         _check_alone(options, default, ("file", "executor", "retry_failed"))
         found, text = read_sweep(options.file), ""
+        for row in found.rows:
+            if row.config.protocol != "tuning":
+                raise BenchError(f"{options.file}: run.protocol: {row.config.protocol!r}; trials are under 'tuning'")
     else:
         if not options.algo:
             raise BenchError("algo: missing; name algorithms, or a file that `vlarl-bench tune` wrote")
