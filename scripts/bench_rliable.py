@@ -15,7 +15,7 @@ import numpy as np
 from rliable import library, metrics
 
 from vlarl_bench import stats
-from vlarl_bench.records import write_json_atomic
+from vlarl_bench.files import write_json_atomic
 
 METHODS, SEEDS, TASKS, EPISODES = 6, 10, 10, 50
 THRESHOLDS = np.linspace(0, 1, 11)

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
+from vlarl_bench.files import write_json_atomic, write_text_atomic
 from vlarl_bench.protocol import Protocol
 from vlarl_bench.provenance import make_manifest
-from vlarl_bench.records import log_line, write_json_atomic, write_text_atomic
+from vlarl_bench.records import log_line
 from vlarl_bench.report.pack import PACK, make_entry, write_pack
 from vlarl_bench.report.rows import Rows
 

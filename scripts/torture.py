@@ -16,8 +16,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from xml.etree import ElementTree
 
+from vlarl_bench.files import write_text_atomic
 from vlarl_bench.provenance import code_version
-from vlarl_bench.records import write_text_atomic
 
 PAGE = Path("docs/torture.md")
 HEAD = """# Torture

@@ -1,7 +1,5 @@
 import dataclasses
-import errno
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -12,19 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlarl_bench.errors import BenchError
-from vlarl_bench.records import (
-    EpisodeLog,
-    EpisodeRow,
-    LossLog,
-    MetricsLog,
-    atomic_file,
-    explain_oserror,
-    is_torn,
-    read_json,
-    read_metrics,
-    read_rows,
-    write_json_atomic,
-)
+from vlarl_bench.records import EpisodeLog, EpisodeRow, LossLog, MetricsLog, is_torn, read_metrics, read_rows
 
 
 def row(**changes: object) -> EpisodeRow:
@@ -237,49 +223,10 @@ def test_a_write_that_fails_half_way_loses_nothing(tmp_path):
     assert read_rows(path) == rows(9)
 
 
-def test_a_full_disk_is_explained(tmp_path):
-    if not os.path.exists("/dev/full"):
-        pytest.skip("no /dev/full")
-    with pytest.raises(OSError, match="No space") as caught, open("/dev/full", "wb", buffering=0) as full:
-        full.write(b"x")
-    assert "disk is full; free some space" in str(explain_oserror(caught.value, tmp_path))
-
-
-@pytest.mark.parametrize(
-    ("number", "words"),
-    [(errno.EROFS, "read-only"), (errno.EACCES, "--out"), (errno.EDQUOT, "full"), (errno.ENOENT, "no such file")],
-)
-def test_oserrors_say_what_to_do(number, words):
-    text = str(explain_oserror(OSError(number, os.strerror(number)), "some/path"))
-    assert text.startswith("some/path: ")
-    assert words in text
-    assert "\n" not in text
-
-
 def test_a_file_in_place_of_the_folder_is_explained(tmp_path):
     (tmp_path / "run").write_text("")
     with pytest.raises(BenchError, match="a file is where a folder should be"):
         EpisodeLog(tmp_path / "run" / "episodes.jsonl")
-
-
-def test_json_is_replaced_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "config.json"
-    write_json_atomic(path, {"a": 1})
-    with pytest.raises(ValueError, match="JSON"):
-        write_json_atomic(path, {"a": float("nan")})
-    with pytest.raises(UnicodeEncodeError), atomic_file(path) as temporary:
-        temporary.write_text("half \ud800", encoding="utf-8")
-    assert read_json(path) == {"a": 1}
-    assert os.listdir(tmp_path) == ["config.json"]
-
-
-@pytest.mark.parametrize("content", [b'{"a": ', b"\xff\xfe", b""])
-def test_damaged_json_is_named(tmp_path, content):
-    (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(BenchError, match=r"config\.json: not valid JSON"):
-        read_json(tmp_path / "config.json")
-    with pytest.raises(BenchError, match=r"nothing\.json: no such file"):
-        read_json(tmp_path / "nothing.json")
 
 
 def test_losses_are_numbered_also_over_a_resume(tmp_path):

@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from vlarl_bench.errors import BenchError
-from vlarl_bench.records import write_json_atomic
+from vlarl_bench.files import write_json_atomic
 from vlarl_bench.sealed import read_sealed, write_sealed
 
 CONTENT = {"name": "fpo", "lr": 1e-4, "tasks": ["a", "b"], "video": False}

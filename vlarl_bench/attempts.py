@@ -20,7 +20,7 @@ from typing import Literal
 
 from .config import read
 from .errors import BenchError
-from .records import explained, fsync
+from .files import explained, fsync
 from .sealed import read_sealed, write_sealed
 
 BEAT = 15.0

@@ -18,7 +18,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from .errors import BenchError
-from .records import explained, fsync
+from .files import explained, fsync
 
 FORMAT = "vlarl-bench checkpoint 1"
 TENSORS, STATE, HASHES = "state.safetensors", "state.json", "hashes.json"

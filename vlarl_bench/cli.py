@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
-        from .records import explain_oserror
+        from .files import explain_oserror
 
         if error.filename is None and error.strerror is None:
             raise
@@ -170,9 +170,9 @@ def _demos(args: list[str]) -> int:
     from .config import MOST_WORKERS, check_range, select_tasks
     from .demonstrations import make_demonstrations
     from .doctor import require_gl
+    from .files import explained
     from .options import Demos, parse
     from .progress import Progress
-    from .records import explained
 
     options = parse(Demos, args, "vlarl-bench demos")
     suite = registry.get("suite", options.suite)

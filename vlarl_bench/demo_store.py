@@ -18,10 +18,10 @@ import pyarrow as pa
 
 from . import lerobot
 from .errors import BenchError
+from .files import atomic_file, explained, sole_writer, write_json_atomic
 from .lerobot import Reader, read_table
 from .lerobot_writer import Place, batch_files, meta_files
 from .protocol import Protocol
-from .records import atomic_file, explained, sole_writer, write_json_atomic
 from .suite import Demonstration, Suite, Task
 
 FORMAT = 2

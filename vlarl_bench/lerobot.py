@@ -25,8 +25,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .errors import BenchError
+from .files import explained
 from .protocol import Protocol
-from .records import explained
 from .suite import Demonstration, Observation, Suite, Task
 
 VERSION = "v3.0"

@@ -12,8 +12,9 @@ import numpy as np
 from . import registry
 from .config import EvalConfig, RunConfig, select_tasks
 from .errors import BenchError
+from .files import read_json
 from .provenance import code_version, fingerprint_hash
-from .records import Decoding, EpisodeRow, Key, Phase, read_json
+from .records import Decoding, EpisodeRow, Key, Phase
 from .rollout import Episode, Job, episode_seed
 
 if TYPE_CHECKING:

@@ -23,11 +23,12 @@ from .checkpoint import load_latest, save_checkpoint
 from .config import EvalConfig, RunConfig
 from .distributed import check_same, count, from_first, rank
 from .errors import BenchError
+from .files import explained, read_json, write_text_atomic
 from .plan import NOTHING, Plan, Spent, plan_evaluation, plan_run
 from .pool import Loss, Pool
 from .progress import Progress
 from .provenance import code_version, make_manifest
-from .records import STOPPED, EpisodeLog, EpisodeRow, LossLog, Phase, explained, read_json, write_text_atomic
+from .records import STOPPED, EpisodeLog, EpisodeRow, LossLog, Phase
 from .rollout import Episode, Job, run_shared
 from .sealed import read_sealed, write_sealed
 from .trackers import TrackedMetrics

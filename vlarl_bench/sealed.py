@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import BenchError
-from .records import explained, write_json_atomic
+from .files import explained, write_json_atomic
 
 SEAL = "sha256"
 

@@ -21,8 +21,8 @@ from typing import Any, Literal
 from . import registry
 from .config import BUDGETS, Budget, RunConfig, read
 from .errors import BenchError
+from .files import explained
 from .plan import plan_run
-from .records import explained
 from .trackers import TRACKERS
 
 

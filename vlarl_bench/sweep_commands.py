@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import BenchError
-from .records import explained
+from .files import explained
 
 if TYPE_CHECKING:
     from .options import Sweep, Tune
@@ -39,8 +39,8 @@ def tune(args: list[str]) -> int:
     """Runs the trials that are missing, and prints all of them and the best of each; the exit status is 1 if one has
     failed."""
     from .config import BUDGETS
+    from .files import write_text_atomic
     from .options import Tune, parse
-    from .records import write_text_atomic
     from .sweep import plan_sweep, read_sweep
     from .tune import report, trials
 
@@ -68,8 +68,8 @@ def tune(args: list[str]) -> int:
 def _play(found: Cells, text: str, options: Sweep | Tune) -> int:
     """Writes the sweep's file, if there is `text` for it, runs what is missing, and tells how the cells stand; 1 if one
     has failed."""
+    from .files import write_text_atomic
     from .progress import Progress
-    from .records import write_text_atomic
     from .sweep_jobs import choose, count, prepare, read_states, run_here, run_local
     from .sweep_slurm import submit
     from .sweep_table import summary

@@ -34,7 +34,7 @@ from . import attempts
 from .attempts import BEAT, Attempt, Claim
 from .config import RunConfig
 from .errors import BenchError
-from .records import explained
+from .files import explained
 from .sealed import read_sealed, write_sealed
 from .sweep import Cell, Sweep
 from .sweep_slurm import COMMAND, across, ask, job_here, queued

@@ -7,8 +7,9 @@ import shutil
 import pytest
 
 from vlarl_bench.errors import BenchError
+from vlarl_bench.files import write_json_atomic
 from vlarl_bench.protocol import Protocol
-from vlarl_bench.records import EpisodeLog, read_rows, write_json_atomic
+from vlarl_bench.records import EpisodeLog, read_rows
 from vlarl_bench.report.render import print_table, to_csv, to_json, to_markdown
 from vlarl_bench.report.rows import Rows
 from vlarl_bench.report.runs import read_run, read_runs

@@ -23,7 +23,7 @@ import tyro
 from torch import Tensor
 
 from ..errors import BenchError
-from ..records import read_json_object
+from ..files import read_json_object
 from .octo import FULL_SIZE, Octo, Subwords
 from .octo_model import VIEWS, OctoArchitecture
 from .presets import OCTO_SMALL

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BenchError
-from ..records import read_json_object
+from ..files import read_json_object
 from .openvla import OpenVLA, OpenVLARegression, assemble
 from .openvla_inputs import EMPTY_TOKEN, Prompts
 from .openvla_model import OpenVLAArchitecture, Tower

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import BenchError
-from ..records import read_json_object
+from ..files import read_json_object
 from .openvla_checkpoint import pick_statistics
 from .paligemma import PaliGemmaPrompts
 from .pi0_published import PublishedPi0, PublishedPi0Architecture

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BenchError
-from ..records import read_json_object
+from ..files import read_json_object
 from .fast_tokens import FastTokenizer
 from .pi0_checkpoint import (
     CAMERAS,

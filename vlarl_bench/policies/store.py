@@ -17,7 +17,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from ..errors import BenchError
-from ..records import explain_oserror
+from ..files import explain_oserror
 from .adapt import merged_state
 from .base import Policy
 

@@ -8,8 +8,8 @@ from typing import Any
 from ..config import MOST_WORKERS, check_range
 from ..doctor import require_gl
 from ..errors import BenchError
+from ..files import write_json_atomic
 from ..progress import Progress
-from ..records import write_json_atomic
 from .convergence import METRIC, convergence, draw_convergence
 from .figures import write_figure
 from .latents import check_installed, describe

@@ -5,7 +5,7 @@ import os
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ..records import atomic_file
+from ..files import atomic_file
 from ..stats import wilson_interval
 from .runs import RunFolder, training_curve
 from .table import spans

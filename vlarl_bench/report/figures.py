@@ -14,7 +14,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ..errors import BenchError
-from ..records import EpisodeRow, atomic_file
+from ..files import atomic_file
+from ..records import EpisodeRow
 from ..stats import mean, performance_profile, seeds_estimate
 from .methods import Method, base_of, cell, change, compared_methods, planned_tasks, scores, suites_of
 from .metrics import machines_of, wall_time_curve

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..records import write_text_atomic
+from ..files import write_text_atomic
 from .lint import lint_methods, lint_published, lint_run
 from .method_pages import link, method_pages
 from .methods import Method, base_of, best, cell, change, compared_methods, planned_tasks, suites_of

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BenchError
+from ..files import read_json_object
 from ..power import episodes_needed
-from ..records import read_json_object
 from .methods import Method, base_of, cell, compared_methods, separation, suites_of
 from .pack import PACK
 from .published import Published, read_published

@@ -21,7 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import BenchError
-from ..records import atomic_file, explained, field_types, log_line, read_json_object, write_text_atomic
+from ..files import atomic_file, explained, read_json_object, write_text_atomic
+from ..records import field_types, log_line
 from ..sealed import seal
 from .rows import Rows
 

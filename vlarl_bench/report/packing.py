@@ -5,7 +5,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ..errors import BenchError
-from ..records import read_metrics, sole_writer
+from ..files import sole_writer
+from ..records import read_metrics
 from .pack import PACK, Entry, make_entry, read_pack, write_pack
 from .runs import read_run
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import BenchError
-from ..records import explained
+from ..files import explained
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import imageio
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ..records import atomic_file
+from ..files import atomic_file
 
 GREEN, RED, WHITE, GREY = "#7CFC9A", "#FF9A8B", "#FFFFFF", "#A8A8A8"
 
