@@ -15,17 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def rotation(model: Any, positions: Tensor) -> tuple[Tensor, Tensor]:
+def rotation(model: Any, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """[B, 1, Q, E] cosines and signed sines of rotary embeddings at positions [B, Q]."""
     angles = positions[..., None].float() * model.rotary_emb.inv_freq
-    dtype = model.norm.weight.dtype
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     return torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]
 
 
-def additive(mask: Tensor) -> Tensor:
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """[B, 1, Q, S + Q] bool, true where a token may look, to what is added to attention's logits."""
-    return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -torch.inf)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
 
 
 def keys_and_values(layer: Any, seen: Tensor, rotated: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -68,9 +67,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
+MOST_COPIED = 2**20
+"""Numbers of a weight beyond which laying it out anew takes longer than the calls that it saves."""
+
+
 def repeated(layer: Any, rotated: tuple[Tensor, Tensor], mask: Tensor, before: Tensor) -> Callable[[Tensor], Tensor]:
     """What `block` makes of tokens, with the same bits: ready for many calls, without gradients."""
-    if readable(layer):
+    if readable(layer) and layer.mlp.gate_proj.weight.numel() <= MOST_COPIED:
         return _Repeated(layer, rotated, mask, before)
     return lambda x: block(layer, x, rotated, mask, before)[0]
 

@@ -158,19 +158,18 @@ class Pi0(Standardised, StochasticFlow, NoisePolicy):
     @steady_rows
     def encode(self, batch: Batch) -> Context:
         """Runs the vision-language prefix once; gradients flow unless the caller forbids them."""
-        a, vlm = self.architecture, self.model.model.vlm
+        language = self.model.model.vlm.language_model
         mask, embeddings, positions = self._tokens(batch)
-        language = vlm.language_model
-        rotated = rotation(language, positions)
-        seen = additive(mask[:, None, None].expand(-1, 1, mask.shape[1], -1))  # in both directions
+        rotated = rotation(language, positions, embeddings.dtype)
+        seen = additive(mask[:, None, None].expand(-1, 1, mask.shape[1], -1), embeddings.dtype)  # in both directions
         hidden, kept = embeddings, []
         for layer in language.layers[:-1]:
-            hidden, key, value = block(layer, hidden, rotated, seen)
+            hidden, key, value = self._maybe_again(block, layer, hidden, rotated, seen)
             kept.append(torch.stack((key, value), 1))
         # Of the last layer only keys and values are ever read, so features come from what enters it.
         last = language.layers[-1]
         kept.append(torch.stack(keys_and_values(last, norm(last.input_layernorm, hidden), rotated), 1))
-        cache, hidden = torch.stack(kept, 1), F.rms_norm(hidden, (a.prefix_width,))
+        cache, hidden = torch.stack(kept, 1), F.rms_norm(hidden.float(), hidden.shape[-1:])
         real = mask[..., None]
         mean = (hidden * real).sum(1) / real.sum(1)
         top = hidden.masked_fill(~real, -torch.inf).amax(1)
@@ -216,15 +215,15 @@ class Pi0(Standardised, StochasticFlow, NoisePolicy):
         mask[..., s] = True
         mask[..., 1:, s + 1 :] = draw[:, None] == draw
         step = torch.cat((draw.new_zeros(1), torch.arange(a.chunk, device=self.device).repeat(k) + 1))
-        rotated = rotation(self.model.model.dit, context.mask.sum(1, keepdim=True) + step)
+        rotated = rotation(self.model.model.dit, context.mask.sum(1, keepdim=True) + step, context.cache.dtype)
         state = self.model.embed_action_time.state_proj(context.proprio)[:, None]
-        return Frame(context.cache.unbind(1), additive(mask), rotated, state)
+        return Frame(context.cache.unbind(1), additive(mask, context.cache.dtype), rotated, state)
 
     def _velocity(self, frame: Frame, x: Tensor, t: Tensor) -> Tensor:
-        waves = self.model.embed_action_time.sinusoid_embeds(t.flatten()).view(*t.shape, -1)
+        waves = self.model.embed_action_time.sinusoid_embeds(t.flatten()).to(x).view(*t.shape, -1)
         tokens = self._noisy_tokens(frame, x, waves)
         for layer, before in zip(self.model.model.dit.layers, frame.layers, strict=True):
-            tokens, _, _ = block(layer, tokens, frame.rotated, frame.mask, before)
+            tokens, _, _ = self._maybe_again(block, layer, tokens, frame.rotated, frame.mask, before)
         return self._read(tokens, x)
 
     def _noisy_tokens(self, frame: Frame, x: Tensor, waves: Tensor) -> Tensor:
@@ -232,11 +231,15 @@ class Pi0(Standardised, StochasticFlow, NoisePolicy):
         embed = self.model.embed_action_time
         chunks = torch.cat((embed.action_in_proj(x), waves[:, :, None].expand(-1, -1, x.shape[2], -1)), -1)
         chunks = embed.action_time_mlp_out(F.silu(embed.action_time_mlp_in(chunks)))
-        return torch.cat((frame.state, chunks.flatten(1, 2)), 1)
+        return torch.cat((frame.state, chunks.flatten(1, 2)), 1).to(frame.mask.dtype)
+
+    def _maybe_again(self, function: Any, *inputs: Any) -> Any:
+        """`function(*inputs)`; published sizes may compute it again for its gradient."""
+        return function(*inputs)
 
     def _read(self, tokens: Tensor, x: Tensor) -> Tensor:
         """Velocities, shaped as x, of what leaves the expert."""
-        velocity: Tensor = self.model.action_out_proj(norm(self.model.model.dit.norm, tokens)[:, 1:])
+        velocity: Tensor = self.model.action_out_proj(norm(self.model.model.dit.norm, tokens)[:, 1:].float())
         return velocity.view(x.shape)
 
     def transformers_cache(self, context: Context) -> DynamicCache:
@@ -257,7 +260,7 @@ class Pi0(Standardised, StochasticFlow, NoisePolicy):
         pairs = zip(self.model.model.dit.layers, frame.layers, strict=True)
         layers = [repeated(layer, frame.rotated, frame.mask, before) for layer, before in pairs]
         times = torch.tensor([1 - step / self.euler_steps for step in range(self.euler_steps)], device=self.device)
-        for waves in self.model.embed_action_time.sinusoid_embeds(times):
+        for waves in self.model.embed_action_time.sinusoid_embeds(times).to(x):
             tokens = self._noisy_tokens(frame, x, waves.expand(len(x), 1, -1))
             for layer in layers:
                 tokens = layer(tokens)

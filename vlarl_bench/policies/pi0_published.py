@@ -16,14 +16,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PI0Config, PI0ForConditionalGeneration
 
-from .base import Sample
 from .inputs import Batch
 from .paligemma import PaliGemmaPolicy, PaliGemmaPrompts, fill_buffers, lower_precision, paligemma_config
-from .pi0 import Context, Pi0, Pi0Architecture
-from .steady import steady_rows
+from .pi0 import Pi0, Pi0Architecture
 
 
 @dataclass(frozen=True)
@@ -121,90 +119,6 @@ class PublishedPi0(PaliGemmaPolicy, Pi0):
         spoken = batch.words != 0
         mask = torch.cat((spoken.new_ones(visible.shape[:2]), spoken), 1)
         return mask, torch.cat((visible.to(words.dtype), words), 1), mask.cumsum(-1) - 1
-
-    # Layers one by one: transformers' own checkpointing would give up the cache that pi0 lives on.
-
-    @steady_rows
-    def encode(self, batch: Batch) -> Context:
-        """Runs the vision-language prefix once; gradients flow unless the caller forbids them."""
-        model = self.model.model.vlm.language_model
-        mask, embeddings, positions = self._tokens(batch)
-        attend = mask[:, None, None].expand(-1, -1, mask.shape[1], -1)
-        rotary = model.rotary_emb(embeddings, positions)
-        x = last = embeddings
-        cache = []
-        for layer in model.layers:
-            last = x
-            x, keys, values = self._maybe_again(_layer, layer, x, attend, rotary)
-            cache.append(torch.stack((keys, values), 1))
-        # The last layer's own output feeds nothing that training reaches, so features come from what enters it.
-        hidden, real = F.rms_norm(last.float(), last.shape[-1:]), mask[..., None]
-        mean = (hidden * real).sum(1) / real.sum(1)
-        top = hidden.masked_fill(~real, -torch.inf).amax(1)
-        return Context(torch.stack(cache, 1), mask, self.normalise_proprio(batch.proprio), torch.cat((mean, top), -1))
-
-    @steady_rows
-    def velocity(self, context: Context, x: Tensor, t: Tensor) -> Tensor:
-        """[B, K, H, 32] velocities at x [B, K, H, 32], t [B, K]; a chunk sees the prefix, the state and itself."""
-        (b, k, h, _), s, embed = x.shape, context.mask.shape[1], self.model.embed_action_time
-        time = embed.sinusoid_embeds(t.flatten()).to(x).view(b, k, 1, -1).expand(-1, -1, h, -1)
-        chunks = torch.cat((embed.action_in_proj(x), time), -1)
-        chunks = embed.action_time_mlp_out(F.silu(embed.action_time_mlp_in(chunks)))
-        tokens = torch.cat((embed.state_proj(context.proprio)[:, None], chunks.flatten(1, 2)), 1)
-        q = tokens.shape[1]
-        draw = torch.arange(q - 1, device=x.device) // h
-        mask = torch.zeros(b, 1, q, s + q, dtype=torch.bool, device=x.device)
-        mask[..., :s] = context.mask[:, None, None]
-        mask[..., s] = True
-        mask[..., 1:, s + 1 :] = draw[:, None] == draw
-        step = torch.cat((draw.new_zeros(1), torch.arange(h, device=x.device).repeat(k) + 1))
-        hidden = self._run_expert(context, tokens, mask, context.mask.sum(1, keepdim=True) + step)
-        return self.model.action_out_proj(hidden[:, 1:]).view(x.shape)
-
-    def _run_expert(self, context: Context, tokens: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        """[B, Q, E] float32 of the action expert's tokens; mask [B, 1, Q, S + Q] says what each sees."""
-        model = self.model.model.dit
-        x = tokens.to(context.cache.dtype)
-        rotary = model.rotary_emb(x, positions)
-        for layer, kept in zip(model.layers, context.cache.unbind(1), strict=True):
-            x = self._maybe_again(_layer, layer, x, mask, rotary, kept[:, 0], kept[:, 1])[0]
-        normed: Tensor = model.norm(x)
-        return normed.float()
-
-    @torch.no_grad()
-    def decode(self, context: Context, noise: Tensor) -> Sample:
-        """Integrates from t = 1 (noise) to 0 in `euler_steps` Euler steps."""
-        steps, x = self.architecture.euler_steps, noise
-        for step in range(steps):
-            t = torch.full((len(x), 1), 1 - step / steps, device=self.device)
-            x = x - self.velocity(context, x[:, None], t)[:, 0] / steps
-        return Sample(self.unnormalise(x), x)
-
-
-class _Cache:
-    """One layer's keys and values [B, heads, S, head_dim], as transformers' attention asks for them."""
-
-    def __init__(self, keys: Tensor | None, values: Tensor | None) -> None:
-        self.keys, self.values = keys, values
-
-    def update(self, keys: Tensor, values: Tensor, _layer: int) -> tuple[Tensor, Tensor]:
-        if self.keys is not None and self.values is not None:
-            keys, values = torch.cat((self.keys, keys), 2), torch.cat((self.values, values), 2)
-        self.keys, self.values = keys, values
-        return keys, values
-
-
-def _layer(
-    layer: nn.Module,
-    x: Tensor,
-    attend: Tensor,
-    rotary: tuple[Tensor, Tensor],
-    keys: Tensor | None = None,
-    values: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """A Gemma layer's output, and the keys and values that it looked at: those given, then its own."""
-    cache = _Cache(keys, values)
-    return layer(x, attention_mask=attend, position_embeddings=rotary, past_key_values=cache), cache.keys, cache.values
 
 
 restore = PublishedPi0.restore
