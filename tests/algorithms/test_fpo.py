@@ -206,7 +206,8 @@ def test_the_value_after_a_decision_is_the_value_at_the_next(where):
 def test_the_drift_is_told_also_where_the_ratio_cannot_see_it():
     """The standardised ratio has mean 1 whatever the losses do; the metric must not be made from it."""
     policy = ToyFlow(1)
-    algorithm = FPO(settings(ratio="standardised", beta=0.1, lr=0.05, drift_penalty=0.0), policy, BUDGET, 0)
+    changes = {"ratio": "standardised", "beta": 0.1, "lr": 0.05, "drift_penalty": 0.0, "critic_steps": 10}
+    algorithm = FPO(settings(**changes), policy, BUDGET, 0)
     drifts = [algorithm.update(policy, rollout(policy, wants, 64, i))["cfm_drift"] for i in range(4)]
     assert max(map(abs, drifts)) > 1e-3
 
@@ -235,7 +236,7 @@ def success_rate(policy, seed):
 )
 def test_it_learns_a_one_step_problem(changes):
     policy = ToyFlow(1)
-    algorithm = FPO(settings(lr=1e-2, minibatch=16, critic_steps=50, **changes), policy, BUDGET, 0)
+    algorithm = FPO(settings(lr=1e-2, minibatch=16, critic_steps=50, critic_width=64, **changes), policy, BUDGET, 0)
     before = success_rate(policy, 999)
     for i in range(12):
         metrics = algorithm.update(policy, rollout(policy, wants, 64, i, act=algorithm.act))
@@ -247,7 +248,7 @@ def test_update_trains_the_actor_only_and_repeats_bitwise():
     results = []
     for _ in range(2):
         policy = ToyFlow(1)
-        algorithm = FPO(settings(), policy, BUDGET, 3)
+        algorithm = FPO(settings(critic_steps=10), policy, BUDGET, 3)
         algorithm.update(policy, rollout(policy, wants, 16, 0))
         results.append({k: v.clone() for k, v in policy.state_dict().items()})
         assert torch.equal(policy.prefix, torch.ones(1))
@@ -257,7 +258,7 @@ def test_update_trains_the_actor_only_and_repeats_bitwise():
 
 def test_ablation_without_the_ratio_climbs_the_critic():
     policy = ToyFlow(1)
-    algorithm = FPO(settings(ratio="none", lr=1e-2, minibatch=16, critic_steps=200), policy, BUDGET, 0)
+    algorithm = FPO(settings(ratio="none", lr=1e-2, minibatch=16, critic_steps=100, critic_width=64), policy, BUDGET, 0)
     before = success_rate(policy, 999)
     for i in range(10):
         metrics = algorithm.update(policy, rollout(policy, wants, 64, i))
@@ -280,16 +281,16 @@ def test_settings_out_of_range(bad):
 def test_the_learning_rate_falls_to_zero_over_the_run_also_across_a_resume():
     budget = dataclasses.replace(BUDGETS["smoke"], iterations=4)
     policy = ToyFlow(1)
-    algorithm = FPO(settings(lr=0.4), policy, budget, 0)
+    algorithm = FPO(settings(lr=0.4, critic_steps=1), policy, budget, 0)
     rates = []
     for i in range(4):
         algorithm.update(policy, rollout(policy, wants, 8, i))
         rates.append(algorithm.optimizer.param_groups[0]["lr"])
-        resumed = FPO(settings(lr=0.4), policy, budget, 0)
+        resumed = FPO(settings(lr=0.4, critic_steps=1), policy, budget, 0)
         resumed.load_state_dict(algorithm.state_dict())
         algorithm = resumed
     assert rates == pytest.approx([0.4, 0.3, 0.2, 0.1])
-    steady = FPO(settings(lr=0.4, anneal_lr=False), policy, budget, 0)
+    steady = FPO(settings(lr=0.4, anneal_lr=False, critic_steps=1), policy, budget, 0)
     for i in range(2):
         steady.update(policy, rollout(policy, wants, 8, i))
     assert steady.optimizer.param_groups[0]["lr"] == 0.4
@@ -305,7 +306,8 @@ def test_no_tau_below_the_smallest(low):
         return inner(context, latent, t, noise)
 
     policy.draw_loss = watched
-    FPO(settings(tau_min=low, draws=16), policy, BUDGET, 0).update(policy, rollout(policy, wants, 64, 0))
+    algorithm = FPO(settings(tau_min=low, draws=16, critic_steps=1), policy, BUDGET, 0)
+    algorithm.update(policy, rollout(policy, wants, 64, 0))
     drawn = torch.cat([t.flatten() for t in seen])
     assert low <= float(drawn.min()) < low + 0.05
     assert 0.95 < float(drawn.max()) <= 1
