@@ -68,7 +68,7 @@ def test_the_file_stands_for_as_many_trials_of_every_method(tmp_path):
 def test_trials_are_runs_that_stay_and_are_not_run_again(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     numbers = {"tasks": 1, "iterations": 1, "episodes": 2, "eval-states": 1, "eval-repeats": 1}
-    command = ["tune", "--algo", "rwfm", "--trials", "2", "--workers", "1", "--threads", "1"]
+    command = ["tune", "--algo", "dsrl", "--trials", "2", "--workers", "1", "--threads", "1"]
     command += [word for name, number in numbers.items() for word in (f"--budget.{name}", str(number))]
     assert main(["tune"]) == 2
     assert "algo: missing; name algorithms, or a file" in capsys.readouterr().err
@@ -77,10 +77,10 @@ def test_trials_are_runs_that_stay_and_are_not_run_again(tmp_path, monkeypatch, 
     assert "2 cells: 2 done" in told
     text = Path("tuning/trials.md").read_text()
     assert text in told
-    assert "| 0 | 0.0001 | 3 | 60 | 0/1 |" in text or "| 0 | 0.0001 | 3 | 60 | 1/1 |" in text
+    assert "| 0 | 0.0003 | 1 | 1 | 0/1 |" in text or "| 0 | 0.0003 | 1 | 1 | 1/1 |" in text
     assert "protocol `tuning`" in text
     assert "Best: trial " in text
-    assert "[settings.rwfm]\nlr = " in text
+    assert "[settings.dsrl]\nlr = " in text
     runs = sorted(Path("tuning/runs").iterdir())
     for run in runs:
         assert {row.init_state for row in read_rows(run / "episodes.jsonl")} <= set(range(25))

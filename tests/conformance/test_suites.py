@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import pickle
 import subprocess
 import sys
@@ -152,19 +153,17 @@ class Solved:
 @pytest.fixture(scope="module")
 def solved(suite, task, plain):
     """The first success among the first tasks: a suite may have tasks that no expert can do."""
-    protocol = suite.protocol(modes(suite)[0])
-    for tried in suite.tasks[:3]:
-        simulator = plain if tried == task else suite.open(tried, protocol)
-        for state in protocol.train_states[:5]:
-            with recorded(simulator) as executed:
-                shown = suite.demonstrate(simulator, tried, state, seed=0)
+    protocol, tasks = suite.protocol(modes(suite)[0]), suite.tasks[:3]
+    with contextlib.ExitStack() as stack:
+        opened = {task: plain}
+        for state, tried in itertools.product(protocol.train_states[:5], tasks):
+            if tried not in opened:
+                opened[tried] = stack.enter_context(contextlib.closing(suite.open(tried, protocol)))
+            with recorded(opened[tried]) as executed:
+                shown = suite.demonstrate(opened[tried], tried, state, seed=0)
             if shown.success:
-                yield Solved(tried, simulator, shown, np.array(executed))
-                if simulator is not plain:
-                    simulator.close()
+                yield Solved(tried, opened[tried], shown, np.array(executed))
                 return
-        if simulator is not plain:
-            simulator.close()
     pytest.fail(f"the expert of {suite.name} failed on its first tasks from initial states {protocol.train_states[:5]}")
 
 
