@@ -37,6 +37,11 @@ def test_what_was_not_reached_or_not_counted_is_said(make_run, capsys):
     never = [run(make_run, "a0", 0, cpu=None)]
     (text,) = cost_table(read_runs(never), 1.0).lines
     assert text[-4:] == ("400 of 400", "20 of 20", "2 of 2", "-")
+    supervised = make_run("s0", base=lambda *_: False, final=lambda *_: True, algorithm="s")
+    with MetricsLog(supervised / "metrics.jsonl") as log:
+        log.append({"iteration": 1, "env_steps": 0, "gradient_steps": 9, "flops": 1e12})
+    (text,) = cost_table(read_runs([supervised]), 1.0).lines
+    assert text[-4:] == ("0", "9", "1", "-")
     without = make_run("b0", base=lambda *_: False, final=lambda *_: True, algorithm="b")
     assert not cost_table(read_runs([without])).lines  # an older run, of which only the rows are left
     assert main(["table", *map(str, never), "--layout", "cost", "--format", "markdown"]) == 0

@@ -54,8 +54,8 @@ def cost_table(runs: Sequence[RunFolder], threshold: float = 0.8) -> Table:
 
 
 def _paid(method: Method, suite: str, name: str, threshold: float) -> dict[str, Any] | None:
-    """Medians over the runs of one currency: `whole`, and `reached`, None where too few got there; None where a run
-    does not say."""
+    """Medians over the runs of one currency: `whole`, and `reached`, None where too few got there, and absent where
+    training plays no episodes; None where a run does not say."""
     whole, reached = [], []
     for run in method.runs:
         told = {line["iteration"]: line.get(name) for line in metrics_of(run)}
@@ -67,6 +67,8 @@ def _paid(method: Method, suite: str, name: str, threshold: float) -> dict[str, 
         rounds = [int(i) for i in np.unique(trained.column("iteration"))]
         curve = [(spent[i], rate) for i, rate in zip(rounds, training_curve(trained)[1], strict=True) if i in spent]
         reached.append(steps_to([x for x, _ in curve], [rate for _, rate in curve], threshold))
+    if not any(run.spent["train_episodes"] for run in method.runs):
+        return {"whole": float(np.median(whole))}
     middle = float(np.median(reached))
     return {"whole": float(np.median(whole)), "reached": middle if math.isfinite(middle) else None}
 
@@ -74,6 +76,8 @@ def _paid(method: Method, suite: str, name: str, threshold: float) -> dict[str, 
 def _text(paid: dict[str, Any] | None, scale: float) -> str:
     if paid is None:
         return "-"
+    if "reached" not in paid:
+        return _number(paid["whole"] / scale)
     first = "never" if paid["reached"] is None else _number(paid["reached"] / scale)
     return f"{first} of {_number(paid['whole'] / scale)}"
 
