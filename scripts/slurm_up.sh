@@ -19,7 +19,11 @@ socket=$root/munge/socket
 export SLURM_CONF=$root/slurm.conf
 
 say() { echo "slurm_up: $*" >&2; }
-alive() { [ -s "$root/$1.pid" ] && [ "$(cat "/proc/$(cat "$root/$1.pid")/comm" 2>/dev/null)" = "$1" ]; }
+alive() { # a daemon that was killed keeps its name until its parent has looked
+    local of
+    [ -s "$root/$1.pid" ] && of=/proc/$(cat "$root/$1.pid") || return 1
+    [ "$(cat "$of/comm" 2>/dev/null)" = "$1" ] && ! grep -q '^State:[[:space:]]*Z' "$of/status" 2>/dev/null
+}
 await() { # await SECONDS WHAT COMMAND...
     local end=$((SECONDS + $1)) what=$2
     shift 2
