@@ -28,9 +28,8 @@ def sweep(args: list[str]) -> int:
     options = parse(Sweep, args, "vlarl-bench sweep")
     file, text = _file_of(options)
     found = read_sweep(file) if not text else plan_sweep(tomllib.loads(text), file)
-    states = read_states(found)
     if options.dry_run:
-        print_plan(found, states)
+        print_plan(found, read_states(found))
         return 0
     return _play(found, text, options)
 
