@@ -1,17 +1,18 @@
 """Trials: which settings, on which states, and what is kept of them."""
 
+import dataclasses
+import re
 import shutil
 import tomllib
 from pathlib import Path
 
 import pytest
+from sweeps import environment, vlarl
 
 from vlarl_bench import registry
-from vlarl_bench.cli import main
 from vlarl_bench.config import BUDGETS
 from vlarl_bench.errors import BenchError
 from vlarl_bench.options import Tune
-from vlarl_bench.records import read_rows
 from vlarl_bench.sweep import plan_sweep, read_sweep
 from vlarl_bench.tune import choices, report, trials
 
@@ -65,42 +66,37 @@ def test_the_file_stands_for_as_many_trials_of_every_method(tmp_path):
     assert "Best" not in text
 
 
-def test_trials_are_runs_that_stay_and_are_not_run_again(tmp_path, monkeypatch, capsys):
+def test_trials_are_runs_that_stay_and_are_not_run_again(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    numbers = {"tasks": 1, "iterations": 1, "episodes": 2, "eval-states": 1, "eval-repeats": 1}
-    command = ["tune", "--algo", "dsrl", "--trials", "2", "--workers", "1", "--threads", "1"]
-    command += [word for name, number in numbers.items() for word in (f"--budget.{name}", str(number))]
-    assert main(["tune"]) == 2
-    assert "algo: missing; name algorithms, or a file" in capsys.readouterr().err
-    assert main(command) == 0
-    told = capsys.readouterr().out
+    env = environment(tmp_path / "toy")
+    numbers = dataclasses.replace(BUDGETS["smoke"], tasks=1, episodes=2)
+    asked = Tune(numbers=numbers, algo=("dsrl",), policy=("pi0-tiny",), suite="libero_object", trials=2)
+    file = Path("tuning.toml")
+    text = trials(asked, Path("tuning")).replace('"libero_object"', '"toy-arm"')
+    file.write_text(text.replace("run = {", 'run = { tasks = ["one"], slots = 2,'))
+    told = vlarl(env, "tune", file)
     assert "2 cells: 2 done" in told
     text = Path("tuning/trials.md").read_text()
     assert text in told
-    assert "| 0 | 0.0003 | 1 | 1 | 0/1 |" in text or "| 0 | 0.0003 | 1 | 1 | 1/1 |" in text
+    assert re.search(r"^\| 0 \| 0.0003 \| 1 \| 1 \| [01]/[12] \| [01]/[12] \|", text, flags=re.MULTILINE)
     assert "protocol `tuning`" in text
     assert "Best: trial " in text
     assert "[settings.dsrl]\nlr = " in text
     runs = sorted(Path("tuning/runs").iterdir())
-    for run in runs:
-        assert {row.init_state for row in read_rows(run / "episodes.jsonl")} <= set(range(25))
     before = [(run / "episodes.jsonl").stat().st_mtime_ns for run in runs]
-    for again in (command, ["tune", "tuning.toml"]):
-        assert main(again) == 0
-        assert text in capsys.readouterr().out
+    assert text in vlarl(env, "tune", file)
     assert [(run / "episodes.jsonl").stat().st_mtime_ns for run in runs] == before
-    Path("other.toml").write_text(Path("tuning.toml").read_text().replace('"tuning"', '"tiny"'))
-    assert main(["tune", "other.toml"]) == 2
-    assert "other.toml: run.protocol: 'tiny'; trials are under 'tuning'" in capsys.readouterr().err
-    assert main(["tune", "tuning.toml", "--trials", "3"]) == 2
-    assert "trials: only without a sweep file; write it into tuning.toml" in capsys.readouterr().err
-    assert main([*command, "--seed", "1"]) == 2
-    assert "out: tuning.toml says something else than these options" in capsys.readouterr().err
+    Path("other.toml").write_text(file.read_text().replace('"tuning"', '"tiny"'))
+    for wrong, line in (
+        ((), "algo: missing; name algorithms, or a file"),
+        (("other.toml",), "other.toml: run.protocol: 'tiny'; trials are under 'tuning'"),
+        ((file, "--trials", "3"), "trials: only without a sweep file; write it into tuning.toml"),
+        (("--algo", "dsrl"), "out: tuning.toml says something else than these options"),
+    ):
+        assert line in vlarl(env, "tune", *wrong, status=2)
     # As in another session: of all this only the file and a pack of the runs are left.
-    assert main(["pack", *map(str, runs), "--out", "packed"]) == 0
+    vlarl(env, "pack", *runs, "--out", "packed")
     shutil.rmtree("tuning")
-    file = Path("tuning.toml")
     file.write_text('packed = "packed"\n' + file.read_text())
-    assert main(["tune", "tuning.toml"]) == 0
-    assert text in capsys.readouterr().out
+    assert text in vlarl(env, "tune", "tuning.toml")
     assert not Path("tuning/runs").exists() or not list(Path("tuning/runs").iterdir())

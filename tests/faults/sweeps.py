@@ -56,9 +56,10 @@ def environment(folder, **more):
 
 
 def vlarl(env, *arguments, status=0):
+    """What the command told; where it was refused as wrong, what it said about it."""
     done = subprocess.run([*COMMAND, *map(str, arguments)], env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == status, done.stdout[-2000:] + done.stderr[-2000:]
-    return done.stdout
+    return done.stderr if status == 2 else done.stdout
 
 
 def outcomes(out):
