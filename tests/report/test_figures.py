@@ -39,11 +39,12 @@ def other(make_run):
 
 
 def timed(folders):
-    """The folders, with metrics: each round took a minute, and the second seed's two."""
+    """The folders, with metrics: each round took a minute and half a CPU hour, and the second seed's twice that."""
     for i, folder in enumerate(folders):
         with MetricsLog(folder / "metrics.jsonl") as log:
             for iteration in (1, 2):
-                log.append({"iteration": iteration, "seconds": 60.0 * iteration * (1 + i // 2)})
+                times = iteration * (1 + i // 2)
+                log.append({"iteration": iteration, "seconds": 60.0 * times, "cpu_seconds": 1800.0 * times})
     return folders
 
 
@@ -120,6 +121,13 @@ def test_gain_stands_against_cost(folders):
 def test_gain_stands_against_other_costs(folders, other, cost, spent):
     (point,) = drawn(pareto, [*folders, other], cost).containers  # rows of the others say that they spent none
     assert point.lines[0].get_xydata()[0, 0] == spent
+
+
+def test_gain_stands_against_cpu_hours_of_those_that_say(folders, other):
+    strong, weak = drawn(pareto, [*timed(folders), other], "cpu_hours").containers
+    for point in (strong, weak):
+        assert point.lines[0].get_xdata()[0] == pytest.approx((1 + 2) / 2)
+    assert not pareto(Figure(), compared_methods(read_runs([other])), "suite_a", "cpu_hours")
 
 
 def test_the_command(folders, tmp_path, capsys, make_run):

@@ -18,7 +18,7 @@ from ..files import atomic_file
 from ..records import EpisodeRow
 from ..stats import mean, performance_profile, seeds_estimate
 from .methods import Method, base_of, cell, change, compared_methods, planned_tasks, scores, suites_of
-from .metrics import machines_of, wall_time_curve
+from .metrics import cpu_hours, machines_of, wall_time_curve
 from .paper import budget_text
 from .runs import RunFolder, training_curve
 
@@ -196,10 +196,14 @@ def profiles(figure: Figure, methods: Sequence[Method], suite: str) -> bool:
 
 def pareto(figure: Figure, methods: Sequence[Method], suite: str, cost: str = "env_steps") -> bool:
     """Gain over the base policy, with its 95% interval, against what a run spent on training."""
+
+    def spent(method: Method) -> float | None:
+        return cpu_hours(method.runs) if cost == "cpu_hours" else method.budget().get(cost)
+
     axes = figure.add_subplot()
     points: dict[tuple[str, ...], list[tuple[float, float]]] = {}
     for (method, look), marker in zip(_looks(methods), itertools.cycle(MARKERS), strict=False):
-        gain, x = _gain(method, methods, suite), method.budget().get(cost)
+        gain, x = _gain(method, methods, suite), spent(method)
         if gain is None or x is None:
             continue
         y = 100 * gain["value"]
@@ -213,18 +217,22 @@ def pareto(figure: Figure, methods: Sequence[Method], suite: str, cost: str = "e
             axes.step(*zip(*front, strict=True), where="post", color="0.6", linewidth=1, zorder=0)
     axes.axhline(0, color="0.4", linewidth=0.8)
     axes.set(xlabel=COSTS[cost], ylabel="change against base (points)")
-    axes.xaxis.set_major_formatter((lambda x, _: f"{x:.3g}") if cost == "flops" else (lambda x, _: f"{x:,.0f}"))
-    axes.set_xlim(0, max(1.06 * axes.dataLim.x1, 1))
+    if not axes.containers:
+        return False
+    whole = cost in ("env_steps", "gradient_steps")
+    axes.xaxis.set_major_formatter((lambda x, _: f"{x:,.0f}") if whole else (lambda x, _: f"{x:.3g}"))
+    axes.set_xlim(0, 1.06 * axes.dataLim.x1 or 1)
     place_legend(figure, axes)
-    return bool(axes.containers)
+    return True
 
 
 COSTS = {
     "env_steps": "environment steps of training, a run",
     "gradient_steps": "gradient steps of training, a run; a critic's count like an actor's",
     "flops": "floating-point operations of training, a run",
+    "cpu_hours": "CPU hours of training, a run; these depend on the machine",
 }
-"""By their names in `Method.budget`."""
+"""By their names in `Method.budget`; CPU hours are told by `metrics.jsonl`."""
 
 
 def _gain(method: Method, methods: Sequence[Method], suite: str) -> dict[str, Any] | None:
@@ -276,4 +284,5 @@ FIGURES: dict[str, Draw] = {
     "pareto": pareto,
     "pareto-gradient-steps": functools.partial(pareto, cost="gradient_steps"),
     "pareto-flops": functools.partial(pareto, cost="flops"),
+    "pareto-cpu-hours": functools.partial(pareto, cost="cpu_hours"),
 }

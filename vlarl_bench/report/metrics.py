@@ -31,6 +31,13 @@ def wall_time_curve(run: RunFolder, rows: Sequence[EpisodeRow]) -> tuple[list[fl
     return [float(second) for second, _ in known], [rate for _, rate in known]
 
 
+def cpu_hours(runs: Sequence[RunFolder]) -> float | None:
+    """CPU hours of all cores that the average run's training took; None where one of the runs does not say."""
+    seconds = [lines[-1].get("cpu_seconds") if (lines := metrics_of(run)) else None for run in runs]
+    told = [float(value) for value in seconds if value is not None]
+    return sum(told) / len(told) / 3600 if told and len(told) == len(seconds) else None
+
+
 def machines_of(runs: Sequence[RunFolder]) -> list[str]:
     """CPU models that the runs were made on."""
     return sorted({str(run.manifest["fingerprint"].get("cpu", "not known")) for run in runs})
