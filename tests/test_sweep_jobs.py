@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -125,6 +126,26 @@ def test_kill_9_of_all_of_it_then_the_same_command_goes_on(calm, env, tmp_path):
     assert [attempt.number for attempt in history(out).values()] == [2]
     file.write_text(toml({**TOY, "seeds": [2]}))
     assert f"besides: 1 cells in {out} that the file no longer names" in vlarl(env, "status", file)
+
+
+def test_a_pause_is_no_signal():
+    code = """
+from vlarl_bench.sweep_jobs import _listen, _next_signal
+signals = _listen()
+print("waits", flush=True)
+for seconds in (1, 60):
+    print(_next_signal(signals, seconds), flush=True)
+"""
+    waiting = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert waiting.stdout is not None
+    assert waiting.stdout.readline() == "waits\n"
+    time.sleep(0.5)
+    waiting.send_signal(signal.SIGSTOP)
+    time.sleep(1)
+    waiting.send_signal(signal.SIGCONT)
+    assert waiting.stdout.readline() == "None\n"
+    waiting.send_signal(signal.SIGTERM)
+    assert waiting.communicate()[0] == "15\n"
 
 
 def test_two_people_on_one_sweep_and_cancel(calm, env, tmp_path):

@@ -17,6 +17,7 @@ import fcntl
 import json
 import os
 import secrets
+import select
 import shutil
 import signal
 import subprocess
@@ -138,7 +139,7 @@ def run_cell(out: Path, name: str, seen: int) -> int:
 
     Returns 0 if it is done or another process's, 1 if it failed, 75 if it was stopped and can go on.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    signals = _listen()
     config, tracker, nodes, processes = _read_cell(out, name)
     claim = attempts.take(out / "attempts", name, seen, job=job_here())
     if isinstance(claim, str):
@@ -151,7 +152,7 @@ def run_cell(out: Path, name: str, seen: int) -> int:
         else:
             command = across(nodes, processes, arguments)
         before = _progress(Path(config.out))
-        status, asked = _supervise(claim, command, out / claim.attempt.log)
+        status, asked = _supervise(claim, command, out / claim.attempt.log, signals)
     except BenchError as error:
         claim.end("failed", str(error))
         print(f"{name}: {error}")
@@ -172,18 +173,28 @@ def run_cell(out: Path, name: str, seen: int) -> int:
     return 1
 
 
-def _supervise(claim: Claim, command: Sequence[str], log: Path) -> tuple[int, int]:
-    """Runs a command to its end; returns its exit status, and the signal that asked this process to stop it (0: none).
+def _listen() -> int:
+    """From here on each of `_SIGNALS` is a byte in a pipe, which is returned to be read: none is lost, nothing polls.
 
-    The signals are blocked here and taken one by one, so nothing is lost between them and nothing polls.
-    """
+    Not by `signal.sigtimedwait`: that of CPython 3.11 tells a signal which never came, after a pause that outlasts its
+    time (SIGSTOP, `scontrol suspend`)."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer)
+    for number in _SIGNALS:
+        signal.signal(number, lambda *_: None)
+    return reader
+
+
+def _supervise(claim: Claim, command: Sequence[str], log: Path, signals: int) -> tuple[int, int]:
+    """Runs a command to its end; returns its exit status, and the signal that asked this process to stop it (0: none).
+    `signals` is what `_listen` returned."""
     parent, watcher = os.getpid(), os.getppid()
 
     def in_child() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # it must not outlive the holder of its claim
         if os.getppid() != parent:
             os._exit(1)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
     with explained(log):
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -198,16 +209,22 @@ def _supervise(claim: Claim, command: Sequence[str], log: Path) -> tuple[int, in
             preexec_fn=in_child if sys.platform == "linux" else None,
         )
         while child.poll() is None:
-            got = signal.sigtimedwait(_SIGNALS, BEAT)
+            got = _next_signal(signals, BEAT)
             lost = got is None and (not claim.beat() or os.getppid() != watcher)
-            if lost or (got is not None and got.si_signo != signal.SIGCHLD):
-                asked = signal.SIGTERM if got is None else got.si_signo
+            if lost or got not in (None, signal.SIGCHLD):
+                asked = got or signal.SIGTERM
                 child.terminate()
                 try:
                     child.wait(3)
                 except subprocess.TimeoutExpired:
                     child.kill()
     return child.wait(), asked
+
+
+def _next_signal(signals: int, seconds: float) -> int | None:
+    """The next one, None if none comes within so many seconds."""
+    came, _, _ = select.select([signals], [], [], seconds)
+    return os.read(signals, 1)[0] if came else None
 
 
 @contextmanager
