@@ -56,7 +56,7 @@ class ARPPOSettings:
     """Discount a decision (VLA-RL)."""
     gae_lambda: float = 0.95
     """Lambda of the advantage estimator (VLA-RL)."""
-    warmup: int = 1
+    warmup: int = 0
     """First iterations in which only the critic learns, at most all but the run's last; VLA-RL 5 of many more."""
     curriculum: float = 0.0
     """Temperature tau of the task curriculum, P(task) ~ exp((0.5 - success) / tau); 0 takes tasks in turn."""
@@ -91,7 +91,9 @@ class ARPPO(Algorithm):
     requires = frozenset({"tokens"})
     learns_from = "rollouts"
     Settings = ARPPOSettings
-    search = MappingProxyType({"lr": (3e-5, 1e-4, 3e-4), "temperature": (0.8, 1.0, 1.3), "epochs": (2, 4, 8)})
+    search = MappingProxyType(
+        {"lr": (3e-5, 1e-4, 3e-4), "temperature": (0.8, 1.0, 1.3), "epochs": (2, 4, 8), "gae_lambda": (0.3, 0.95)}
+    )
 
     def __init__(self, settings: ARPPOSettings, policy: LikelihoodPolicy, budget: Budget, seed: int) -> None:
         self.settings = settings

@@ -34,8 +34,8 @@ else:
 class DPPOSettings:
     """Settings; where the authors' (Robomimic square, state) differ, theirs are named."""
 
-    lr: float = 1e-4
-    """Actor learning rate (AdamW; authors 1e-4)."""
+    lr: float = 1e-5
+    """Actor learning rate (AdamW); authors 1e-4, with which a step here leaves the clip range."""
     epochs: int = 4
     """Passes over an iteration's decisions; authors 10."""
     minibatch: int = 128
@@ -43,8 +43,8 @@ class DPPOSettings:
     steps: int = 10
     """Last steps of the chain that are fine-tuned (authors' K' = 10 of 20); a shorter chain is fine-tuned whole."""
     noise: float = 0.1
-    """Least standard deviation of a step, while collecting and in the likelihood (authors' sigma_min); of policies that
-    denoise by a flow, the noise level of its SDE."""
+    """Least standard deviation of a step, while collecting and in the likelihood (authors' sigma_min). A flow's Euler
+    step has none of its own, so there it is that of every step."""
     clip_eps: float = 0.01
     """Clip range at the last, cleanest step."""
     clip_base: float = 0.001
@@ -63,7 +63,7 @@ class DPPOSettings:
     """... and from above, before their mean over numbers is taken."""
     target_kl: float = 1.0
     """An iteration's epochs end early beyond this divergence."""
-    warmup: int = 1
+    warmup: int = 0
     """First iterations in which only the critic learns, at most all but the run's last; authors 2."""
     critic_lr: float = 1e-3
     """Critic learning rate (Adam)."""
@@ -116,17 +116,25 @@ class DPPO(Algorithm):
     requires = frozenset({"chain"})
     learns_from = "rollouts"
     Settings = DPPOSettings
-    search = MappingProxyType({"lr": (1e-5, 3e-5, 1e-4), "noise": (0.05, 0.1, 0.2), "epochs": (2, 4, 8)})
+    search = MappingProxyType(
+        {"lr": (3e-6, 1e-5, 3e-5), "noise": (0.05, 0.1, 0.2), "epochs": (2, 4, 8), "gae_lambda": (0.3, 0.95)}
+    )
 
     def __init__(self, settings: DPPOSettings, policy: LikelihoodPolicy, budget: Budget, seed: int) -> None:
+        from vlarl_bench.policies.noise import LearnedNoise
+
         self.settings = settings
+        self.noise: Any = settings.noise
+        if "flow" in policy.capabilities:
+            shape = (policy.feature_dim, policy.chunk, policy.latent_dim)
+            self.noise = LearnedNoise(*shape, least=settings.noise, most=settings.noise)
         optimizer = torch.optim.AdamW(only_actor_learns(policy), lr=settings.lr, weight_decay=0.0)
         self.learner = ActorCritic(settings, policy, optimizer, budget, seed)
 
     def act(self, policy: LikelihoodPolicy, context: Any, generators: Sequence[torch.Generator] | None) -> Sample:
         """Denoises with at least `noise` at every step, and keeps the chain."""
         assert generators is not None
-        return policy.explore(context, generators, self.settings.noise)
+        return policy.explore(context, generators, self.noise)
 
     def update(self, policy: LikelihoodPolicy, rollout: Rollout) -> dict[str, float]:
         """The critic's regression, then clipped epochs over the last steps of this round's chains."""
@@ -152,7 +160,7 @@ class DPPO(Algorithm):
         """
         s = self.settings
         assert taken.trace is not None
-        found = policy.log_prob(taken.view(i), taken.trace[i], taken.mask[i], s.noise)
+        found = policy.log_prob(taken.view(i), taken.trace[i], taken.mask[i], self.noise)
         logp, entropy, mask = (x[:, -steps:] for x in (found.logp, found.entropy, found.mask))
         numbers = mask.sum(2).clamp_min(1)
         mean = (logp.clamp(s.logp_low, s.logp_high) * mask).sum(2) / numbers

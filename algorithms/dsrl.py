@@ -60,8 +60,11 @@ class DSRLSettings:
     """Hidden width of each critic."""
     polyak: float = 0.005
     """Step of the target critics towards the critics after each gradient step (authors)."""
-    temperature: float = 0.1
+    temperature: float = 0.01
     """Entropy temperature at the start; authors 1, with rewards of -1 a step. From then on it is learned."""
+    entropy_in_target: bool = False
+    """Whether entropy to come counts as value (SAC, the authors on square), or rewards alone (the authors on LIBERO).
+    Where the reward is 1 and ends the episode, entropy to come soon outweighs it, and going on is worth more."""
     target_entropy: float = 0.0
     """Entropy that the temperature aims at: nats a number of w / b, of which log 2 is all (authors 0; SAC -1)."""
 
@@ -90,7 +93,7 @@ class DSRL(Algorithm):
     requires = frozenset({"noise"})
     learns_from = "rollouts"
     Settings = DSRLSettings
-    search = MappingProxyType({"lr": (1e-4, 3e-4, 1e-3), "bound": (0.7, 1.0, 1.5), "utd": (0.5, 1.0, 2.0)})
+    search = MappingProxyType({"lr": (1e-4, 3e-4, 1e-3), "bound": (0.7, 1.0, 1.5), "temperature": (0.001, 0.01, 0.1)})
 
     def __init__(self, settings: DSRLSettings, policy: NoisePolicy, budget: Budget, seed: int) -> None:
         from vlarl_bench.critics import QEnsemble
@@ -143,7 +146,9 @@ class DSRL(Algorithm):
 
         with torch.no_grad():
             following, next_logp = self._draw(batch["next_features"], later)
-            value = self.target(batch["next_features"], following).amin(0) - temperature * next_logp
+            value = self.target(batch["next_features"], following).amin(0)
+            if s.entropy_in_target:
+                value = value - temperature * next_logp
             goal = batch["reward"] + s.gamma * value * ~batch["ended"]
         error = self.critic(batch["features"], batch["action"]) - goal
         critic_loss = 0.5 * (error**2).mean(1).sum()
@@ -188,13 +193,12 @@ class DSRL(Algorithm):
 
     def _foresight(self, taken: Decisions) -> dict[str, float]:
         """How much of the spread of fresh returns the critics explain, if there is any: before they learn them."""
+        from vlarl_bench.critics import explained_variance
+
         assert taken.trace is not None
-        returns = taken.returns(self.settings.gamma)
-        if returns.min() == returns.max():
-            return {}
         with torch.no_grad():
-            error = returns - self.critic(taken.features, taken.trace / self.settings.bound).mean(0)
-        return {"explained_variance": float(1 - error.var() / returns.var())}
+            predicted = self.critic(taken.features, taken.trace / self.settings.bound).mean(0)
+        return explained_variance(taken.returns(self.settings.gamma), predicted)
 
     def state_dict(self) -> dict[str, Any]:
         """Optimisers, critics, temperature, replay and generator; the actor is a part of the policy."""

@@ -58,8 +58,8 @@ class FlowNoiseSettings:
     """Lambda of the advantage estimator (authors')."""
     target_kl: float = 1.0
     """An iteration's epochs end early beyond this divergence; the authors have no such end."""
-    warmup: int = 1
-    """First iterations in which only the critic learns, at most all but the run's last; authors 0."""
+    warmup: int = 0
+    """First iterations in which only the critic learns, at most all but the run's last (authors')."""
     critic_lr: float = 1e-3
     """Critic learning rate (Adam); authors 1e-4."""
     critic_steps: int = 300
@@ -97,7 +97,9 @@ class FlowNoise(Algorithm):
     requires = frozenset({"flow", "likelihood"})
     learns_from = "rollouts"
     Settings = FlowNoiseSettings
-    search = MappingProxyType({"lr": (3e-6, 1e-5, 3e-5), "clip_eps": (0.1, 0.2, 0.3), "epochs": (2, 4, 8)})
+    search = MappingProxyType(
+        {"lr": (3e-6, 1e-5, 3e-5), "clip_eps": (0.1, 0.2, 0.3), "epochs": (2, 4, 8), "gae_lambda": (0.3, 0.95)}
+    )
 
     def __init__(self, settings: FlowNoiseSettings, policy: StochasticFlow, budget: Budget, seed: int) -> None:
         from vlarl_bench.policies.noise import LearnedNoise

@@ -56,8 +56,8 @@ class FlowSDESettings:
     """Lambda of the advantage estimator (authors')."""
     target_kl: float = 1.0
     """An iteration's epochs end early beyond this divergence; the authors have no such end."""
-    warmup: int = 1
-    """First iterations in which only the critic learns, at most all but the run's last; authors 0."""
+    warmup: int = 0
+    """First iterations in which only the critic learns, at most all but the run's last (authors')."""
     critic_lr: float = 1e-3
     """Critic learning rate (Adam); authors 1e-4."""
     critic_steps: int = 300
@@ -87,7 +87,9 @@ class FlowSDE(Algorithm):
     requires = frozenset({"flow", "likelihood"})
     learns_from = "rollouts"
     Settings = FlowSDESettings
-    search = MappingProxyType({"lr": (3e-6, 1e-5, 3e-5), "noise": (0.3, 0.5, 0.8), "epochs": (2, 4, 8)})
+    search = MappingProxyType(
+        {"lr": (3e-6, 1e-5, 3e-5), "noise": (0.3, 0.5, 0.8), "epochs": (2, 4, 8), "gae_lambda": (0.3, 0.95)}
+    )
 
     def __init__(self, settings: FlowSDESettings, policy: StochasticFlow, budget: Budget, seed: int) -> None:
         self.settings = settings

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -24,7 +24,7 @@ from vlarl_bench.decisions import decisions
 from vlarl_bench.distributed import descend, own, spread
 from vlarl_bench.errors import BenchError
 from vlarl_bench.lazy import lazy_import
-from vlarl_bench.policy_gradient import clipped_surrogate, gae, only_actor_learns
+from vlarl_bench.policy_gradient import anneal, clipped_surrogate, gae, minibatches, only_actor_learns
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +47,7 @@ class FPOSettings:
     lr: float = 1e-4
     """Actor learning rate (Adam) of the first iteration."""
     anneal_lr: bool = True
-    """Whether the learning rate falls linearly towards 0 over the budget's iterations: the last updates then settle."""
+    """Whether the learning rate falls linearly towards 0 over the budget's iterations, as the other methods' does."""
     epochs: int = 4
     """Passes over an iteration's decisions."""
     minibatch: int = 128
@@ -169,7 +169,9 @@ class FPO(Algorithm):
     requires = frozenset({"denoising"})
     learns_from = "rollouts"
     Settings = FPOSettings
-    search = MappingProxyType({"lr": (3e-5, 1e-4, 3e-4), "clip_eps": (0.02, 0.05, 0.1), "epochs": (2, 4, 8)})
+    search = MappingProxyType(
+        {"lr": (3e-5, 1e-4, 3e-4), "clip_eps": (0.02, 0.05, 0.1), "epochs": (2, 4, 8), "gae_lambda": (0.3, 0.95)}
+    )
 
     def __init__(self, settings: FPOSettings, policy: DenoisingPolicy, budget: Budget, seed: int) -> None:
         """Raises BenchError if the settings need a velocity and the policy has none."""
@@ -203,12 +205,11 @@ class FPO(Algorithm):
         """Critic steps on the replay window, then clipped actor epochs on this rollout."""
         s = self.settings
         if s.anneal_lr:
-            for group in self.optimizer.param_groups:
-                group["lr"] = s.lr * max(1 - self.updates / self.iterations, 0.0)
+            anneal(self.optimizer, s.lr, self.updates, self.iterations)
         self.updates += 1
         data = self._data(policy, taken := decisions(policy, rollout))
         # Judged before these episodes are learned from, or it would say how well they are remembered.
-        metrics = {"explained_variance": self._explained_variance(data)} if self.replay else {}
+        metrics = self._foresight(data) if self.replay else {}
         self.replay = [*self.replay, data][-s.window :]
         metrics |= self._fit_critic()
         advantage = self._advantages(data)
@@ -270,11 +271,12 @@ class FPO(Algorithm):
             self.target.follow(self.critic, s.polyak)
         return {"critic_loss": loss.item()}
 
-    def _explained_variance(self, data: dict[str, Tensor]) -> float:
-        """How much of the spread of the returns the critics predict: 1 is all, 0 no more than their mean does."""
+    def _foresight(self, data: dict[str, Tensor]) -> dict[str, float]:
+        """How well the critics, all together, foresaw the round's returns."""
+        from vlarl_bench.critics import explained_variance
+
         with torch.no_grad():
-            error = data["returns"] - self.critic(data["features"], data["latent"]).mean(0)
-        return float(1 - error.var() / data["returns"].var().clamp_min(1e-8))
+            return explained_variance(data["returns"], self.critic(data["features"], data["latent"]).mean(0))
 
     def _advantages(self, data: dict[str, Tensor]) -> Tensor:
         """[n] GAE with V(s) = min_i Q_i(s, x)."""
@@ -297,12 +299,15 @@ class FPO(Algorithm):
         with torch.no_grad():
             old = torch.cat([losses(i) for i in torch.arange(n).split(s.minibatch)])
         seen: dict[str, list[float]] = {"clip_fraction": [], "ratio_off_one": [], "cfm_drift": []}
-        for i in self._minibatches(n):
+        for i in minibatches(n, s.minibatch, s.epochs, self.generator):
             new = losses(i)
             loss, ratio = actor_loss(new, old[i], advantage[i], s)
             off = (ratio.detach() - 1).abs()
             if not seen["cfm_drift"] and not float(off.max()) <= 1e-3:  # also when it is not a number
-                raise BenchError(f"ratio: off 1 by {float(off.max()):.2g} before the first update")
+                raise BenchError(
+                    f"ratio: off 1 by {float(off.max()):.2g} before the first update; the same policy must have the "
+                    "same losses at the same draws"
+                )
             descend(self.optimizer, loss, 1.0)
             seen["clip_fraction"].append(float((off > s.clip_eps).float().mean()))
             seen["ratio_off_one"].append(float(off.mean()))
@@ -312,8 +317,8 @@ class FPO(Algorithm):
 
     def _ascend_critic(self, policy: FlowPolicy, taken: Decisions) -> dict[str, float]:
         """The ablation without the CFM ratio: the chunk itself climbs min Q, through ten Euler steps of the flow."""
-        values = []
-        for i in self._minibatches(len(taken)):
+        values, s = [], self.settings
+        for i in minibatches(len(taken), s.minibatch, s.epochs, self.generator):
             value = self._fresh_values(policy, taken, i).mean()
             descend(self.optimizer, -value, 1.0)
             values.append(value.item())
@@ -330,11 +335,6 @@ class FPO(Algorithm):
             return self.critic(taken.features[i[mine]], x[:, 0]).amin(0)
 
         return spread(value, taken.row[i])
-
-    def _minibatches(self, n: int) -> Iterator[Tensor]:
-        """Numbers of decisions, every epoch in another order."""
-        for _ in range(self.settings.epochs):
-            yield from torch.randperm(n, generator=self.generator).split(self.settings.minibatch)
 
     def state_dict(self) -> dict[str, Any]:
         """Optimisers, critics, replay window and generator."""

@@ -70,7 +70,7 @@ class FPOCFMSettings:
     """Lambda of the advantage estimator (FPO; FPO++ 0.99)."""
     target_kl: float = 1.0
     """An iteration's epochs end early beyond this divergence; FPO has no such end."""
-    warmup: int = 1
+    warmup: int = 0
     """First iterations in which only the critic learns (FPO++), at most all but the run's last."""
     critic_lr: float = 1e-3
     """Critic learning rate (Adam)."""
@@ -123,7 +123,9 @@ class FPOCFM(Algorithm):
     requires = frozenset({"denoising"})
     learns_from = "rollouts"
     Settings = FPOCFMSettings
-    search = MappingProxyType({"lr": (3e-5, 1e-4, 3e-4), "clip_eps": (0.02, 0.05, 0.1), "epochs": (2, 4, 8)})
+    search = MappingProxyType(
+        {"lr": (3e-5, 1e-4, 3e-4), "clip_eps": (0.02, 0.05, 0.1), "epochs": (2, 4, 8), "gae_lambda": (0.3, 0.95)}
+    )
 
     def __init__(self, settings: FPOCFMSettings, policy: DenoisingPolicy, budget: Budget, seed: int) -> None:
         self.settings = settings

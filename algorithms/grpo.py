@@ -17,7 +17,7 @@ from vlarl_bench.algorithm import Algorithm
 from vlarl_bench.decisions import decisions
 from vlarl_bench.errors import BenchError
 from vlarl_bench.lazy import lazy_import
-from vlarl_bench.policy_gradient import Score, ascend, group_advantages, mixed, only_actor_learns
+from vlarl_bench.policy_gradient import Score, anneal, ascend, group_advantages, mixed, only_actor_learns
 
 if TYPE_CHECKING:
     import torch
@@ -92,12 +92,13 @@ class GRPO(Algorithm):
     requires = frozenset({"likelihood"})
     learns_from = "rollouts"
     Settings = GRPOSettings
-    search = MappingProxyType({"lr": (3e-5, 1e-4, 3e-4), "temperature": (0.8, 1.0, 1.3), "epochs": (2, 4, 8)})
+    search = MappingProxyType({"lr": (3e-5, 1e-4, 3e-4), "sde_level": (0.3, 0.5, 0.7), "epochs": (2, 4, 8)})
 
     def __init__(self, settings: GRPOSettings, policy: LikelihoodPolicy, budget: Budget, seed: int) -> None:
         self.settings, self.group = settings, settings.group_size
         self.generator = torch.Generator().manual_seed(seed)
         self.optimizer = torch.optim.Adam(only_actor_learns(policy), lr=settings.lr)
+        self.iterations, self.updates = budget.iterations, 0
         self.tokens = "tokens" in policy.capabilities
         if self.tokens:
             self.noise = settings.temperature
@@ -112,6 +113,8 @@ class GRPO(Algorithm):
     def update(self, policy: LikelihoodPolicy, rollout: Rollout) -> dict[str, float]:
         """Clipped epochs over the decisions of the groups that have spread; none, and nothing is done."""
         s = self.settings
+        anneal(self.optimizer, s.lr, self.updates, self.iterations)
+        self.updates += 1
         taken = decisions(policy, rollout)
         outcome, start = taken.reward[taken.ended], taken.start[taken.ended]
         used = mixed(outcome, start, s.accuracy_low, s.accuracy_high)
@@ -143,10 +146,12 @@ class GRPO(Algorithm):
         return Score(found.logp.sum(2) / found.mask.sum(2).clamp_min(1), found.mask.any(2), entropy, drawn)
 
     def state_dict(self) -> dict[str, Any]:
-        """Optimiser and generator."""
-        return {"optimizer": self.optimizer.state_dict(), "generator": self.generator.get_state()}
+        """Optimiser, generator and how many updates there were."""
+        state = {"optimizer": self.optimizer.state_dict(), "generator": self.generator.get_state()}
+        return {**state, "updates": self.updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues where `state_dict` was taken."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
+        self.updates = state["updates"]

@@ -35,8 +35,9 @@ else:
 class ReinFlowSettings:
     """Settings; where the authors' (Robomimic and Franka Kitchen) differ, theirs are named."""
 
-    lr: float = 1e-4
-    """Learning rate of actor and noise network (AdamW); authors 4.5e-5 from state, 3.5e-6 from pixels."""
+    lr: float = 1e-5
+    """Learning rate of actor and noise network (AdamW); authors 4.5e-5 from state, 3.5e-6 from pixels, where an
+    iteration has a fifth of the gradient steps."""
     epochs: int = 4
     """Passes over an iteration's decisions; authors 5 or 10."""
     minibatch: int = 128
@@ -58,9 +59,9 @@ class ReinFlowSettings:
     """Discount a decision (authors')."""
     gae_lambda: float = 0.95
     """Lambda of the advantage estimator (authors')."""
-    target_kl: float = 1.0
-    """An iteration's epochs end early beyond this divergence (authors')."""
-    warmup: int = 1
+    target_kl: float = 0.01
+    """An iteration's epochs end early beyond this divergence (authors' for Robomimic and Franka Kitchen)."""
+    warmup: int = 0
     """First iterations in which only the critic learns, at most all but the run's last; authors 0 to 10."""
     critic_lr: float = 1e-3
     """Critic learning rate (Adam)."""
@@ -99,7 +100,9 @@ class ReinFlow(Algorithm):
     requires = frozenset({"flow", "likelihood"})
     learns_from = "rollouts"
     Settings = ReinFlowSettings
-    search = MappingProxyType({"lr": (1e-5, 3e-5, 1e-4), "clip_eps": (0.005, 0.01, 0.03), "epochs": (2, 4, 8)})
+    search = MappingProxyType(
+        {"lr": (3e-6, 1e-5, 3e-5), "clip_eps": (0.005, 0.01, 0.03), "epochs": (2, 4, 8), "gae_lambda": (0.3, 0.95)}
+    )
 
     def __init__(self, settings: ReinFlowSettings, policy: StochasticFlow, budget: Budget, seed: int) -> None:
         from vlarl_bench.policies.noise import LearnedNoise

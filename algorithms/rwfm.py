@@ -19,7 +19,7 @@ from vlarl_bench.algorithm import Algorithm
 from vlarl_bench.distributed import descend, spread
 from vlarl_bench.errors import BenchError
 from vlarl_bench.lazy import lazy_import
-from vlarl_bench.policy_gradient import only_actor_learns
+from vlarl_bench.policy_gradient import anneal, only_actor_learns
 from vlarl_bench.suite import Observation
 
 if TYPE_CHECKING:
@@ -123,6 +123,7 @@ class RWFM(Algorithm):
         self.generator = torch.Generator().manual_seed(seed)
         self.actor = only_actor_learns(policy)
         self.optimizer = torch.optim.Adam(self.actor, lr=settings.lr)
+        self.iterations, self.updates = budget.iterations, 0
         self.replay: list[list[dict[str, Any]]] = []
 
     def act(self, policy: DenoisingPolicy, context: Any, generators: Sequence[torch.Generator] | None) -> Sample:
@@ -141,6 +142,8 @@ class RWFM(Algorithm):
     def update(self, policy: DenoisingPolicy, rollout: Rollout) -> dict[str, float]:
         """Weighted regression on the window; without weight on anything in it, nothing is done."""
         s = self.settings
+        anneal(self.optimizer, s.lr, self.updates, self.iterations)
+        self.updates += 1
         episodes = [stored(episode) for episode in rollout.episodes]
         metrics = {"cfm_loss": self._fresh_loss(policy, episodes)}
         if s.weight == "filtered":
@@ -186,10 +189,11 @@ class RWFM(Algorithm):
             return float(torch.cat([self._losses(policy, batch, latent, mask, i) for i in parts]).mean())
 
     def state_dict(self) -> dict[str, Any]:
-        """Optimiser, generator and the window's episodes."""
+        """Optimiser, generator, the window's episodes and how many updates there were."""
         return {
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
+            "updates": self.updates,
             "replay": [list(episodes) for episodes in self.replay],
         }
 
@@ -197,6 +201,7 @@ class RWFM(Algorithm):
         """Continues where `state_dict` was taken."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
+        self.updates = state["updates"]
         self.replay = [list(episodes) for episodes in state["replay"]]
 
 

@@ -1,7 +1,8 @@
 """TPO: trajectory-wise preference optimisation, as GRAPE does it (Zhang et al., 2024, arXiv 2411.19309).
 
 Direct preference optimisation on whole episodes: of two that share task and initial state, the one that succeeded is to
-become likelier than the one that failed, relative to the base policy. Token policies name an episode's log-probability.
+become likelier than the one that failed, relative to the base policy, by the mean log-ratio of its decisions. Token
+policies name that of a decision.
 Flow and diffusion policies don't: there minus half of the squared denoising error at stored draws stands in for it, as
 in Diffusion-DPO (Wallace et al., 2024, eq. 14). That is a surrogate, and metrics call it so.
 """
@@ -21,7 +22,7 @@ from vlarl_bench.decisions import decisions
 from vlarl_bench.distributed import descend
 from vlarl_bench.errors import BenchError
 from vlarl_bench.lazy import lazy_import
-from vlarl_bench.policy_gradient import mixed, only_actor_learns
+from vlarl_bench.policy_gradient import anneal, mixed, only_actor_learns
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +40,7 @@ else:
 class TPOSettings:
     """Settings; where GRAPE's value differs, it is named."""
 
-    lr: float = 1e-4
+    lr: float = 1e-5
     """Actor learning rate (Adam); GRAPE 2e-5 with LoRA on 7.5 B parameters."""
     epochs: int = 4
     """Passes over an iteration's groups; a gradient step takes all pairs of one group."""
@@ -81,7 +82,7 @@ class TPO(Algorithm):
     requires = frozenset({"likelihood"})
     learns_from = "rollouts"
     Settings = TPOSettings
-    search = MappingProxyType({"lr": (1e-5, 3e-5, 1e-4), "beta": (0.01, 0.03, 0.1), "epochs": (2, 4, 8)})
+    search = MappingProxyType({"lr": (3e-6, 1e-5, 3e-5), "beta": (0.1, 0.3, 1.0), "epochs": (2, 4, 8)})
 
     def __init__(self, settings: TPOSettings, policy: Any, budget: Budget, seed: int) -> None:
         self.settings, self.group = settings, settings.group_size
@@ -92,6 +93,7 @@ class TPO(Algorithm):
         self.actor = only_actor_learns(policy)
         self.reference = [parameter.detach().clone() for parameter in self.actor]
         self.optimizer = torch.optim.Adam(self.actor, lr=settings.lr)
+        self.iterations, self.updates = budget.iterations, 0
 
     def act(self, policy: LikelihoodPolicy, context: Any, generators: Sequence[torch.Generator] | None) -> Sample:
         """Draws tokens at the collecting temperature and keeps them; the policy's own sampling where there are none."""
@@ -103,6 +105,8 @@ class TPO(Algorithm):
     def update(self, policy: Any, rollout: Rollout) -> dict[str, float]:
         """Gradient steps on the pairs of each group that has any; none, and nothing is done."""
         s = self.settings
+        anneal(self.optimizer, s.lr, self.updates, self.iterations)
+        self.updates += 1
         taken = decisions(policy, rollout)
         outcome, start = taken.reward[taken.ended], taken.start[taken.ended]
         groups = start[mixed(outcome, start)].unique()
@@ -111,6 +115,9 @@ class TPO(Algorithm):
             return metrics
         score = taken.spread(self._likelihood(policy, taken) if self.tokens else self._surrogate(policy, taken))
         rows = {int(group): (taken.start == group).nonzero()[:, 0] for group in groups}
+        # Failures last until time is up: with sums, making everything unlikely would tell them from successes. The
+        # windows that GRAPE compares are equally long.
+        length = taken.episode.bincount()
         if not self.tokens:
             with torch.no_grad():
                 numbers = torch.cat([taken.mask[i].sum(1) * policy.action_dim for i in rows.values()])
@@ -121,7 +128,7 @@ class TPO(Algorithm):
         for _ in range(s.epochs):
             for group in groups[torch.randperm(len(groups), generator=self.generator)].tolist():
                 i = rows[group]
-                ratio = torch.zeros(len(outcome)).index_add(0, taken.episode[i], score(i) - reference[group])
+                ratio = torch.zeros(len(outcome)).index_add(0, taken.episode[i], score(i) - reference[group]) / length
                 won, lost = (ratio[(start == group) & (outcome == value)] for value in (1, 0))
                 loss, margin = preference_loss(won, lost, s.beta)
                 descend(self.optimizer, loss, s.grad_norm)
@@ -179,11 +186,12 @@ class TPO(Algorithm):
                 parameter.copy_(weight)
 
     def state_dict(self) -> dict[str, Any]:
-        """Reference, optimiser and generator."""
+        """Reference, optimiser, generator and how many updates there were."""
         return {
             "reference": [weight.clone() for weight in self.reference],
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
+            "updates": self.updates,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -191,3 +199,4 @@ class TPO(Algorithm):
         self.reference = [weight.clone() for weight in state["reference"]]
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
+        self.updates = state["updates"]

@@ -253,7 +253,7 @@ def test_every_decision_counts_once_an_epoch():
         return score(i)
 
     step(watched, score.theta, score.advantage, epochs=2, minibatch=5, lr=0.0)
-    assert [len(i) for i in seen] == [5, 5, 2] * 3
+    assert [len(i) for i in seen] == [5, 5, 2] + [4, 4, 4] * 2  # no step on a handful
     assert all(torch.cat(seen[k : k + 3]).sort().values.tolist() == list(range(12)) for k in (0, 3, 6))
     assert not torch.equal(torch.cat(seen[3:6]), torch.cat(seen[6:9]))
 
@@ -302,7 +302,7 @@ def test_what_all_score_before_need_not_be_computed_again():
 @pytest.mark.parametrize(("warmup", "iterations", "alone"), [(1, 1, 0), (0, 3, 0), (2, 5, 2), (5, 3, 2)])
 def test_the_critic_warms_up_alone_but_the_last_round_trains_the_policy(warmup, iterations, alone):
     critic = {"critic_width": 4, "critic_lr": 1e-3, "critic_steps": 2, "critic_batch": 4, "window": 2}
-    settings = SimpleNamespace(warmup=warmup, gamma=0.9, gae_lambda=0.9, **critic)
+    settings = SimpleNamespace(lr=0.5, warmup=warmup, gamma=0.9, gae_lambda=0.9, **critic)
     budget = dataclasses.replace(BUDGETS["smoke"], iterations=iterations)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
     learner = ActorCritic(settings, SimpleNamespace(feature_dim=1), optimizer, budget, 0)
@@ -314,7 +314,11 @@ def test_the_critic_warms_up_alone_but_the_last_round_trains_the_policy(warmup, 
         task=torch.zeros(4),
         returns=lambda gamma: torch.tensor([gamma, 1.0, 0.0, 0.0]),
     )
-    found = [learner.judge(taken) for _ in range(iterations)]
+    found, rates = [], []
+    for _ in range(iterations):
+        found.append(learner.judge(taken))
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.5 * (1 - i / iterations) for i in range(iterations)])
     assert [advantage is None for advantage, _ in found] == [True] * alone + [False] * (iterations - alone)
     assert all("critic_loss" in metrics for _, metrics in found)
     assert found[-1][0].shape == (4,)

@@ -24,10 +24,10 @@ def test_the_first_trial_is_the_default_and_the_others_are_drawn_once():
     assert len(set(drawn)) == 8
     assert drawn == choices("fpo", 8, seed=0) != choices("fpo", 8, seed=1)
     assert drawn[:5] == choices("fpo", 5, seed=0)  # more trials later go on with the same ones
-    everything = choices("fpo", 27, seed=0)
+    everything = choices("fpo", 54, seed=0)
     assert {settings.lr for settings in everything} == set(method.search["lr"])
-    for count in (0, 28):
-        with pytest.raises(BenchError, match=r"^trials: .* 27 combinations of lr, clip_eps, epochs"):
+    for count in (0, 55):
+        with pytest.raises(BenchError, match=r"^trials: .* 54 combinations of lr, clip_eps, epochs, gae_lambda"):
             choices("fpo", count, seed=0)
     with pytest.raises(BenchError, match="'sft' names no settings"):
         choices("sft", 1, seed=0)
@@ -78,7 +78,7 @@ def test_trials_are_runs_that_stay_and_are_not_run_again(tmp_path, monkeypatch):
     assert "2 cells: 2 done" in told
     text = Path("tuning/trials.md").read_text()
     assert text in told
-    assert re.search(r"^\| 0 \| 0.0003 \| 1 \| 1 \| [01]/[12] \| [01]/[12] \|", text, flags=re.MULTILINE)
+    assert re.search(r"^\| 0 \| 0.0003 \| 1 \| 0.01 \| [01]/[12] \| [01]/[12] \|", text, flags=re.MULTILINE)
     assert "protocol `tuning`" in text
     assert "Best: trial " in text
     assert "[settings.dsrl]\nlr = " in text

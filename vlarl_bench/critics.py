@@ -6,6 +6,14 @@ import torch
 from torch import Tensor, nn
 
 
+def explained_variance(returns: Tensor, predicted: Tensor) -> dict[str, float]:
+    """`explained_variance`: how much of the spread of returns [N] is predicted [N]; 1 is all, 0 no more than a constant
+    does. Empty where they have no spread."""
+    if returns.min() == returns.max():
+        return {}
+    return {"explained_variance": float(1 - (returns - predicted).var() / returns.var())}
+
+
 class QEnsemble(nn.Module):
     """M independent two-layer networks Q_i(s, x) over state features and action chunks.
 
@@ -70,10 +78,7 @@ class ValueCritic:
 
     def fit(self, features: Tensor, returns: Tensor) -> dict[str, float]:
         """Learns a round's features [N, F] and returns [N]; says first how well it foresaw them, if they vary."""
-        metrics = {}
-        if self.replay and returns.min() < returns.max():
-            error = returns - self(features)
-            metrics["explained_variance"] = float(1 - error.var() / returns.var())
+        metrics = explained_variance(returns, self(features)) if self.replay else {}
         self.replay = [*self.replay, (features, returns)][-self.window :]
         seen, goal = (torch.cat(parts) for parts in zip(*self.replay, strict=True))
         self.net.standardise(seen)

@@ -8,7 +8,7 @@ Shapes: E episodes and N decisions of a round, B of a minibatch, U units that a 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -135,6 +135,20 @@ def only_actor_learns(policy: Policy) -> list[torch.nn.Parameter]:
     return actor
 
 
+def anneal(optimizer: torch.optim.Optimizer, lr: float, done: int, planned: int) -> None:
+    """Sets the learning rate of the iteration after `done` of `planned`: it falls linearly from `lr` towards 0, so that
+    the last updates settle. The same for every method that learns by gradient steps on a policy's own weights."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * max(1 - done / planned, 0.0)
+
+
+def minibatches(n: int, size: int, epochs: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
+    """Numbers below n, each epoch in another order, in parts of at most `size` that are as equal as can be: the last
+    one of an epoch must not be a step on a handful."""
+    for _ in range(epochs):
+        yield from torch.randperm(n, generator=generator).tensor_split(math.ceil(n / size))
+
+
 def check_actor_critic(settings: Any) -> None:
     """Raises BenchError if a setting that `ActorCritic` and `ascend` read is out of range."""
     for name in ("lr", "critic_lr"):
@@ -164,6 +178,7 @@ class ActorCritic:
         from .critics import ValueCritic
 
         self.settings, self.optimizer, self.updates = settings, optimizer, 0
+        self.iterations = budget.iterations
         self.warmup = min(settings.warmup, budget.iterations - 1)
         self.generator = torch.Generator().manual_seed(seed)
         self.critic = ValueCritic(
@@ -181,6 +196,7 @@ class ActorCritic:
         learns), and metrics."""
         s = self.settings
         metrics = self.critic.fit(taken.features, taken.returns(s.gamma))
+        anneal(self.optimizer, s.lr, self.updates, self.iterations)
         self.updates += 1
         if self.updates <= self.warmup:
             return None, metrics
@@ -264,14 +280,17 @@ def ascend(
         with torch.no_grad():
             old = torch.cat([score(i).logp for i in torch.arange(n).split(minibatch)])
     seen: dict[str, list[float]] = {"clip_fraction": [], "ratio_off_one": [], "kl": [], "entropy": []}
-    for i in [i for _ in range(epochs) for i in torch.randperm(n, generator=generator).split(minibatch)]:
+    for i in minibatches(n, minibatch, epochs, generator):
         now = score(i)
         log_ratio = torch.where(now.mask, now.logp - old[i], 0.0)
         log_ratio = log_ratio + (log_ratio.clamp(-log_ratio_limit, log_ratio_limit) - log_ratio).detach()
         ratio, units = log_ratio.exp(), now.mask.sum().clamp_min(1)
         off = (ratio.detach() - 1).abs()
         if not seen["kl"] and not float(off.max()) <= 1e-3:  # also when it is not a number
-            raise BenchError(f"ratio: off 1 by {float(off.max()):.2g} before the first update")
+            raise BenchError(
+                f"ratio: off 1 by {float(off.max()):.2g} before the first update; `score` must give the same policy "
+                "the same log-probabilities"
+            )
         seen["kl"].append(((ratio - 1 - log_ratio) * now.mask).sum().item() / units.item())
         if seen["kl"][-1] > target_kl:
             break

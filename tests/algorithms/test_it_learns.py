@@ -56,6 +56,7 @@ CASES = {
     "ar-ppo": (ARPPO, tokens, {"lr": 3e-2}),
     "ar-ppo-chunk": (ARPPO, tokens, {"lr": 3e-2, "ratio": "chunk"}),
     "dppo": (DPPO, chain, {"lr": 1e-2, "noise": 0.3, "clip_eps": 0.1, "clip_base": 0.01}),
+    "dppo-flow": (DPPO, stochastic, {"lr": 2e-2, "noise": 0.3, "clip_eps": 0.1, "clip_base": 0.01}),
     "dsrl": (
         DSRL,
         flow,
@@ -80,7 +81,7 @@ CASES = {
     "rwfm": (RWFM, flow, {**IMITATION, "alpha": 6.0}),
     "rwfm-filtered": (RWFM, flow, {**IMITATION, "weight": "filtered"}),
     "fpo-cfm": (FPOCFM, flow, {"lr": 2e-2}),
-    "reinflow": (ReinFlow, stochastic, {"lr": 1e-2, "noise_least": 0.1, "noise_most": 0.3}),
+    "reinflow": (ReinFlow, stochastic, {"lr": 2e-2, "noise_least": 0.1, "noise_most": 0.3, "target_kl": 1.0}),
     "flow-sde": (FlowSDE, stochastic, {"lr": 1e-2}),
     "flow-noise": (FlowNoise, stochastic, {"lr": 1e-2, "noise_least": 0.1, "noise_most": 0.3}),
 }

@@ -39,7 +39,7 @@ class OneParameter(ToyFlow):
 def test_weights_in_closed_form(weight, alpha):
     """The mean gradient over very many decisions is sum(w x) / sum(w), with w = exp(alpha R) or R."""
     policy = OneParameter(0, inputs=2)
-    settings = RWFMSettings(weight=weight, alpha=alpha, gradient_steps=1, minibatch=40_000, grad_norm=1e9)
+    settings = RWFMSettings(lr=1.0, weight=weight, alpha=alpha, gradient_steps=1, minibatch=40_000, grad_norm=1e9)
     algorithm = RWFM(settings, policy, BUDGET, 0)
     algorithm.optimizer = torch.optim.SGD(algorithm.actor, lr=1.0)
     rollout = play(algorithm, policy, [1, 0, 0, 1, 0, 0])

@@ -29,19 +29,19 @@ def play(algorithm, policy, outcomes, seed=0):
     return dataclasses.replace(rollout, episodes=given)
 
 
-def steepest(algorithm, lr=1.0):
+def steepest(algorithm):
     """Plain gradient descent, whose step tells the gradient."""
-    algorithm.optimizer = torch.optim.SGD(algorithm.actor, lr=lr)
+    algorithm.optimizer = torch.optim.SGD(algorithm.actor, lr=algorithm.settings.lr)
 
 
 def by_hand(policy, episode, temperature):
-    """Log-probability of an episode: all tokens of its first, executed actions, one by one."""
+    """Log-probability of an episode, a mean over its decisions: all tokens of first, executed actions, one by one."""
     total = 0.0
     for seen, trace in zip(episode.observations, episode.traces, strict=False):
         logits = policy.logits(policy.preprocess([seen]))[0].detach() / temperature
         for place in (0, 1):
             total += float(logits[place, trace[place, 0]] - logits[place].exp().sum().log())
-    return total
+    return total / len(episode.traces)
 
 
 def test_preference_loss_by_hand():
@@ -53,7 +53,7 @@ def test_preference_loss_by_hand():
 
 def test_loss_is_that_of_log_probabilities_added_up_by_hand():
     """Three groups, one of them without a pair; the policy has moved from its reference, by a lot."""
-    algorithm, policy = start(beta=0.3, temperature=1.5)
+    algorithm, policy = start(beta=0.3, temperature=1.5, lr=0.0)
     base = ToyTokens(0, inputs=2)
     with torch.no_grad():
         policy.b += 0.5 * torch.sin(torch.arange(20.0))
@@ -66,7 +66,7 @@ def test_loss_is_that_of_log_probabilities_added_up_by_hand():
         margins = [0.3 * (ratio[w] - ratio[n]) for w in group for n in group if outcomes[w] > outcomes[n]]
         losses.append(sum(math.log1p(math.exp(-m)) for m in margins) / len(margins))
         preferred.append(sum(m > 0 for m in margins) / len(margins))
-    steepest(algorithm, lr=0.0)
+    steepest(algorithm)
     metrics = algorithm.update(policy, rollout)
     assert metrics["groups_used"] == pytest.approx(2 / 3)
     assert metrics["tpo_loss"] == pytest.approx(sum(losses) / 2, rel=1e-5)
@@ -76,8 +76,8 @@ def test_loss_is_that_of_log_probabilities_added_up_by_hand():
 
 def test_first_gradient_in_closed_form():
     """At the reference every margin is 0, so the gradient is -beta / 2 (mean of wins - mean of failures) of
-    d log pi(episode) / db, which is the sum of onehot - chances."""
-    algorithm, policy = start(beta=0.2, grad_norm=1e9)
+    d log pi(episode) / db, which is the mean over decisions of onehot - chances."""
+    algorithm, policy = start(beta=0.2, grad_norm=1e9, lr=1.0)
     outcomes = [1, 0, 0, 1]
     rollout = play(algorithm, policy, outcomes)
     expected = torch.zeros(4, 5)
@@ -85,7 +85,7 @@ def test_first_gradient_in_closed_form():
         for seen, trace in zip(episode.observations, episode.traces, strict=False):
             chances = policy.logits(policy.preprocess([seen]))[0].detach().softmax(-1)
             push = torch.eye(5)[torch.from_numpy(trace[:, 0])] - chances
-            expected[:2] += 0.2 / 2 * (1 if outcome else -1) * push[:2] / 2
+            expected[:2] += 0.2 / 2 * (1 if outcome else -1) * push[:2] / 2 / len(episode.traces)
     steepest(algorithm)
     before = policy.b.detach().clone()
     metrics = algorithm.update(policy, rollout)
@@ -95,7 +95,7 @@ def test_first_gradient_in_closed_form():
 
 
 def test_the_surrogate_is_half_the_squared_error_at_stored_draws():
-    algorithm, policy = start(ToyFlow, beta=0.4)
+    algorithm, policy = start(ToyFlow, beta=0.4, lr=0.0)
     with torch.no_grad():
         policy.b += 0.3
     outcomes = [1, 0, 0, 1]
@@ -109,10 +109,11 @@ def test_the_surrogate_is_half_the_squared_error_at_stored_draws():
     for i in range(n):
         view, x = taken.view(torch.tensor([i])), taken.latent[i : i + 1]
         now, then = (p.flow_loss(view, x, t[i : i + 1], noise[i : i + 1])[0, :, 0].detach() for p in (policy, base))
-        ratio[int(taken.episode[i])] += float(-0.5 * (now.sum(1) - then.sum(1)).mean())
+        length = len(rollout.episodes[int(taken.episode[i])].latents)
+        ratio[int(taken.episode[i])] += float(-0.5 * (now.sum(1) - then.sum(1)).mean()) / length
         errors.append(now.mean().item())
     margins = [0.4 * (ratio[w] - ratio[k]) for w in (0, 3) for k in (1, 2)]
-    steepest(algorithm, lr=0.0)
+    steepest(algorithm)
     metrics = algorithm.update(policy, rollout)
     expected = sum(math.log1p(math.exp(-m)) for m in margins) / 4
     assert metrics["tpo_surrogate_loss"] == pytest.approx(expected, rel=1e-5)
