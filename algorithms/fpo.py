@@ -55,8 +55,9 @@ class FPOSettings:
     draws: int = 4
     """Stored (tau, eps) pairs a decision."""
     tau_min: float = 0.2
-    """Smallest tau drawn (1 = noise); the paper draws from all of [0, 1]. Near 0 the loss asks for an eps that nothing
-    can know, which is most of the gradient's noise, and a decoder of n Euler steps never looks below 1/n."""
+    """Smallest tau drawn (1 = noise) of flow policies; the paper draws from all of [0, 1], as diffusion does here. Near
+    0 the loss asks for an eps that nothing can know, which is most of the gradient's noise, and a decoder of n Euler
+    steps never looks below 1/n."""
     clip_eps: float = 0.05
     """Clip range e of eq. 4; 0 turns clipping off (ablation)."""
     ratio: Literal["difference", "scaled", "standardised", "none"] = "difference"
@@ -292,7 +293,8 @@ class FPO(Algorithm):
         """Eq. 4 over stored (tau, eps): the same draws score the old and the new policy, in every epoch."""
         s = self.settings
         latent, mask, n = taken.latent, taken.mask, len(taken)
-        t = s.tau_min + (1 - s.tau_min) * torch.rand(n, s.draws, generator=self.generator)
+        least = s.tau_min if "flow" in policy.capabilities else 0.0
+        t = least + (1 - least) * torch.rand(n, s.draws, generator=self.generator)
         noise = torch.randn(n, s.draws, *latent.shape[1:], generator=self.generator)
 
         losses = taken.spread(lambda i: chunk_loss(policy, taken.view(i), latent[i], mask[i], t[i], noise[i]))

@@ -50,8 +50,8 @@ class FPOCFMSettings:
     draws: int = 8
     """Stored (tau, eps) pairs a decision, N_mc (FPO; FPO++'s code 16)."""
     tau_min: float = 0.2
-    """Smallest tau drawn (1 = noise). FPO draws from the times at which its decoder of 10 steps looks, so never below
-    0.1; decoders here may have 5 steps."""
+    """Smallest tau drawn (1 = noise) of flow policies; diffusion's decoder looks everywhere, and so is drawn for. FPO
+    draws from the times at which its decoder of 10 steps looks, so never below 0.1; decoders here may have 5 steps."""
     ratio: Literal["sample", "mean"] = "sample"
     """One ratio a draw (FPO++), or one of the mean loss over draws (FPO)."""
     numbers: Literal["mean", "sum"] = "mean"
@@ -140,7 +140,8 @@ class FPOCFM(Algorithm):
         if advantage is None:
             return metrics
         n = len(taken)
-        tau = s.tau_min + (1 - s.tau_min) * torch.rand(n, s.draws, generator=generator)
+        least = s.tau_min if "flow" in policy.capabilities else 0.0
+        tau = least + (1 - least) * torch.rand(n, s.draws, generator=generator)
         eps = torch.randn(n, s.draws, *taken.latent.shape[1:], generator=generator)
         score = taken.spread(lambda i: self.score(policy, taken, i, tau, eps))
         with torch.no_grad():

@@ -311,6 +311,10 @@ def test_no_tau_below_the_smallest(low):
     drawn = torch.cat([t.flatten() for t in seen])
     assert low <= float(drawn.min()) < low + 0.05
     assert 0.95 < float(drawn.max()) <= 1
+    seen.clear()
+    policy.capabilities = policy.capabilities - {"flow"}  # as diffusion, whose decoder looks everywhere
+    algorithm.update(policy, rollout(policy, wants, 64, 0))
+    assert float(torch.cat([t.flatten() for t in seen]).min()) < 0.05
 
 
 def test_critics_see_small_differences_between_states():
