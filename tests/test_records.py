@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlarl_bench.errors import BenchError
-from vlarl_bench.records import EpisodeLog, EpisodeRow, LossLog, MetricsLog, is_torn, read_metrics, read_rows
+from vlarl_bench.records import EpisodeLog, EpisodeRow, LostLog, MetricsLog, is_torn, read_metrics, read_rows
 
 
 def row(**changes: object) -> EpisodeRow:
@@ -232,10 +232,10 @@ def test_a_file_in_place_of_the_folder_is_explained(tmp_path):
 def test_losses_are_numbered_also_over_a_resume(tmp_path):
     path = tmp_path / "lost.jsonl"
     for number in (1, 2):
-        with LossLog(path) as log:
+        with LostLog(path) as log:
             assert log.append({"task": "pick", "why": "was killed by SIGKILL"}) == number
     with open(path, "ab") as file:
         file.write(b'{"crc":"0')  # torn by a crash
-    with LossLog(path) as log:
+    with LostLog(path) as log:
         assert [line["number"] for line in log.lines] == [1, 2]
     assert [json.loads(line)["why"] for line in path.read_text().splitlines()] == ["was killed by SIGKILL"] * 2

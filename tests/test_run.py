@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from vlarl_bench.cli import main
-from vlarl_bench.records import LossLog, read_metrics, read_rows
+from vlarl_bench.records import LostLog, read_metrics, read_rows
 from vlarl_bench.sealed import read_sealed, write_sealed
 
 COMMAND = [str(Path(sys.executable).parent / "vlarl-bench")]
@@ -181,7 +181,7 @@ def test_a_run_whose_workers_are_killed_equals_undisturbed_and_tells_it(whole, t
     _, told = process.communicate(timeout=300)
     assert process.returncode == 0
     assert outcome(folder) == outcome(whole[0])
-    with LossLog(folder / "lost.jsonl") as log:
+    with LostLog(folder / "lost.jsonl") as log:
         losses = log.lines
     assert [loss["number"] for loss in losses] == [1, 2]
     for loss in losses:

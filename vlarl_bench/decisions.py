@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .distributed import Rows, count, own, rank, shared, spread
+from .distributed import Rows, own, rank, shared, spread, world_size
 from .errors import BenchError
 from .lazy import lazy_import
 
@@ -58,9 +58,9 @@ class Decisions:
     def view(self, i: Tensor) -> Any:
         """The encoded observations of the decisions `i`. Raises BenchError if another process of the run holds one."""
         row = self.row[i]
-        if count() > 1 and (row % count() != rank()).any():
+        if world_size() > 1 and (row % world_size() != rank()).any():
             raise BenchError("processes: this method cannot share a run; it scores decisions without Decisions.spread")
-        return self.context.index(row // count())
+        return self.context.index(row // world_size())
 
     def spread(self, score: Callable[[Tensor], Rows]) -> Callable[[Tensor], Rows]:
         """`score`, of decisions i [B], such that each process scores those whose observation it holds, and all of them

@@ -106,7 +106,7 @@ def _together() -> Iterator[None]:
         ) from error
 
 
-def count() -> int:
+def world_size() -> int:
     """Processes of this run."""
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
@@ -121,9 +121,9 @@ def rank() -> int:
 
 def gathered(value: Value) -> list[Value]:
     """What each process has, in the order of their numbers."""
-    if count() == 1:
+    if world_size() == 1:
         return [value]
-    found: list[Any] = [None] * count()
+    found: list[Any] = [None] * world_size()
     with _together():
         torch.distributed.all_gather_object(found, value)
     return found
@@ -131,7 +131,7 @@ def gathered(value: Value) -> list[Value]:
 
 def from_first(value: Value) -> Value:
     """What the first process has."""
-    if count() == 1:
+    if world_size() == 1:
         return value
     box: list[Any] = [value]
     with _together():
@@ -160,25 +160,25 @@ def check_same(what: str, value: str) -> None:
 
 def own(rows: int) -> Tensor:
     """[b] those of `rows` rows that this process works on."""
-    return torch.arange(rank(), rows, count())
+    return torch.arange(rank(), rows, world_size())
 
 
 def spread(compute: Callable[[Tensor], Rows], owner: Tensor) -> Rows:
-    """`compute(arange(B))`, where each process computes only the rows whose `owner` [B], modulo `count()`, it is.
+    """`compute(arange(B))`, where each process computes only the rows whose `owner` [B], modulo `world_size()`, it is.
 
     compute(i [b]) gives a tensor, or a named tuple of tensors, of b rows. All processes get the values of all rows, but
     a gradient flows into a process's own rows only. So whatever a loss makes of the rows, `descend` finds the gradient
     that one process would: what depends on the whole batch (means, clipping, pairs) needs no second thought.
     """
-    if count() == 1:
+    if world_size() == 1:
         return compute(torch.arange(len(owner)))
-    owner = owner % count()
+    owner = owner % world_size()
     mine = (owner == rank()).nonzero()[:, 0]
     with shared():
         rows = compute(mine) if len(mine) else None
     parts: list[Any] = gathered(None if rows is None else _each(_plain, rows))
     parts[rank()] = rows
-    order = torch.cat([(owner == number).nonzero()[:, 0] for number in range(count())]).argsort()
+    order = torch.cat([(owner == number).nonzero()[:, 0] for number in range(world_size())]).argsort()
     whole: Rows = _each(lambda *columns: torch.cat(columns)[order], *(part for part in parts if part is not None))
     return whole
 
@@ -199,9 +199,9 @@ def descend(optimizer: torch.optim.Optimizer, loss: Tensor, grad_norm: float) ->
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     optimizer.zero_grad()
     with shared():
-        if count() == 1 or loss.requires_grad:  # it does not where a minibatch has no row of this process
+        if world_size() == 1 or loss.requires_grad:  # it does not where a minibatch has no row of this process
             loss.backward()
-    if count() > 1:
+    if world_size() > 1:
         _sum_gradients(parameters)
     torch.nn.utils.clip_grad_norm_(parameters, grad_norm)
     optimizer.step()

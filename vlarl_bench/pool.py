@@ -35,7 +35,7 @@ LOSSES = 3
 
 
 @dataclass(frozen=True)
-class Loss:
+class LostEpisode:
     """An attempt at an episode that ended with its worker. It is no outcome: the episode is played again."""
 
     task: Task
@@ -92,7 +92,7 @@ class Pool:
         protocol: Protocol,
         workers: int,
         video: bool = False,
-        on_loss: Callable[[Loss], None] | None = None,
+        on_loss: Callable[[LostEpisode], None] | None = None,
         patience: Patience | None = None,
     ) -> None:
         self._arguments = (suite, protocol, video)
@@ -183,7 +183,7 @@ class Pool:
             task, init_state = self._held[slot].task, self._held[slot].init_state
         else:
             task, init_state = request[:2]
-        loss = Loss(task, init_state, doing, str(lost), lost.trace)
+        loss = LostEpisode(task, init_state, doing, str(lost), lost.trace)
         if self._on_loss is not None:
             self._on_loss(loss)
         self._losses[slot] = self._losses.get(slot, 0) + 1

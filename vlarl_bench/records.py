@@ -252,7 +252,7 @@ class MetricsLog(_Log[dict[str, Any]]):
         self._append([_metrics(dict(line))])
 
 
-class LossLog(_Log[dict[str, Any]]):
+class LostLog(_Log[dict[str, Any]]):
     """`lost.jsonl`: one dict for each attempt at an episode that ended with its worker, numbered from 1.
 
     The episode was then played again and has its row like any other, so a loss never counts as a failure. The file is

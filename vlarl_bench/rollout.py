@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .distributed import count, gathered, rank
+from .distributed import gathered, rank, world_size
 from .errors import Diverged
 from .suite import Observation, Task
 
@@ -153,10 +153,10 @@ def run_shared(
     Each has `slots` in flight, so that episodes are those of one process to the bit. `on_episode` is called as this
     process's own finish, and for the others' when all have.
     """
-    if count() == 1:
+    if world_size() == 1:
         return run_episodes(pool, policy, jobs, protocol, slots, act, on_episode)
     try:
-        played: Any = run_episodes(pool, policy, jobs[rank() :: count()], protocol, slots, act, on_episode)
+        played: Any = run_episodes(pool, policy, jobs[rank() :: world_size()], protocol, slots, act, on_episode)
     except Diverged as error:
         played = error
     shares = gathered(played)
@@ -167,7 +167,7 @@ def run_shared(
         for share in shares[: rank()] + shares[rank() + 1 :]:
             for episode in share:
                 on_episode(episode)
-    return [shares[i % count()][i // count()] for i in range(len(jobs))]
+    return [shares[i % world_size()][i // world_size()] for i in range(len(jobs))]
 
 
 def _decide(

@@ -21,14 +21,14 @@ import numpy as np
 from . import registry
 from .checkpoint import load_latest, save_checkpoint
 from .config import EvalConfig, RunConfig
-from .distributed import check_same, count, from_first, rank
+from .distributed import check_same, from_first, rank, world_size
 from .errors import BenchError
 from .files import explained, read_json, write_text_atomic
 from .plan import NOTHING, Plan, Spent, plan_evaluation, plan_run
-from .pool import Loss, Pool
+from .pool import LostEpisode, Pool
 from .progress import Progress
 from .provenance import code_version, make_manifest
-from .records import STOPPED, EpisodeLog, EpisodeRow, LossLog, Phase
+from .records import STOPPED, EpisodeLog, EpisodeRow, LostLog, Phase
 from .rollout import Episode, Job, run_shared
 from .sealed import read_sealed, write_sealed
 from .trackers import TrackedMetrics
@@ -74,7 +74,7 @@ def run(config: RunConfig, resume: bool = False, tracker: str = "", keep: int = 
         pool = stack.enter_context(_pool(plan, out, progress))
         progress.say(
             f"{config.algorithm} on {config.policy}: {len(plan.tasks)} of the {len(plan.suite.tasks)} tasks of "
-            f"{config.suite}, protocol {plan.protocol.label}{f', {count()} processes' if count() > 1 else ''}"
+            f"{config.suite}, protocol {plan.protocol.label}{f', {world_size()} processes' if world_size() > 1 else ''}"
         )
         restored = load_latest(out / "checkpoints") if resume else None
         if restored is None and any(row.phase != "base" for row in log.rows):
@@ -165,8 +165,8 @@ def _check_processes(config: RunConfig, method: Any) -> None:
     """Raises BenchError where some process of the run would have nothing to do."""
     field = "batch_size" if method.learns_from == "demonstrations" else "episodes"
     most = getattr(config.budget, field)
-    if count() > most:
-        raise BenchError(f"processes: {count()}; budget.{field} is {most}, and each process needs one at least")
+    if world_size() > most:
+        raise BenchError(f"processes: {world_size()}; budget.{field} is {most}, and each process needs one at least")
 
 
 def _records(
@@ -254,8 +254,8 @@ def _pool(plan: Plan, out: Path, progress: Progress) -> Pool:
     """This process's workers; each loss is told at once and kept in `lost.jsonl`, or `lost.N.jsonl` for process N."""
     name = f"lost.{rank()}.jsonl" if rank() else "lost.jsonl"
 
-    def tell(loss: Loss) -> None:
-        with LossLog(out / name) as log:
+    def tell(loss: LostEpisode) -> None:
+        with LostLog(out / name) as log:
             number = log.append(loss.to_json())
         progress.say(f"loss {number}, see {name}: {loss}")
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .checkpoint import Restored, load_latest, save_checkpoint
-from .distributed import check_same, count, rank, total
+from .distributed import check_same, rank, total, world_size
 from .errors import BenchError, Diverged
 from .plan import NOTHING, Plan, Spent
 from .records import STOPPED, EpisodeLog, MetricsLog
@@ -87,9 +87,9 @@ def _round(
     from .metering import Meter, check_finite, cpu_seconds
 
     began, cpu, spent = time.monotonic(), cpu_seconds(), spent_so_far(metrics)
-    line: dict[str, Any] = {"iteration": iteration} | ({"processes": count()} if count() > 1 else {})
+    line: dict[str, Any] = {"iteration": iteration} | ({"processes": world_size()} if world_size() > 1 else {})
     data: Any = demonstrations
-    if demonstrations is not None and count() > 1:
+    if demonstrations is not None and world_size() > 1:
         same_hash(policy)
     if demonstrations is None:
         episodes = _collect(plan, config, policy, algorithm, iteration, pool, log, spent, bar)

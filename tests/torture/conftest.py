@@ -8,7 +8,7 @@ from sweeps import TOY, environment, toml, vlarl
 from toy_suite import ToySuite
 
 from vlarl_bench import registry
-from vlarl_bench.records import LossLog
+from vlarl_bench.records import LostLog
 from vlarl_bench.sealed import write_sealed
 
 
@@ -39,7 +39,7 @@ def copy(finished, tmp_path, monkeypatch):
     write_sealed(out / "submissions" / "0123abcd.json", {"job": "7", "cells": [run.name], "seen": [0]})
     write_sealed(out / "cancelled.json", {"token": "0123456789abcdef"})
     write_sealed(run / "stopped.json", {"iteration": 2, "reason": "the gradient is not finite"})
-    with LossLog(run / "lost.jsonl") as log:
+    with LostLog(run / "lost.jsonl") as log:
         log.append({"why": "was killed by SIGKILL"})
         log.append({"why": "was stopped"})
     return SimpleNamespace(file=tmp_path / "copy" / finished.name, out=out, run=run)

@@ -15,7 +15,7 @@ from vlarl_bench.attempts import newest, read_attempt
 from vlarl_bench.checkpoint import load_checkpoint, load_latest
 from vlarl_bench.errors import BenchError
 from vlarl_bench.policies.store import read_policy
-from vlarl_bench.records import EpisodeLog, LossLog, MetricsLog
+from vlarl_bench.records import EpisodeLog, LostLog, MetricsLog
 from vlarl_bench.report.runs import read_run
 from vlarl_bench.report.table import comparison_table
 from vlarl_bench.sealed import read_sealed
@@ -43,7 +43,7 @@ def of_logs(copy, path):
 
 
 def of_losses(copy, path):
-    with LossLog(path) as log:
+    with LostLog(path) as log:
         lost = 2 - len(log.lines)
         return [f"{path}: {log.torn} bytes removed"] * bool(log.torn) + [f"{path}: a loss less"] * bool(lost)
 

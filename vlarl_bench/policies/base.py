@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..suite import Observation
-from .steady import steady_rows
+from .batch_invariant import batch_invariant
 from .steering import Steering
 
 ALL = slice(None)
@@ -141,7 +141,7 @@ class NoisePolicy(Policy):
         """The chunks that noise [B, H, A] becomes. Nothing is drawn, and gradients are not kept."""
 
     @torch.no_grad()
-    @steady_rows
+    @batch_invariant
     def start(self, context: Any, generators: Sequence[torch.Generator] | None) -> Tensor:
         """[B, H, A] noise that `sample` decodes from: N(0, I), or what the steering module makes of that. None is zero,
         or the steering module's mean."""

@@ -31,10 +31,10 @@ from ..errors import BenchError
 from ..suite import Embodiment, Observation
 from .adapt import learning
 from .base import ALL, DiffusionPolicy, LogProb, Sample
+from .batch_invariant import batch_invariant
 from .inputs import Batch, Rows, to_batch
 from .octo_model import OctoArchitecture, OctoNetwork, cosine_betas
 from .standardised import Standardised
-from .steady import steady_rows
 from .vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ class Octo(Standardised, DiffusionPolicy):
         """Observations to padded tensors. Raises BenchError if one does not fit the architecture."""
         return to_batch(observations, self.architecture, self.vocabulary, self.device)
 
-    @steady_rows
+    @batch_invariant
     def encode(self, batch: Batch) -> Context:
         """Runs the transformer once; gradients flow unless the caller forbids them."""
         a, observed = self.architecture, {}
@@ -190,7 +190,7 @@ class Octo(Standardised, DiffusionPolicy):
         return self.own.clamp_min(least).flip(0)
 
     @torch.no_grad()
-    @steady_rows
+    @batch_invariant
     def _denoise(self, context: Context, generators: Sequence[torch.Generator] | None, least: float) -> Sample:
         shape = (self.denoising_steps + 1, self.chunk, self.action_dim)
         if generators is None:
@@ -217,7 +217,7 @@ class Octo(Standardised, DiffusionPolicy):
         return Sample(sample.actions, sample.latent)
 
     @torch.no_grad()
-    @steady_rows
+    @batch_invariant
     def decode(self, context: Context, noise: Tensor) -> Sample:
         """DDIM (Song et al., 2021, arXiv:2010.02502, eq. 12 with sigma = 0) over the same steps.
 

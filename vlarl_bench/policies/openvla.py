@@ -24,11 +24,11 @@ from ..errors import BenchError
 from ..suite import Embodiment, Observation
 from .adapt import learning
 from .base import ALL, LogProb, Sample
+from .batch_invariant import batch_invariant
 from .inputs import Batch, Rows, object_tokens, object_width, to_batch
 from .openvla_inputs import Prompts, from_bins, pixels, to_bins
 from .openvla_model import L1Head, OpenVLAArchitecture, OpenVLANetwork, ProprioProjector, Tower
 from .quantiles import Quantiles
-from .steady import steady_rows
 from .tokens import TokenPolicy, choose, likelihood, uniforms
 from .vocabulary import Vocabulary
 
@@ -138,7 +138,7 @@ class _OpenVLA(Quantiles):
         """Observations to padded tensors. Raises BenchError if one does not fit the architecture."""
         return to_batch(observations, self.architecture, self.vocabulary, self.device)
 
-    @steady_rows
+    @batch_invariant
     def encode(self, batch: Batch) -> Context:
         """Runs what RL leaves as it is, once; gradients flow unless the caller forbids them."""
         a, net = self.architecture, self.network
@@ -196,7 +196,7 @@ class _OpenVLA(Quantiles):
 
     # Decoding
 
-    @steady_rows
+    @batch_invariant
     def _read(self, context: Context) -> Tensor:
         """[B, H A, D] normed hidden states that the numbers of a chunk are read from, in one pass.
 
@@ -226,7 +226,7 @@ class OpenVLA(_OpenVLA, TokenPolicy):
             return self.network.bin_logits(self._read(context))
         return self.network.bin_logits(self._follow(context, index))
 
-    @steady_rows
+    @batch_invariant
     def _follow(self, context: Context, index: Tensor) -> Tensor:
         """[B, H A, D]: as `_read`, by teacher forcing."""
         n, s = self.architecture.numbers, context.mask.shape[1]
@@ -243,7 +243,7 @@ class OpenVLA(_OpenVLA, TokenPolicy):
     def _tokens(self, index: Tensor) -> Tensor:
         return self.architecture.action_end - 1 - index
 
-    @steady_rows
+    @batch_invariant
     def _decode(self, context: Context, uniform: Tensor | None, temperature: float) -> Tensor:
         """[B, H A] bins: the likeliest, or drawn by [B, H A] uniform numbers."""
         a, net = self.architecture, self.network

@@ -18,7 +18,7 @@ from ..files import read_json_object
 from .openvla import OpenVLA, OpenVLARegression, assemble
 from .openvla_inputs import EMPTY_TOKEN, Prompts
 from .openvla_model import OpenVLAArchitecture, Tower
-from .published import keys_in, read_tensors, shards
+from .shards import keys_in, read_tensors, shards
 
 PUBLISHED: Mapping[str, Any] = {
     "observation": "pixels",

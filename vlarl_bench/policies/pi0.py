@@ -23,11 +23,11 @@ from transformers.cache_utils import DynamicCache
 from ..suite import Embodiment, Observation
 from .adapt import learning
 from .base import ALL, NoisePolicy, Sample
+from .batch_invariant import batch_invariant
 from .gemma import additive, block, keys_and_values, norm, repeated, rotation
 from .inputs import Batch, Rows, object_tokens, object_width, to_batch
 from .siglip import siglip
 from .standardised import Standardised
-from .steady import steady_rows
 from .stochastic_flow import StochasticFlow
 from .vocabulary import Vocabulary
 
@@ -155,7 +155,7 @@ class Pi0(Standardised, StochasticFlow, NoisePolicy):
         """Observations to padded tensors. Raises BenchError if one does not fit the architecture."""
         return to_batch(observations, self.architecture, self.vocabulary, self.device)
 
-    @steady_rows
+    @batch_invariant
     def encode(self, batch: Batch) -> Context:
         """Runs the vision-language prefix once; gradients flow unless the caller forbids them."""
         language = self.model.model.vlm.language_model
@@ -196,7 +196,7 @@ class Pi0(Standardised, StochasticFlow, NoisePolicy):
 
     # Action expert
 
-    @steady_rows
+    @batch_invariant
     def velocity(self, context: Context, x: Tensor, t: Tensor) -> Tensor:
         """[B, K, H, A] velocities at x [B, K, H, A], t [B, K].
 
@@ -247,7 +247,7 @@ class Pi0(Standardised, StochasticFlow, NoisePolicy):
         return DynamicCache([(layer[:, 0], layer[:, 1]) for layer in context.cache.unbind(1)])
 
     @torch.no_grad()
-    @steady_rows
+    @batch_invariant
     def decode(self, context: Context, noise: Tensor) -> Sample:
         """Integrates from t = 1 (noise) to 0 in `euler_steps` Euler steps."""
         with torch.inference_mode():  # what it makes can never learn, so the caller gets a copy from outside

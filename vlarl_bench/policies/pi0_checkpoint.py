@@ -22,7 +22,7 @@ from ..files import read_json_object
 from .openvla_checkpoint import pick_statistics
 from .paligemma import PaliGemmaPrompts
 from .pi0_published import PublishedPi0, PublishedPi0Architecture
-from .published import keys_in, read_tensors, shards
+from .shards import keys_in, read_tensors, shards
 
 EXPERT = "paligemma_with_expert."
 NAMES = (

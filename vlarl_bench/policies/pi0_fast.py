@@ -35,10 +35,10 @@ from ..errors import BenchError
 from ..suite import Embodiment, Observation
 from .adapt import learning
 from .base import ALL, LogProb, Sample
+from .batch_invariant import batch_invariant
 from .fast_tokens import FastTokenizer, windows
 from .inputs import Batch, Rows, object_tokens, object_width, to_batch
 from .quantiles import Quantiles
-from .steady import steady_rows
 from .tokens import TokenPolicy, choose, likelihood, uniforms
 from .vocabulary import Vocabulary
 
@@ -196,7 +196,7 @@ class Pi0Fast(Quantiles, TokenPolicy):
         """Observations to padded tensors. Raises BenchError if one does not fit the architecture."""
         return to_batch(observations, self.architecture, self.vocabulary, self.device)
 
-    @steady_rows
+    @batch_invariant
     def encode(self, batch: Batch) -> Context:
         """Runs what RL leaves as it is, once; gradients flow unless the caller forbids them."""
         a, cache = self.architecture, DynamicCache()
@@ -257,7 +257,7 @@ class Pi0Fast(Quantiles, TokenPolicy):
 
     # Action tokens
 
-    @steady_rows
+    @batch_invariant
     def logits(self, context: Context, index: Tensor) -> Tensor:
         """[B, T, V + 1] logits of each action token, given the ones [B, T] before it."""
         a, s, t = self.architecture, context.mask.shape[1], index.shape[1] - 1
@@ -311,7 +311,7 @@ class Pi0Fast(Quantiles, TokenPolicy):
             cache.update(layer[:, 0], layer[:, 1], i)
         return cache
 
-    @steady_rows
+    @batch_invariant
     def _decode(self, context: Context, uniform: Tensor | None, temperature: float) -> Tensor:
         """[B, max_tokens] action tokens: the likeliest, or drawn by uniform numbers of that shape."""
         a, cache, real = self.architecture, self._cache(context), context.mask

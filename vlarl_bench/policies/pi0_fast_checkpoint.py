@@ -28,7 +28,7 @@ from .pi0_checkpoint import (
     whole_number,
 )
 from .pi0_fast_published import FastPrompts, PublishedPi0Fast, PublishedPi0FastArchitecture
-from .published import keys_in, read_tensors, shards
+from .shards import keys_in, read_tensors, shards
 
 NAMES = (
     ("network.model.vision_tower.", EXPERT + "paligemma.model.vision_tower.vision_model."),

@@ -33,8 +33,8 @@ from torch import Tensor
 
 from ..errors import BenchError
 from .base import FlowPolicy, LikelihoodPolicy, LogProb, Sample
+from .batch_invariant import batch_invariant
 from .noise import LearnedNoise
-from .steady import steady_rows
 
 Noise = float | Tensor | LearnedNoise
 """A level of the SDE; one for each step [B, S], where 0 is a step of the ODE and draws nothing; or a network."""
@@ -48,7 +48,7 @@ class StochasticFlow(FlowPolicy, LikelihoodPolicy):
     """S."""
 
     @torch.no_grad()
-    @steady_rows
+    @batch_invariant
     def explore(self, context: Any, generators: Sequence[torch.Generator], noise: Noise) -> Sample:
         """Draws every step. The first noise is the one that `sample` would start from."""
         shape = (self.chunk, self.latent_dim)

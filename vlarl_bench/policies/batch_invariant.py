@@ -10,7 +10,7 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
-def steady_rows(method: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+def batch_invariant(method: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Makes a row's result the same to the bit wherever it stands in a batch of a given size, and beside whatever.
 
     BLAS cuts a matrix between threads at rows of its choice, and rows at a cut round differently, so acting (anything
@@ -18,7 +18,7 @@ def steady_rows(method: Callable[Arguments, Result]) -> Callable[Arguments, Resu
     """
 
     @functools.wraps(method)
-    def steady(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+    def alone(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         threads = torch.get_num_threads()
         if torch.is_grad_enabled() or threads == 1:
             return method(*args, **kwargs)
@@ -28,4 +28,4 @@ def steady_rows(method: Callable[Arguments, Result]) -> Callable[Arguments, Resu
         finally:
             torch.set_num_threads(threads)
 
-    return steady
+    return alone
