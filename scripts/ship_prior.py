@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from vlarl_bench import registry
-from vlarl_bench.policies.presets import PRIORS
+from vlarl_bench.policies.spec import PRIORS
 from vlarl_bench.policies.store import CARD, read_policy, save_policy
 from vlarl_bench.report.render import to_markdown
 from vlarl_bench.report.runs import RunFolder, read_run

@@ -19,6 +19,7 @@ from .rollout import Episode, Job, episode_seed
 
 if TYPE_CHECKING:
     from .policies.base import Policy
+    from .policies.spec import PolicySpec
     from .protocol import Protocol
     from .suite import Suite, Task
 
@@ -36,7 +37,7 @@ class Plan:
     algorithm: str
     """Name that the rows carry."""
     suite: Suite
-    spec: Any
+    spec: PolicySpec
     protocol: Protocol
     tasks: tuple[Task, ...]
     base: Path | None
@@ -55,7 +56,7 @@ class Plan:
         """The base policy. Raises BenchError if it does not fit the suite's robot or the protocol's chunks."""
         assert self.base is not None
         key = {"unnorm_key": self.config.unnorm_key} if self.config.unnorm_key else {}
-        policy: Policy = self.spec.load(self.base, **key)
+        policy = self.spec.load(self.base, **key)
         if policy.action_dim != self.suite.action_dim:
             raise BenchError(
                 f"base: the policy in {self.base} gives {policy.action_dim} numbers an action, but a robot of "
@@ -188,7 +189,7 @@ def plan_evaluation(config: EvalConfig) -> Plan:
     return Plan(config, algorithm, suite, spec, protocol, tasks, base, config.states, config.repeats)
 
 
-def _check_images(config: RunConfig | EvalConfig, spec: Any, protocol: Protocol) -> None:
+def _check_images(config: RunConfig | EvalConfig, spec: PolicySpec, protocol: Protocol) -> None:
     missing = [camera for camera in spec.cameras if camera not in protocol.cameras]
     if missing or (spec.image_size != protocol.image_size and not spec.resizes):
         wanted = f"{', '.join(spec.cameras) or 'images'} at {spec.image_size} x {spec.image_size}"
@@ -196,7 +197,7 @@ def _check_images(config: RunConfig | EvalConfig, spec: Any, protocol: Protocol)
         raise BenchError(f"policy: {config.policy!r} looks at {wanted}, but protocol {protocol.label} shows {shown}")
 
 
-def _base_folder(config: RunConfig | EvalConfig, spec: Any, suite: Suite) -> Path | None:
+def _base_folder(config: RunConfig | EvalConfig, spec: PolicySpec, suite: Suite) -> Path | None:
     if config.base == "scratch" and not spec.published:
         _check_unnorm_key(config, spec, None)
         return None
@@ -225,6 +226,6 @@ def _ours(folder: Path) -> bool:
     return (folder / "hashes.json").exists()
 
 
-def _check_unnorm_key(config: RunConfig | EvalConfig, spec: Any, folder: Path | None) -> None:
+def _check_unnorm_key(config: RunConfig | EvalConfig, spec: PolicySpec, folder: Path | None) -> None:
     if config.unnorm_key and not (spec.published and folder is not None and not _ours(folder)):
         raise BenchError(f"unnorm_key: {config.unnorm_key!r}; only a published folder has scales to choose from")

@@ -18,7 +18,7 @@ from .errors import BenchError
 
 if TYPE_CHECKING:
     from .algorithm import Algorithm
-    from .policies.presets import PolicySpec
+    from .policies.spec import PolicySpec
     from .suite import Suite
 
 Kind = Literal["algorithm", "policy", "suite"]
@@ -126,20 +126,11 @@ def _wrong(kind: Kind, name: str, found: Any) -> str:
             return "is not a subclass of vlarl_bench.suite.Suite"
         needed = ("name", "summary", "benchmark", "action_dim", "proprio_dim", "fps", "film_camera")
     else:
-        # By its fields, not by isinstance: the class lives beside the presets, which the core does not import.
-        needed = (
-            "name",
-            "summary",
-            "capabilities",
-            "observation",
-            "cameras",
-            "image_size",
-            "prior_folder",
-            "published",
-            "resizes",
-            "create",
-            "load",
-        )
+        from .policies.spec import PolicySpec
+
+        if not isinstance(found, PolicySpec):
+            return "is not a vlarl_bench.policies.spec.PolicySpec"
+        needed = ("name",)
     absent = [field for field in needed if not hasattr(found, field)]
     if absent:
         return f"does not define {', '.join(absent)}"

@@ -1,1 +1,1 @@
-"""Policies. `base` is the seam, `presets` the light catalogue that the registry reads."""
+"""Policies. `base` and `spec` are the seam, `presets` what ships, which the registry reads."""

@@ -38,7 +38,7 @@ from .standardised import Standardised
 from .vocabulary import Vocabulary
 
 if TYPE_CHECKING:
-    from .presets import PolicySpec
+    from .spec import PolicySpec
 
 FULL_SIZE: Mapping[str, Mapping[str, int]] = {
     "octo-small-1.5": {"width": 384, "layers": 12, "heads": 6, "mlp": 1536},

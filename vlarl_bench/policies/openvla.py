@@ -33,7 +33,7 @@ from .tokens import TokenPolicy, choose, likelihood, uniforms
 from .vocabulary import Vocabulary
 
 if TYPE_CHECKING:
-    from .presets import PolicySpec
+    from .spec import PolicySpec
 
 
 @dataclass(frozen=True)

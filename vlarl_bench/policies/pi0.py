@@ -32,7 +32,7 @@ from .stochastic_flow import StochasticFlow
 from .vocabulary import Vocabulary
 
 if TYPE_CHECKING:
-    from .presets import PolicySpec
+    from .spec import PolicySpec
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ from .tokens import TokenPolicy, choose, likelihood, uniforms
 from .vocabulary import Vocabulary
 
 if TYPE_CHECKING:
-    from .presets import PolicySpec
+    from .spec import PolicySpec
 
 END = 0
 """The action token that ends a chunk, and fills the rest of a trace."""

@@ -1,9 +1,9 @@
 """What a third party's package may hold: one algorithm, one policy and one suite, and some that are broken."""
 
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 from vlarl_bench.algorithm import Algorithm
+from vlarl_bench.policies.spec import PolicySpec
 from vlarl_bench.protocol import Protocol
 from vlarl_bench.suite import Suite, Task
 
@@ -36,19 +36,7 @@ class Abstract(Algorithm):
     name = "acme-abstract"
 
 
-POLICY = SimpleNamespace(
-    name="acme-policy",
-    summary="a policy of Acme's",
-    capabilities=frozenset({"acme"}),
-    observation="state",
-    prior_folder=lambda benchmark: None,
-    published=False,
-    resizes=False,
-    cameras=(),
-    image_size=0,
-    create=None,
-    load=None,
-)
+POLICY = PolicySpec("acme-policy", "a policy of Acme's", frozenset({"acme"}), "state", family="acme_vla.policy")
 
 
 class AcmeSuite(Suite):
