@@ -33,6 +33,8 @@ class PolicySpec:
     """Side of the square images (pixels); 0 in `state` mode."""
     published: ClassVar[bool] = False
     """Whether it exists at its published size only: no random weights, no prior that ships, `--base` is a folder."""
+    source: str = ""
+    """What that folder is, in a few words."""
     resizes: bool = False
     """Whether it brings images of any size to its own."""
     family: str = "vlarl_bench.policies.pi0"
@@ -86,8 +88,6 @@ class PublishedSpec(PolicySpec):
     """A policy at its published size, from a folder as its authors publish it or as this project stores it."""
 
     published: ClassVar[bool] = True
-    source: str = ""
-    """What the folder is, in a few words."""
     checkpoint: str = ""
     """Module with `load_published(folder, name, unnorm_key)`; empty where a folder must be converted first."""
 
