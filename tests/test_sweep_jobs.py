@@ -219,9 +219,11 @@ def test_options_write_the_file_that_they_stand_for_and_go_on_with_it(tmp_path, 
 
 @pytest.mark.torture
 def test_executor_debug_ends_with_the_same_rows(calm, env, tmp_path):
+    pytest.importorskip("tensorboard")
     file = tmp_path / "here.toml"
-    file.write_text(toml({**TOY, "seeds": [0]}))
+    file.write_text(toml({**TOY, "seeds": [0], "tracker": "tensorboard"}))
     assert "1 cell: 1 done" in vlarl(env, "sweep", file, "--executor", "debug")
+    assert list(tmp_path.glob("here/runs/*/tensorboard/events.*"))
     assert outcomes(tmp_path / "here").items() < outcomes(calm.with_suffix("")).items()
 
 

@@ -259,13 +259,19 @@ def _arguments(config: RunConfig, tracker: str) -> list[str]:
     """The command that starts a cell's run or, if it had begun, continues it."""
     from .options import to_arguments
 
+    start = ["run", "--resume", config.out] if _begun(config) else to_arguments(config)
+    return [*start, *(["--tracker", tracker] if tracker else [])]
+
+
+def _begun(config: RunConfig) -> bool:
+    """Whether there is something of a cell's run to continue; remains of which nothing counts are removed. Raises
+    BenchError if what is there is another run."""
     run = Path(config.out)
-    track = ["--tracker", tracker] if tracker else []
-    if not (run / "manifest.json").exists():  # nothing of it counts yet
+    if not (run / "manifest.json").exists():
         with explained(run):
             if run.exists():
                 shutil.rmtree(run)
-        return [*to_arguments(config), *track]
+        return False
     stored, wanted = read_sealed(run / "config.json", older=True), config.to_dict()
     for field in wanted:
         if field not in ("out", "workers") and stored.get(field) != wanted[field]:
@@ -274,7 +280,7 @@ def _arguments(config: RunConfig, tracker: str) -> list[str]:
                 "restore the file, or remove the run folder to begin again"
             )
     _wait_until_free(run / "episodes.jsonl")
-    return ["run", "--resume", str(run), *track]
+    return True
 
 
 def _wait_until_free(rows: Path) -> None:
@@ -324,8 +330,7 @@ def run_here(sweep: Sweep, cells: Sequence[tuple[Cell, int]]) -> None:
             continue
         try:
             with _beating(claim):
-                resume = _arguments(config, "")[1] == "--resume"
-                run(config, resume=resume)
+                run(config, resume=_begun(config), tracker=sweep.file.tracker)
         except KeyboardInterrupt:
             claim.end("interrupted", "stopped by Ctrl-C")
             raise
