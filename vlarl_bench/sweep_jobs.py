@@ -166,7 +166,10 @@ def run_cell(out: Path, name: str, seen: int) -> int:
     if asked or status in (130, -signal.SIGTERM, -signal.SIGINT):
         claim.end("interrupted", f"stopped by {signal.Signals(asked or signal.SIGTERM).name}")
         if asked == signal.SIGUSR2:
-            subprocess.run(["scontrol", "requeue", job_here()], check=False)
+            try:
+                ask(["scontrol", "requeue", job_here()])
+            except BenchError as error:
+                print(f"{name}: {error}; it stays interrupted, and `vlarl-bench sweep` goes on with it")
         return INTERRUPTED
     claim.end("failed", _last_error(out / claim.attempt.log, status))
     print(f"{name}: failed: {claim.attempt.error}; see {out / claim.attempt.log}")
@@ -355,6 +358,8 @@ def run_local(sweep: Sweep, cells: Sequence[tuple[Cell, int]], parallel: int, sa
         # In a group of its own, so that Ctrl-C in the terminal reaches it only through this process.
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
         running.add(process)
+        if stop.is_set():  # since the look above; whoever stops the others may have missed this one
+            process.terminate()
         process.wait()
         running.discard(process)
         path = attempts.newest_of(sweep.out / "attempts", cell.name)
