@@ -56,6 +56,8 @@ class State:
     attempt: Attempt | None = None
     note: str = ""
     """Who runs it, why it failed, or why it cannot run."""
+    job: str = ""
+    """The SLURM job, with its index, that a queued cell waits for."""
 
     @property
     def seen(self) -> int:
@@ -76,7 +78,7 @@ def read_states(sweep: Sweep) -> list[State]:
     open_cells = {cell.name for cell, state in zip(sweep.cells, found, strict=True) if state.word in TO_RUN}
     waiting = queued(sweep.out, open_cells)
     return [
-        State("queued", state.attempt, f"job {waiting[cell.name]}")
+        State("queued", state.attempt, job=waiting[cell.name])
         if state.word in TO_RUN and cell.name in waiting
         else state
         for cell, state in zip(sweep.cells, found, strict=True)
@@ -396,7 +398,7 @@ def cancel(sweep: Sweep) -> list[str]:
     told, jobs = [], []
     for cell, state in zip(sweep.cells, states, strict=True):
         if state.word == "queued":
-            jobs.append(state.note.removeprefix("job "))
+            jobs.append(state.job)
             told.append(f"{cell.name}: taken out of the queue")
         elif state.word == "running" and state.attempt is not None:
             told.append(f"{cell.name}: {_stop(state.attempt, jobs)}")
