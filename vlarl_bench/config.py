@@ -182,9 +182,9 @@ def check_settings(settings: Any) -> None:
         settings.check()
 
 
-def select_tasks(suite: Suite, wanted: tuple[str, ...], count: int) -> tuple[Task, ...]:
+def select_tasks(suite: Suite, wanted: tuple[str, ...], count: int, field: str = "tasks") -> tuple[Task, ...]:
     """The wanted tasks (names, where they are unique in the suite, or keys) in the suite's order; if none, the first
-    `count`.
+    `count`. `field` is what the user gave them as.
 
     Raises:
         BenchError: for a name that the suite lacks or has twice, or if it has fewer than `count` tasks.
@@ -200,9 +200,9 @@ def select_tasks(suite: Suite, wanted: tuple[str, ...], count: int) -> tuple[Tas
         if not matches:
             near = registry.did_you_mean(word, [t.key if "/" in word else t.name for t in tasks]).split("known:")[0]
             where = f"suite {suite.name!r}; {near}`vlarl-bench list --json` shows all"
-            raise BenchError(f"tasks: {word!r} is not in {where}")
+            raise BenchError(f"{field}: {word!r} is not in {where}")
         if len(matches) > 1:
-            raise BenchError(f"tasks: {word!r} names {len(matches)} tasks; write {matches[0].key!r}")
+            raise BenchError(f"{field}: {word!r} names {len(matches)} tasks; write {matches[0].key!r}")
         chosen.add(matches[0])
     return tuple(task for task in tasks if task in chosen)
 
