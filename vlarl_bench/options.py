@@ -24,7 +24,6 @@ Settings = TypeVar("Settings")
 Parsed = TypeVar("Parsed")
 
 DEFAULT_POLICY = "pi0-tiny"
-MISSING = tyro.MISSING
 
 
 @dataclass(frozen=True)

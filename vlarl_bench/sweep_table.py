@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from .sweep import DEFAULT, Cell, Row, Sweep
 from .sweep_jobs import TO_RUN, State, Word, count, estimate, read_states
@@ -21,11 +20,11 @@ REFRESH = 5.0
 """Seconds between two looks at the files."""
 
 
-def print_plan(sweep: Sweep, states: Sequence[State], file: TextIO | None = None) -> None:
+def print_plan(sweep: Sweep, states: Sequence[State]) -> None:
     """Prints the sweep as it stands."""
     from rich.console import Console
 
-    console = Console(file=file or sys.stdout, highlight=False)
+    console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 10_000  # lines are for other programs, and are not broken
     console.print(_drawn(sweep, states))
