@@ -58,7 +58,7 @@ def test_help_shows_defaults_units_and_the_preset(capsys):
     assert stop.value.code == 0
     shown = " ".join(capsys.readouterr().out.replace("│", "").split())
     assert "--algo.clip-eps FLOAT" in shown
-    assert "Training episodes an iteration, over all tasks. (default: 4)" in shown
+    assert "Training episodes per iteration, over all tasks. (default: 4)" in shown
 
 
 @pytest.mark.parametrize(

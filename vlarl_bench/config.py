@@ -28,17 +28,17 @@ class Budget:
     iterations: int
     """Rounds of collecting and updating; of updating alone for algorithms that learn from demonstrations."""
     episodes: int
-    """Training episodes an iteration, over all tasks."""
+    """Training episodes per iteration, over all tasks."""
     eval_states: int
-    """Held-out initial states a task in the evaluations before and after."""
+    """Held-out initial states per task in the evaluations before and after."""
     eval_repeats: int
-    """Episodes a task and held-out initial state."""
+    """Episodes per task and held-out initial state."""
     demos: int
-    """Expert episodes a task (algorithms that learn from demonstrations)."""
+    """Expert episodes per task (algorithms that learn from demonstrations)."""
     gradient_steps: int
     """Optimiser steps (algorithms that learn from demonstrations)."""
     batch_size: int
-    """Action chunks an optimiser step (algorithms that learn from demonstrations)."""
+    """Action chunks per optimiser step (algorithms that learn from demonstrations)."""
 
     def __post_init__(self) -> None:
         read(Budget, dataclasses.asdict(self), "budget")
@@ -145,9 +145,9 @@ class EvalConfig:
     protocol: str = "tiny"
     """How it is evaluated: `tiny` or the name of a published protocol that the suite has."""
     states: int = 25
-    """Held-out initial states a task."""
+    """Held-out initial states per task."""
     repeats: int = 1
-    """Episodes a task and held-out initial state."""
+    """Episodes per task and held-out initial state."""
     decoding: Literal["sampled", "zero-noise"] = "sampled"
     seed: int = 0
     workers: int = 2
