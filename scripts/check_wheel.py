@@ -1,5 +1,6 @@
 """Checks that a wheel holds every tracked file of the package, and no top-level name but the package's. For .ci/run."""
 
+import argparse
 import subprocess
 import sys
 import zipfile
@@ -13,10 +14,16 @@ MUST_HAVE = [
 ]
 
 
-def main(wheel: str) -> int:
+def main() -> int:
     """Returns 1 and says what is wrong, or 0."""
-    with zipfile.ZipFile(wheel) as archive:
-        inside = set(archive.namelist())
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("wheel", help="the file")
+    wheel = parser.parse_args().wheel
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            inside = set(archive.namelist())
+    except (OSError, zipfile.BadZipFile) as error:
+        parser.error(f"wheel: {error}")
     tracked = subprocess.run(["git", "ls-files", *FOLDERS], check=True, capture_output=True, text=True).stdout.split()
     expected = {
         new + name.removeprefix(old) for old, new in FOLDERS.items() for name in tracked if name.startswith(old)
@@ -30,4 +37,4 @@ def main(wheel: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main())

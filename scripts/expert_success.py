@@ -16,6 +16,7 @@ from pathlib import Path
 
 from vlarl_bench import registry
 from vlarl_bench.errors import BenchError
+from vlarl_bench.files import write_text_atomic
 from vlarl_bench.suite import Task
 
 
@@ -59,7 +60,7 @@ def main() -> None:
             results.append(result)
             print(row(result), flush=True)
             if arguments.out:
-                arguments.out.write_text(table(results), encoding="utf-8")
+                write_text_atomic(arguments.out, table(results))
     print(table(results))
 
 

@@ -5,8 +5,8 @@
 Each experiment plays 150 initial states before and after, and looks after every one of them.
 """
 
+import argparse
 import functools
-import sys
 
 import numpy as np
 
@@ -18,7 +18,11 @@ STATES, ALPHA = 150, 0.05
 
 def main() -> None:
     """Prints a line for each pair of success rates."""
-    experiments = int(sys.argv[1]) if len(sys.argv) > 1 else 10_000
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("experiments", type=int, nargs="?", default=10_000, help="how many (default: 10000)")
+    experiments = parser.parse_args().experiments
+    if experiments < 1:
+        parser.error(f"experiments: {experiments}; must be at least 1")
     rng, p_value = np.random.default_rng(0), functools.cache(mcnemar_p)
     for before, after in ((0.1, 0.1), (0.5, 0.5), (0.9, 0.9), (0.5, 0.6), (0.5, 0.7), (0.5, 0.8)):
         # Rates differ between states, by as much before as after.

@@ -5,11 +5,13 @@
 The model card names the run's command, its tasks and what it scored; reproduce the prior by that command and this one.
 """
 
+import argparse
 import shlex
-import sys
 from pathlib import Path
 
 from vlarl_bench import registry
+from vlarl_bench.errors import BenchError
+from vlarl_bench.files import write_text_atomic
 from vlarl_bench.policies.spec import PRIORS
 from vlarl_bench.policies.store import CARD, read_policy, save_policy
 from vlarl_bench.report.render import to_markdown
@@ -20,8 +22,19 @@ from vlarl_bench.stats import wilson_interval
 
 
 def main() -> None:
+    """Reads the arguments and ships."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("run", type=Path, help="folder of a finished run")
+    parser.add_argument("policy", choices=registry.names("policy"), help="whose prior it becomes")
+    arguments = parser.parse_args()
+    try:
+        ship(arguments.run, arguments.policy)
+    except BenchError as error:
+        parser.error(str(error))
+
+
+def ship(run: Path, name: str) -> None:
     """Reads the run, writes the prior."""
-    run, name = Path(sys.argv[1]), sys.argv[2]
     spec = registry.get("policy", name)
     policy = spec.load(run / "policy")
     config, _ = read_policy(run / "policy")
@@ -47,7 +60,7 @@ def main() -> None:
         "Below is what that run scored on held-out initial states before its weights were halved.\n\n"
     )
     found = read_run(run)
-    (folder / CARD).write_text(text + by_suite(found) + "\n" + to_markdown(comparison_table(found)))
+    write_text_atomic(folder / CARD, text + by_suite(found) + "\n" + to_markdown(comparison_table(found)))
 
 
 def by_suite(found: RunFolder) -> str:

@@ -1,14 +1,17 @@
 """Demonstrations that this project makes, on disk, and the worker processes that make them."""
 
 import dataclasses
+import re
 import threading
 from pathlib import Path
 
 import pytest
+from faulty_suite import Fault, FaultySuite
 
 from vlarl_bench.demo_store import RECORD, writing
 from vlarl_bench.demonstrations import describe_demonstrations, make_demonstrations
 from vlarl_bench.errors import BenchError
+from vlarl_bench.pool import Patience
 from vlarl_bench.suite import Suite
 
 from .datasets import OTHER, PIXELS, STATE, SUITE, TASK, OneTask, episode, files, load, one_line, same, write
@@ -184,6 +187,49 @@ def test_workers_make_only_what_is_missing_and_their_number_changes_nothing(tmp_
     assert same(more[0], first[0])
     make_demonstrations(SUITE, [TASK], protocol, 2, tmp_path / "at once", workers=1)
     assert all(same(a, b) for a, b in zip(more, load(tmp_path / "at once", (TASK,), protocol), strict=True))
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory):
+    """What two workers make of two tasks when nothing goes wrong."""
+    suite = FaultySuite()
+    (root,) = make_demonstrations(
+        suite, suite.tasks[:2], suite.protocol("state"), 2, tmp_path_factory.mktemp("calm"), workers=2, seed=1
+    )
+    return files(root)
+
+
+@pytest.mark.parametrize(
+    ("kind", "line"),
+    [
+        ("loop", "faulty/two, attempt 1: the expert's worker gave no answer within 12 s"),
+        ("raise", "faulty/two, attempt 1: the expert's worker raised ArithmeticError: the arm fell off, in _strike"),
+        ("SIGKILL", "faulty/two, attempt 1: the expert's worker was killed by SIGKILL"),
+        ("mistake", "init state: 7; it has 0 to 3"),
+    ],
+)
+def test_a_worker_that_does_not_deliver_is_one_line_and_the_same_command_goes_on(tmp_path, kind, line, calm, capfd):
+    fault = Fault(kind, "two", tmp_path, init_state=1)
+    suite = FaultySuite(fault)
+    protocol, tasks, out = suite.protocol("state"), suite.tasks[:2], tmp_path / "out"
+    patience = Patience(open=11.0, step=1.0, each=0.0)
+    with pytest.raises(BenchError, match=f"^{re.escape(line)}") as caught:
+        make_demonstrations(suite, tasks, protocol, 2, out, workers=1, seed=1, patience=patience)
+    assert "Traceback" not in one_line(caught.value) + capfd.readouterr().err
+    made: list[int] = []
+    make_demonstrations(suite, tasks, protocol, 2, out, workers=1, seed=1, on_progress=made.append)
+    assert made == [2, 0, 1, 1]  # the task before it is there, of its own nothing
+    assert files(out / "faulty") == calm
+
+
+def test_an_expert_that_solves_too_few_attempts_is_given_up(tmp_path: Path) -> None:
+    suite = FaultySuite()
+    protocol = suite.protocol("state")  # two states; each has one attempt of the seed that succeeds
+    with pytest.raises(BenchError, match=r"^faulty/one: the expert solved 2 of 12 attempts, not 3; ask for fewer$"):
+        make_demonstrations(suite, suite.tasks[:1], protocol, 3, tmp_path)
+    made: list[int] = []
+    make_demonstrations(suite, suite.tasks[:1], protocol, 2, tmp_path, on_progress=made.append)
+    assert made == [0, 1, 1]
 
 
 def test_object_names_are_those_that_a_simulator_shows() -> None:

@@ -20,13 +20,18 @@ def test_a_full_disk_is_explained(tmp_path):
 
 @pytest.mark.parametrize(
     ("number", "words"),
-    [(errno.EROFS, "read-only"), (errno.EACCES, "--out"), (errno.EDQUOT, "full"), (errno.ENOENT, "no such file")],
+    [(errno.EROFS, "read-only"), (errno.EACCES, "denied"), (errno.EDQUOT, "full"), (errno.ENOENT, "no such file")],
 )
 def test_oserrors_say_what_to_do(number, words):
     text = str(explain_oserror(OSError(number, os.strerror(number)), "some/path"))
     assert text.startswith("some/path: ")
     assert words in text
     assert "\n" not in text
+
+
+def test_what_may_not_be_read_is_no_matter_of_where_to_write():
+    """The same words must serve for both."""
+    assert "--out" not in str(explain_oserror(OSError(errno.EACCES, "denied"), "rows"))
 
 
 def test_json_is_replaced_whole_or_not_at_all(tmp_path):

@@ -5,15 +5,17 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from types import SimpleNamespace
 
 import pytest
 from sweeps import COMMAND, TOY, environment, history, outcomes, toml, vlarl
 
+from vlarl_bench import sweep_jobs
 from vlarl_bench.cli import main
 from vlarl_bench.sealed import read_sealed, write_sealed
-from vlarl_bench.sweep_jobs import State, choose, estimate
+from vlarl_bench.sweep_jobs import State, choose, estimate, run_local
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +150,46 @@ for seconds in (1, 60):
     assert waiting.communicate()[0] == "15\n"
 
 
+def test_ctrl_c_stops_also_a_cell_that_is_just_beginning(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep_jobs, "COMMAND", (sys.executable, "-c", "import time; time.sleep(120)"))
+    interrupted = threading.Event()
+
+    def say(line):
+        if line == "first: begins":
+            interrupted.set()
+            raise KeyboardInterrupt
+        if line == "second: begins":
+            assert interrupted.wait(60)
+            time.sleep(1)  # the first one has stopped everything by now
+
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run_local(SimpleNamespace(out=tmp_path), [(SimpleNamespace(name=n), 0) for n in ("first", "second")], 2, say)
+    assert time.monotonic() - begun < 60
+
+
+def test_a_job_that_cannot_be_queued_again_says_so_and_its_cell_can_go_on(env, tmp_path):
+    env, file, out = {**env, "PATH": ""}, tmp_path / "late.toml", tmp_path / "late"
+    file.write_text(toml({**TOY, "seeds": [0]}))
+    vlarl(env, "sweep", file, "--executor", "slurm", status=2)  # there is none; the cell is prepared by then
+    (cell,) = [path.stem for path in out.glob("cells/*.json")]
+    job = subprocess.Popen(
+        [*COMMAND, "sweep-cell", str(out), cell, "0"],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    rows = out / "runs" / cell / "episodes.jsonl"
+    wait_until(lambda: rows.exists() and rows.stat().st_size)
+    job.send_signal(signal.SIGUSR2)  # as SLURM does before the job's time is over
+    told, wrong = job.communicate(timeout=60)
+    assert job.returncode == 75
+    assert f"{cell}: slurm: scontrol does not answer" in told
+    assert "Traceback" not in wrong
+    assert history(out)[cell].outcome == "interrupted"
+
+
 def test_two_people_on_one_sweep_and_cancel(calm, env, tmp_path):
     file, out, slow = tmp_path / "two.toml", tmp_path / "two", tmp_path / "slow"
     file.write_text(toml({**TOY, "seeds": [0, 1]}))
@@ -219,9 +261,11 @@ def test_options_write_the_file_that_they_stand_for_and_go_on_with_it(tmp_path, 
 
 @pytest.mark.torture
 def test_executor_debug_ends_with_the_same_rows(calm, env, tmp_path):
+    pytest.importorskip("tensorboard")
     file = tmp_path / "here.toml"
-    file.write_text(toml({**TOY, "seeds": [0]}))
+    file.write_text(toml({**TOY, "seeds": [0], "tracker": "tensorboard"}))
     assert "1 cell: 1 done" in vlarl(env, "sweep", file, "--executor", "debug")
+    assert list(tmp_path.glob("here/runs/*/tensorboard/events.*"))
     assert outcomes(tmp_path / "here").items() < outcomes(calm.with_suffix("")).items()
 
 

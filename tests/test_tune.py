@@ -66,6 +66,18 @@ def test_the_file_stands_for_as_many_trials_of_every_method(tmp_path):
     assert "Best" not in text
 
 
+def test_settings_that_are_texts_or_truths_are_trials_as_well(tmp_path, monkeypatch):
+    search = {"ratio": ("difference", "scaled"), "anneal_lr": (True, False)}
+    monkeypatch.setattr(registry.get("algorithm", "fpo"), "search", search)
+    file = tmp_path / "tuning.toml"
+    file.write_text(trials(Tune(numbers=BUDGETS["smoke"], algo=("fpo",), trials=4), tmp_path))
+    lines = report(read_sweep(file)).splitlines()
+    assert "| 0 | difference | True |  |  |  |  |  |" in lines
+    assert sorted(line.split(" | ")[1:3] for line in lines if re.match(r"\| \d", line)) == [
+        [ratio, anneal] for ratio in ("difference", "scaled") for anneal in ("False", "True")
+    ]
+
+
 def test_trials_are_runs_that_stay_and_are_not_run_again(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     env = environment(tmp_path / "toy")
@@ -87,9 +99,11 @@ def test_trials_are_runs_that_stay_and_are_not_run_again(tmp_path, monkeypatch):
     assert text in vlarl(env, "tune", file)
     assert [(run / "episodes.jsonl").stat().st_mtime_ns for run in runs] == before
     Path("other.toml").write_text(file.read_text().replace('"tuning"', '"tiny"'))
+    Path("seeds.toml").write_text(file.read_text().replace("seeds = [0]", "seeds = [0, 1]"))
     for wrong, line in (
         ((), "algo: missing; name algorithms, or a file"),
         (("other.toml",), "other.toml: run.protocol: 'tiny'; trials are under 'tuning'"),
+        (("seeds.toml",), "seeds.toml: seeds: [0, 1]; all trials share one"),
         ((file, "--trials", "3"), "trials: only without a sweep file; write it into tuning.toml"),
         (("--algo", "dsrl"), "out: tuning.toml says something else than these options"),
     ):

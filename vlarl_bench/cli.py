@@ -216,7 +216,9 @@ def _video(args: list[str]) -> int:
     options = parse(Video, args, "vlarl-bench video")
     check_range("seed", options.seed, 0, 2**31 - 1)
     suite = registry.get("suite", options.suite)
-    task = select_tasks(suite, _split(options.task), 1)[0]
+    if "," in options.task:
+        raise BenchError(f"task: {options.task!r}; one task is filmed; give one name")
+    task = select_tasks(suite, (options.task,) if options.task else (), 1, "task")[0]
     require_gl()
     if options.expert:
         protocol = suite.protocol("pixels")

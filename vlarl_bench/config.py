@@ -28,17 +28,17 @@ class Budget:
     iterations: int
     """Rounds of collecting and updating; of updating alone for algorithms that learn from demonstrations."""
     episodes: int
-    """Training episodes an iteration, over all tasks."""
+    """Training episodes per iteration, over all tasks."""
     eval_states: int
-    """Held-out initial states a task in the evaluations before and after."""
+    """Held-out initial states per task in the evaluations before and after."""
     eval_repeats: int
-    """Episodes a task and held-out initial state."""
+    """Episodes per task and held-out initial state."""
     demos: int
-    """Expert episodes a task (algorithms that learn from demonstrations)."""
+    """Expert episodes per task (algorithms that learn from demonstrations)."""
     gradient_steps: int
     """Optimiser steps (algorithms that learn from demonstrations)."""
     batch_size: int
-    """Action chunks an optimiser step (algorithms that learn from demonstrations)."""
+    """Action chunks per optimiser step (algorithms that learn from demonstrations)."""
 
     def __post_init__(self) -> None:
         read(Budget, dataclasses.asdict(self), "budget")
@@ -145,9 +145,9 @@ class EvalConfig:
     protocol: str = "tiny"
     """How it is evaluated: `tiny` or the name of a published protocol that the suite has."""
     states: int = 25
-    """Held-out initial states a task."""
+    """Held-out initial states per task."""
     repeats: int = 1
-    """Episodes a task and held-out initial state."""
+    """Episodes per task and held-out initial state."""
     decoding: Literal["sampled", "zero-noise"] = "sampled"
     seed: int = 0
     workers: int = 2
@@ -182,17 +182,15 @@ def check_settings(settings: Any) -> None:
         settings.check()
 
 
-def select_tasks(suite: Suite, wanted: tuple[str, ...], count: int) -> tuple[Task, ...]:
+def select_tasks(suite: Suite, wanted: tuple[str, ...], count: int, field: str = "tasks") -> tuple[Task, ...]:
     """The wanted tasks (names, where they are unique in the suite, or keys) in the suite's order; if none, the first
-    `count`.
+    `count`. `field` is what the user gave them as.
 
     Raises:
-        BenchError: for a name that the suite lacks or has twice, or if it has fewer than `count` tasks.
+        BenchError: for a name that the suite lacks or has twice.
     """
     tasks = suite.tasks
     if not wanted:
-        if count > len(tasks):
-            raise BenchError(f"budget.tasks: {count}; suite {suite.name!r} has {len(tasks)}")
         return tasks[:count]
     chosen = set()
     for word in wanted:
@@ -200,9 +198,9 @@ def select_tasks(suite: Suite, wanted: tuple[str, ...], count: int) -> tuple[Tas
         if not matches:
             near = registry.did_you_mean(word, [t.key if "/" in word else t.name for t in tasks]).split("known:")[0]
             where = f"suite {suite.name!r}; {near}`vlarl-bench list --json` shows all"
-            raise BenchError(f"tasks: {word!r} is not in {where}")
+            raise BenchError(f"{field}: {word!r} is not in {where}")
         if len(matches) > 1:
-            raise BenchError(f"tasks: {word!r} names {len(matches)} tasks; write {matches[0].key!r}")
+            raise BenchError(f"{field}: {word!r} names {len(matches)} tasks; write {matches[0].key!r}")
         chosen.add(matches[0])
     return tuple(task for task in tasks if task in chosen)
 

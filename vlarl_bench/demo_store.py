@@ -8,7 +8,6 @@ one video a camera, one file of meta/episodes.
 
 import contextlib
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,10 +17,11 @@ import pyarrow as pa
 
 from . import lerobot
 from .errors import BenchError
-from .files import atomic_file, explained, sole_writer, write_json_atomic
+from .files import atomic_file, explained, sole_writer
 from .lerobot import Reader, read_table
 from .lerobot_writer import Place, batch_files, meta_files
 from .protocol import Protocol
+from .sealed import read_sealed, write_sealed
 from .suite import Demonstration, Suite, Task
 
 FORMAT = 2
@@ -66,19 +66,16 @@ class Record:
 def read_record(root: Path) -> Record:
     """Reads the record of the dataset at `root`. Raises BenchError if it is damaged or of another format."""
     path = root / RECORD
-    with explained(path):
-        text = path.read_bytes()
     try:
-        content = json.loads(text)
-        digest = content.pop("sha256")
-        if digest != _digest(content):
-            raise ValueError("its content does not match its hash")
-        if content.pop("format") != FORMAT:
-            raise ValueError(f"it is not of format {FORMAT}, which this version reads")
+        content = read_sealed(path)
+    except BenchError as error:
+        raise BenchError(f"{error}; or delete {root} to begin anew") from None
+    if content.pop("format", None) != FORMAT:
+        raise BenchError(f"{path}: not of format {FORMAT}, which this version reads; delete {root} to begin anew")
+    try:
         return Record(**content)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).splitlines()[0] if isinstance(error, ValueError) else "it is not a record of ours"
-        raise BenchError(f"{path}: damaged ({reason}); delete {root}") from None
+    except TypeError:
+        raise BenchError(f"{path}: not a record of ours; delete {root} to begin anew") from None
 
 
 def read_episodes(
@@ -150,8 +147,7 @@ class Writer:
             files = meta_files(features, fps, self.record.suite, self._instructions(), episodes)
             self.record.meta.clear()
             self.record.meta.update(self._write(files))
-        content = {**vars(self.record), "format": FORMAT}
-        write_json_atomic(self.root / RECORD, {**content, "sha256": _digest(content)})
+        write_sealed(self.root / RECORD, {**vars(self.record), "format": FORMAT})
 
     def _instructions(self) -> list[str]:
         words = [words for table in self._tables for (words, *_) in table.column("tasks").to_pylist()]
@@ -245,7 +241,3 @@ def _remove_strays(root: Path, record: Record) -> None:
         for path in (path for folder in ("data", "videos", "meta") for path in (root / folder).rglob("*")):
             if path.is_file() and str(path.relative_to(root)) not in known:
                 path.unlink()
-
-
-def _digest(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -11,22 +11,19 @@ evaluation cannot be checked; a run's manifest says so.
 """
 
 import hashlib
-import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .demo_store import RECORD, Mismatch, Writer, read_episodes, read_record, writing
 from .errors import BenchError
 from .lerobot import INFO, Entry, Reader
+from .pool import Patience
 from .protocol import Protocol
-from .suite import Demonstration, Suite, Task
+from .suite import Demonstration, Simulator, Suite, Task
+from .workers import Worker, WorkerLost, ready
 
 OURS, FOREIGN, UPSTREAM = "vlarl-bench", "LeRobotDataset", "HDF5"
 ROUNDS = 4
@@ -46,6 +43,7 @@ def make_demonstrations(
     seed: int = 0,
     on_progress: Progress | None = None,
     on_wait: Callable[[], None] | None = None,
+    patience: Patience | None = None,
 ) -> list[Path]:
     """Makes `per_task` successful expert episodes of every task on the protocol's train states.
 
@@ -53,8 +51,9 @@ def make_demonstrations(
     dataset is a pure function of the arguments, whatever `workers` is. Episodes that are there already are kept, and
     only those that are missing are made and appended; damaged ones are made again. Returns the datasets' folders.
     While another process writes there, `on_wait` is called and its end waited for.
-    Raises BenchError when the expert cannot do a task, when the folder cannot be written, or is being written to and
-    there is no `on_wait`; and rather than replace demonstrations of another protocol, seed or expert.
+    Raises BenchError when the expert cannot do a task, when a worker dies, raises or is silent for longer than
+    `patience` allows, when the folder cannot be written, or is being written to and there is no `on_wait`; and rather
+    than replace demonstrations of another protocol, seed or expert.
     """
     for name, value in (("per_task", per_task), ("workers", workers)):
         if value < 1:
@@ -72,7 +71,8 @@ def make_demonstrations(
             if count < per_task:
                 missing.append(_Order(task, count, writers[task.suite].next_attempt(task)))
         if missing:
-            _run_workers(suite, missing, protocol, per_task, writers, min(workers, len(missing)), seed, progress)
+            experts = _Experts(suite, protocol, per_task, seed, min(workers, len(missing)), patience or Patience())
+            experts.make(missing, writers, progress)
     return [folder / name for name in names]
 
 
@@ -184,123 +184,122 @@ def _digest(demonstrations: Sequence[Demonstration]) -> str:
     return digest.hexdigest()[:12]
 
 
-# Workers. A worker makes whole tasks, one simulator at a time, and sends each episode to the parent, which alone
-# writes: so a worker can be killed at any time.
+# Workers. A worker plays one attempt when asked to, and the parent alone writes: so a worker can be killed at any time.
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Order:
-    """What a worker is told to make."""
+    """A task of which demonstrations are missing."""
 
     task: Task
     solved: int
-    """Demonstrations that are there already."""
+    """Demonstrations that there are."""
     attempt: int
-    """The attempt to go on with."""
+    """The next one."""
+    made: list[tuple[int, Demonstration]] = field(default_factory=list)
+    """(attempt, what it gave), of those not yet on the disk."""
 
 
-def _run_workers(
-    suite: Suite,
-    orders: Sequence[_Order],
-    protocol: Protocol,
-    per_task: int,
-    writers: Mapping[str, Writer],
-    workers: int,
-    seed: int,
-    progress: Progress,
-) -> None:
-    """Makes what is ordered. Batches are kept in the order of `orders`; a task that ends early waits for its turn, and
-    at most 2 `workers` tasks are begun and not yet kept, since they are held in memory."""
-    context = multiprocessing.get_context("spawn")
-    waiting, unkept = list(orders), list(orders)
-    made: dict[Task, list[tuple[int, Demonstration]]] = {order.task: [] for order in orders}
-    busy: dict[Connection, _Order] = {}
-    idle: list[Connection] = []
-    processes = []
+class _Experts:
+    """Worker processes that play the expert, and are watched like those of a rollout."""
 
-    def keep() -> None:
-        while unkept and len(made[unkept[0].task]) == per_task - unkept[0].solved:
-            task = unkept.pop(0).task
-            attempts, episodes = zip(*made.pop(task), strict=True)
-            writers[task.suite].append(task, attempts, episodes)
+    def __init__(
+        self, suite: Suite, protocol: Protocol, per_task: int, seed: int, workers: int, patience: Patience
+    ) -> None:
+        self._arguments = (suite, protocol, seed)
+        self._horizon, self._per_task, self._workers, self._patience = protocol.horizon, per_task, workers, patience
 
-    def give_work() -> None:
-        while idle and waiting and len(unkept) - len(waiting) < 2 * workers:
-            connection, order = idle.pop(0), waiting.pop(0)
-            busy[connection] = order
-            connection.send(order)
-        while idle and not waiting:
-            idle.pop().close()
+    def make(self, orders: Sequence[_Order], writers: Mapping[str, Writer], progress: Progress) -> None:
+        """Makes what is ordered. Batches are kept in the order of `orders`; a task that ends early waits for its turn,
+        and at most 2 `workers` tasks are begun and not yet kept, since they are held in memory."""
+        waiting, unkept = list(orders), list(orders)
+        pool: list[Worker] = []
+        idle: list[Worker] = []
+        busy: dict[Worker, _Order] = {}
 
-    try:
-        for _ in range(workers):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs, suite, protocol, per_task, seed), daemon=True)
-            process.start()
-            theirs.close()
-            processes.append(process)
-            idle.append(ours)
-            give_work()
-        while busy:
-            for connection in wait(list(busy)):
-                assert isinstance(connection, Connection)
-                order = busy[connection]
-                task = order.task
-                try:
-                    message = connection.recv()
-                except EOFError:
-                    reason = "died, perhaps out of memory (a task needs up to 2 GB)"
-                    raise BenchError(f"workers: {workers}; one {reason} at {task.key}; try fewer") from None
-                if isinstance(message, BenchError):
-                    raise message
-                made[task].append(message)
-                progress(1)
-                if len(made[task]) == per_task - order.solved:
-                    del busy[connection]
-                    idle.append(connection)
-                    keep()
+        def give_work() -> None:
+            while idle and waiting and len(unkept) - len(waiting) < 2 * self._workers:
+                worker, order = idle.pop(0), waiting.pop(0)
+                busy[worker] = order
+                self._ask(worker, order)
+            while idle and not waiting:
+                idle.pop().end()
+
+        try:
+            for _ in range(self._workers):
+                pool.append(Worker(_Expert, self._arguments))
+                idle.append(pool[-1])
+                give_work()
+            while busy:
+                for worker in ready(busy):
+                    order = busy[worker]
+                    if self._take(worker, order):
+                        progress(1)
+                    if order.solved < self._per_task:
+                        self._ask(worker, order)
+                        continue
+                    idle.append(worker)
+                    del busy[worker]
+                    while unkept and unkept[0].solved == self._per_task:
+                        _keep(unkept.pop(0), writers)
                     give_work()
-    finally:
-        for connection in (*busy, *idle):
-            connection.close()
-        if busy:  # something went wrong; a worker in the middle of an episode has nothing worth keeping
-            for process in processes:
-                process.kill()
-        for process in processes:
-            process.join()
+        finally:
+            for worker in pool:
+                worker.end()
+
+    def _ask(self, worker: Worker, order: _Order) -> None:
+        """Orders the next attempt, unless there have been too many."""
+        if order.attempt >= ROUNDS * self._per_task:
+            count = f"{order.solved} of {ROUNDS * self._per_task}"
+            raise BenchError(
+                f"{order.task.key}: the expert solved {count} attempts, not {self._per_task}; ask for fewer"
+            )
+        # In pixels mode a step is taken twice: the expert looks in a second pass.
+        steps = 2 * self._horizon[order.task.suite]
+        limit = self._patience.open + self._patience.step + self._patience.each * steps
+        worker.ask([(order.task, order.attempt)], [limit])
+
+    def _take(self, worker: Worker, order: _Order) -> bool:
+        """Receives an attempt; whether it succeeded."""
+        try:
+            demonstration = worker.answer()
+        except WorkerLost as lost:
+            raise BenchError(f"{order.task.key}, attempt {order.attempt}: the expert's worker {lost}") from lost
+        if demonstration is not None:
+            order.made.append((order.attempt, demonstration))
+            order.solved += 1
+        order.attempt += 1
+        return demonstration is not None
 
 
-def _work(connection: Connection, suite: Suite, protocol: Protocol, per_task: int, seed: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-    states = protocol.train_states
-    try:
-        while True:
-            order: _Order = connection.recv()
-            task, solved = order.task, order.solved
-            simulator = suite.open(task, protocol)
-            try:
-                for attempt in range(order.attempt, ROUNDS * per_task):
-                    turn, index = divmod(attempt, len(states))
-                    demonstration = suite.demonstrate(simulator, task, states[index], seed + turn)
-                    solved += demonstration.success
-                    if demonstration.success:
-                        connection.send((attempt, demonstration))
-                    if solved == per_task:
-                        break
-                else:
-                    count = f"{solved} of {ROUNDS * per_task}"
-                    raise BenchError(f"{task.key}: the expert solved {count} attempts, not {per_task}; ask for fewer")
-            finally:
-                simulator.close()
-    except EOFError:
-        return
-    except BenchError as error:
-        connection.send(error)
+def _keep(order: _Order, writers: Mapping[str, Writer]) -> None:
+    attempts, episodes = zip(*order.made, strict=True)
+    order.made = []
+    writers[order.task.suite].append(order.task, attempts, episodes)
 
 
-def _die_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+class _Expert:
+    """What a worker does, with one simulator at a time."""
+
+    def __init__(self, suite: Suite, protocol: Protocol, seed: int) -> None:
+        self.suite, self.protocol, self.seed = suite, protocol, seed
+        self.opened: tuple[Task, Simulator] | None = None
+
+    def __call__(self, request: tuple[Task, int]) -> Demonstration | None:
+        """One attempt at a task; None if it failed."""
+        task, attempt = request
+        states = self.protocol.train_states
+        turn, index = divmod(attempt, len(states))
+        demonstration = self.suite.demonstrate(self._open(task), task, states[index], self.seed + turn)
+        return demonstration if demonstration.success else None
+
+    def _open(self, task: Task) -> Simulator:
+        if self.opened is not None:
+            opened, simulator = self.opened
+            if opened == task:
+                return simulator
+            self.opened = None
+            simulator.close()
+        simulator = self.suite.open(task, self.protocol)
+        self.opened = task, simulator
+        return simulator

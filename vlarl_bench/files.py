@@ -43,7 +43,7 @@ def explain_oserror(error: OSError, path: str | os.PathLike[str]) -> BenchError:
             f"{path}: the disk is full; free some space and continue with --resume, or choose another folder with --out"
         )
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-        return BenchError(f"{path}: permission denied or read-only; choose a folder you can write with --out")
+        return BenchError(f"{path}: permission denied or read-only; change its permissions or choose another place")
     if error.errno == errno.ENOENT:
         return BenchError(f"{path}: no such file or folder")
     if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):

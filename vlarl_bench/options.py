@@ -24,7 +24,6 @@ Settings = TypeVar("Settings")
 Parsed = TypeVar("Parsed")
 
 DEFAULT_POLICY = "pi0-tiny"
-MISSING = tyro.MISSING
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class Run(Generic[Settings]):
     slots: int = 16
     """Episodes in flight, decoded as one batch."""
     threads: int = 2
-    """CPU threads of the learner; another number rounds sums differently."""
+    """CPU threads of the learner; another number gives results that differ in rounding."""
     demos: str = ""
     """Folder of demonstrations: of `vlarl-bench demos`, another LeRobotDataset v3, or LIBERO's HDF5 files; empty makes
     those that are missing in demos/ first, if the algorithm learns from them."""
@@ -73,10 +72,10 @@ class Run(Generic[Settings]):
     tracker: str = ""
     """Where metrics are shown besides the run folder: wandb (offline), tensorboard or trackio."""
     keep: int = 2
-    """Newest checkpoints that stay, of one each round; `vlarl-bench analyze` shows the policy of each."""
+    """Newest checkpoints that stay, of one per round; `vlarl-bench analyze` shows the policy of each."""
     processes: int = 1
     """Processes that share the run, each with --workers, --slots and --threads of its own; torchrun starts them on
-    several machines. Another number rounds sums differently."""
+    several machines. Another number gives results that differ in rounding."""
     out: str = ""
     """Run folder, which must not exist; empty names one under runs/ by algorithm, suite, seed and time."""
 
@@ -92,7 +91,7 @@ class Resume:
     tracker: str = ""
     """Where metrics are shown besides the run folder: wandb (offline), tensorboard or trackio."""
     keep: int = 2
-    """Newest checkpoints that stay, of one each round; `vlarl-bench analyze` shows the policy of each."""
+    """Newest checkpoints that stay, of one per round; `vlarl-bench analyze` shows the policy of each."""
     processes: int = 1
     """Processes that share the run from here on; it need not be the number that began it."""
 
@@ -114,9 +113,9 @@ class Eval:
     protocol: str = "tiny"
     """How it is evaluated: tiny (this project's own) or a published protocol of the suite, such as openpi."""
     states: int = 25
-    """Held-out initial states a task."""
+    """Held-out initial states per task."""
     repeats: int = 1
-    """Episodes a task and initial state."""
+    """Episodes per task and initial state."""
     decoding: Literal["sampled", "zero-noise"] = "sampled"
     """Whether the policy's noise is drawn or zero; the two are never mixed in a table."""
     seed: int = 0
@@ -144,7 +143,7 @@ class Demos:
     protocol: str = "tiny"
     """Whose observations, horizons and training states they follow."""
     episodes: int = 25
-    """Episodes a task."""
+    """Episodes per task."""
     seed: int = 0
     """Seeds the expert's variation."""
     workers: int = 2
@@ -184,12 +183,12 @@ class Table:
     """Print a table of runs, from their rows on disk."""
 
     runs: tyro.conf.Positional[tuple[str, ...]]
-    """Run folders, packs, or runs of packs as PACK/NAME: one shows each task, several one line a run and suite."""
+    """Run folders, packs, or runs of packs as PACK/NAME: one shows each task, several one line per run and suite."""
     format: Literal["text", "markdown", "csv", "latex", "json"] = "text"
     """How to print it; csv and json carry full precision, latex needs booktabs."""
     layout: Literal["runs", "paper", "aggregate", "cost"] = "runs"
-    """runs: a line a run, or a task of one; paper: methods down, suites across; aggregate: mean, IQM, optimality gap,
-    chance to improve, ranks and sample efficiency over seeds and tasks; cost: steps, operations and CPU hours to a
+    """runs: a line per run, or per task of one; paper: methods down, suites across; aggregate: mean, IQM, optimality
+    gap, chance to improve, ranks and sample efficiency over seeds and tasks; cost: steps, operations and CPU hours to a
     success rate in training."""
     published: str = ""
     """Folder of numbers that others published, such as results/published: shown below the measured ones of a paper
@@ -314,7 +313,7 @@ class Tune:
     numbers: Annotated[Budget, tyro.conf.arg(name="budget")]
     """What each trial may use."""
     file: tyro.conf.Positional[str] = ""
-    """A file that was written so, in place of what follows up to --out."""
+    """A file that this command wrote, in place of what follows up to --out."""
     algo: tuple[str, ...] = ()
     """Algorithms; their own files say which settings are searched, over which values."""
     policy: tuple[str, ...] = (DEFAULT_POLICY,)
@@ -367,17 +366,17 @@ class Sweep:
     file: tyro.conf.Positional[str] = ""
     """Sweep file (TOML)."""
     algo: tuple[str, ...] = ()
-    """Without a file: algorithms ..."""
+    """Algorithms to run (without a file)."""
     policy: tuple[str, ...] = (DEFAULT_POLICY,)
-    """... policies ..."""
+    """Policies to run (without a file)."""
     suite: tuple[str, ...] = ()
-    """... suites ..."""
+    """Suites to run (without a file)."""
     seeds: tuple[int, ...] = (0,)
-    """... seeds ..."""
+    """Training seeds of each combination (without a file)."""
     budget: str = "quick"
-    """... the preset of the budget ..."""
+    """Preset of the budget of each run: smoke, quick or standard (without a file)."""
     out: str = ""
-    """... and the sweep's folder; the file is written beside it, as OUT.toml."""
+    """Folder of the sweep; the file is written beside it, as OUT.toml (without a file)."""
     executor: Literal["local", "slurm", "debug"] = "local"
     """Where cells run: processes of this machine, array jobs of a SLURM cluster, or this very process, one by one."""
     dry_run: bool = False

@@ -43,9 +43,9 @@ class Plan:
     base: Path | None
     """Policy folder to start from; None for random weights."""
     states: int
-    """Held-out initial states a task."""
+    """Held-out initial states per task."""
     repeats: int
-    """Episodes a task and held-out initial state."""
+    """Episodes per task and held-out initial state."""
 
     @property
     def name(self) -> str:
@@ -168,7 +168,7 @@ def plan_run(config: RunConfig) -> Plan:
         if not tasks:
             raise BenchError(
                 f"suite: the base policy in {base} was trained on no task of {suite.name!r}; "
-                "train another with --algo sft, or name tasks with --tasks to try all the same"
+                "train another with --algo sft, or name tasks with --tasks to try anyway"
             )
     states, repeats = config.budget.eval_states, config.budget.eval_repeats
     return Plan(config, config.algorithm, suite, spec, protocol, tasks, base, states, repeats)

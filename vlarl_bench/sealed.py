@@ -1,6 +1,7 @@
 """JSON documents that carry a digest of themselves: what a byte changed on a disk is named and never used.
 
-A run's `config.json`, `manifest.json` and `stopped.json`, and a sweep's cells, attempts and submissions.
+A run's `config.json`, `manifest.json` and `stopped.json`, a sweep's cells, attempts and submissions, and the record of
+demonstrations.
 """
 
 import hashlib

@@ -23,14 +23,14 @@ All but the repeat name the cluster."""
 Level = Literal["seed", "task", "episode"]
 
 
-def wilson_interval(successes: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+def wilson_interval(successes: int, n: int) -> tuple[float, float]:
     """Wilson's score interval for a success rate (Wilson, 1927); (0, 1) when there are no episodes.
 
     Treats episodes as independent: with several repeats of an initial state it is somewhat too narrow.
     """
     if n == 0:
         return 0.0, 1.0
-    interval = binomtest(successes, n).proportion_ci(confidence, method="wilson")
+    interval = binomtest(successes, n).proportion_ci(CONFIDENCE, method="wilson")
     return float(interval.low), float(interval.high)
 
 
@@ -114,9 +114,7 @@ def sign_flip_p(totals: Sequence[int] | np.ndarray) -> float:
     return min(1.0, 2 * float(chances @ binom.sf(least - 1, count, 0.5)))
 
 
-def difference_interval(
-    totals: Sequence[int] | np.ndarray, sizes: Sequence[int] | np.ndarray, confidence: float = CONFIDENCE
-) -> tuple[float, float]:
+def difference_interval(totals: Sequence[int] | np.ndarray, sizes: Sequence[int] | np.ndarray) -> tuple[float, float]:
     """Interval of a paired difference of success rates, in [-1, 1], from [C] cluster sums of changes and pair counts.
 
     Student's t over clusters with the cluster-robust variance of a ratio (Cochran, 1977, sec. 6.3), so repeats of one
@@ -132,17 +130,17 @@ def difference_interval(
     n = len(sizes)
     centre = totals.sum() / sizes.sum()
     spread = math.sqrt(n / (n - 1) * np.square(totals - centre * sizes).sum()) / sizes.sum()
-    half = float(student.ppf((1 + confidence) / 2, n - 1)) * spread
+    half = float(student.ppf((1 + CONFIDENCE) / 2, n - 1)) * spread
     return max(-1.0, float(centre - half)), min(1.0, float(centre + half))
 
 
-def seeds_interval(differences: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float, float] | None:
+def seeds_interval(differences: Sequence[float]) -> tuple[float, float, float] | None:
     """(low, high, p) of Student's t over training seeds, two-sided against no change; None for fewer than two seeds
     or when all are equal, where t is undefined."""
     if len(differences) < 2 or np.ptp(differences) < 1e-12:  # what rounding leaves of equal seeds is no spread
         return None
     test = ttest_1samp(differences, 0.0)
-    interval = test.confidence_interval(confidence)
+    interval = test.confidence_interval(CONFIDENCE)
     return max(-1.0, float(interval.low)), min(1.0, float(interval.high)), float(test.pvalue)
 
 
@@ -156,15 +154,15 @@ def holm(p_values: Sequence[float] | np.ndarray) -> np.ndarray:
     return adjusted
 
 
-def rank_intervals(differences: np.ndarray, p_values: np.ndarray, alpha: float = 1 - CONFIDENCE) -> np.ndarray:
+def rank_intervals(differences: np.ndarray, p_values: np.ndarray) -> np.ndarray:
     """[M, 2] lowest and highest rank (1 is best) of M methods that the data leave open.
 
     differences [M, M]: score of i minus score of j, antisymmetric; p_values [M, M]: of each pair, symmetric, corrected
     for their number. A method's best rank is one more than the methods separated above it, and its worst leaves out
     those separated below (Mogstad, Romano, Shaikh and Wilhelm, 2024). All ranks are right at once with probability at
-    least 1 - alpha. It resamples whatever the tests do.
+    least 95%. It resamples whatever the tests do.
     """
-    separated = np.asarray(p_values) < alpha
+    separated = np.asarray(p_values) < 1 - CONFIDENCE
     above = (separated & (np.asarray(differences) < 0)).sum(axis=1)
     below = (separated & (np.asarray(differences) > 0)).sum(axis=1)
     return np.stack([1 + above, len(above) - below], axis=1)
@@ -220,7 +218,6 @@ def seeds_estimate(
     estimator: Callable[..., np.ndarray],
     *groups: np.ndarray,
     bounds: tuple[float, float] = (0.0, 1.0),
-    confidence: float = CONFIDENCE,
 ) -> Estimate:
     """`estimator` of one [S, T] array of scores, or of several whose seeds are independent, with its interval.
 
@@ -244,7 +241,7 @@ def seeds_estimate(
     total = sum(variances)
     if total < 1e-24:  # rounding of equal seeds
         return Estimate(value)
-    half = float(student.ppf((1 + confidence) / 2, min(counts) - 1)) * math.sqrt(total)
+    half = float(student.ppf((1 + CONFIDENCE) / 2, min(counts) - 1)) * math.sqrt(total)
     return Estimate(value, max(bounds[0], value - half), min(bounds[1], value + half))
 
 
@@ -295,10 +292,10 @@ def steps_to(steps: Sequence[float] | np.ndarray, rates: Sequence[float] | np.nd
     return math.inf
 
 
-def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Estimate:
+def median_interval(values: Sequence[float]) -> Estimate:
     """Median over seeds with the exact interval between two order statistics. It needs six seeds for 95%, and holds
     for infinite values too, so seeds that never reached a threshold count. Resamples: training seeds."""
-    found = quantile_test(sorted(values), p=0.5).confidence_interval(confidence)
+    found = quantile_test(sorted(values), p=0.5).confidence_interval(CONFIDENCE)
     low, high = float(found.low), float(found.high)
     value = float(np.median(values))
     return Estimate(value) if math.isnan(low) or math.isnan(high) else Estimate(value, low, high)

@@ -402,12 +402,12 @@ def _budget(given: Any) -> dict[str, Any]:
 
 def _changed(kind: Any, before: Mapping[str, Any], changes: Any, where: str, axes: tuple[str, ...]) -> dict[str, Any]:
     """An algorithm's settings with some changed."""
-    try:
-        return _filled(kind, {**before, **_table(changes, where)}, where)
-    except BenchError as error:
-        if "unknown field" not in str(error):
-            raise
-        raise BenchError(f"{error}; algorithm {axes[0]!r} has no such setting") from None
+    table, known = _table(changes, where), [field.name for field in dataclasses.fields(kind)]
+    for name in table:
+        if name not in known:
+            near = registry.did_you_mean(name, known)
+            raise BenchError(f"{where}.{name}: unknown field; {near}; algorithm {axes[0]!r} has no such setting")
+    return _filled(kind, {**before, **table}, where)
 
 
 def _filled(kind: Any, given: Any, where: str) -> dict[str, Any]:

@@ -48,6 +48,10 @@ def tune(args: list[str]) -> int:
     if options.file:
         _check_alone(options, default, ("file", "executor", "retry_failed"))
         found, text = read_sweep(options.file), ""
+        for axis in ("suites", "seeds"):
+            named = list(getattr(found.file, axis))
+            if len(named) > 1:
+                raise BenchError(f"{options.file}: {axis}: {named}; all trials share one")
         for row in found.rows:
             if row.config.protocol != "tuning":
                 raise BenchError(f"{options.file}: run.protocol: {row.config.protocol!r}; trials are under 'tuning'")

@@ -56,6 +56,8 @@ class State:
     attempt: Attempt | None = None
     note: str = ""
     """Who runs it, why it failed, or why it cannot run."""
+    job: str = ""
+    """The SLURM job, with its index, that a queued cell waits for."""
 
     @property
     def seen(self) -> int:
@@ -76,7 +78,7 @@ def read_states(sweep: Sweep) -> list[State]:
     open_cells = {cell.name for cell, state in zip(sweep.cells, found, strict=True) if state.word in TO_RUN}
     waiting = queued(sweep.out, open_cells)
     return [
-        State("queued", state.attempt, f"job {waiting[cell.name]}")
+        State("queued", state.attempt, job=waiting[cell.name])
         if state.word in TO_RUN and cell.name in waiting
         else state
         for cell, state in zip(sweep.cells, found, strict=True)
@@ -166,7 +168,10 @@ def run_cell(out: Path, name: str, seen: int) -> int:
     if asked or status in (130, -signal.SIGTERM, -signal.SIGINT):
         claim.end("interrupted", f"stopped by {signal.Signals(asked or signal.SIGTERM).name}")
         if asked == signal.SIGUSR2:
-            subprocess.run(["scontrol", "requeue", job_here()], check=False)
+            try:
+                ask(["scontrol", "requeue", job_here()])
+            except BenchError as error:
+                print(f"{name}: {error}; it stays interrupted, and `vlarl-bench sweep` goes on with it")
         return INTERRUPTED
     claim.end("failed", _last_error(out / claim.attempt.log, status))
     print(f"{name}: failed: {claim.attempt.error}; see {out / claim.attempt.log}")
@@ -259,13 +264,19 @@ def _arguments(config: RunConfig, tracker: str) -> list[str]:
     """The command that starts a cell's run or, if it had begun, continues it."""
     from .options import to_arguments
 
+    start = ["run", "--resume", config.out] if _begun(config) else to_arguments(config)
+    return [*start, *(["--tracker", tracker] if tracker else [])]
+
+
+def _begun(config: RunConfig) -> bool:
+    """Whether there is something of a cell's run to continue; remains of which nothing counts are removed. Raises
+    BenchError if what is there is another run."""
     run = Path(config.out)
-    track = ["--tracker", tracker] if tracker else []
-    if not (run / "manifest.json").exists():  # nothing of it counts yet
+    if not (run / "manifest.json").exists():
         with explained(run):
             if run.exists():
                 shutil.rmtree(run)
-        return [*to_arguments(config), *track]
+        return False
     stored, wanted = read_sealed(run / "config.json", older=True), config.to_dict()
     for field in wanted:
         if field not in ("out", "workers") and stored.get(field) != wanted[field]:
@@ -274,7 +285,7 @@ def _arguments(config: RunConfig, tracker: str) -> list[str]:
                 "restore the file, or remove the run folder to begin again"
             )
     _wait_until_free(run / "episodes.jsonl")
-    return ["run", "--resume", str(run), *track]
+    return True
 
 
 def _wait_until_free(rows: Path) -> None:
@@ -324,8 +335,7 @@ def run_here(sweep: Sweep, cells: Sequence[tuple[Cell, int]]) -> None:
             continue
         try:
             with _beating(claim):
-                resume = _arguments(config, "")[1] == "--resume"
-                run(config, resume=resume)
+                run(config, resume=_begun(config), tracker=sweep.file.tracker)
         except KeyboardInterrupt:
             claim.end("interrupted", "stopped by Ctrl-C")
             raise
@@ -350,6 +360,8 @@ def run_local(sweep: Sweep, cells: Sequence[tuple[Cell, int]], parallel: int, sa
         # In a group of its own, so that Ctrl-C in the terminal reaches it only through this process.
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
         running.add(process)
+        if stop.is_set():  # since the look above; whoever stops the others may have missed this one
+            process.terminate()
         process.wait()
         running.discard(process)
         path = attempts.newest_of(sweep.out / "attempts", cell.name)
@@ -386,7 +398,7 @@ def cancel(sweep: Sweep) -> list[str]:
     told, jobs = [], []
     for cell, state in zip(sweep.cells, states, strict=True):
         if state.word == "queued":
-            jobs.append(state.note.removeprefix("job "))
+            jobs.append(state.job)
             told.append(f"{cell.name}: taken out of the queue")
         elif state.word == "running" and state.attempt is not None:
             told.append(f"{cell.name}: {_stop(state.attempt, jobs)}")

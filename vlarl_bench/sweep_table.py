@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
+from .report.spans import spans
 from .sweep import DEFAULT, Cell, Row, Sweep
 from .sweep_jobs import TO_RUN, State, Word, count, estimate, read_states
 
@@ -21,11 +21,11 @@ REFRESH = 5.0
 """Seconds between two looks at the files."""
 
 
-def print_plan(sweep: Sweep, states: Sequence[State], file: TextIO | None = None) -> None:
+def print_plan(sweep: Sweep, states: Sequence[State]) -> None:
     """Prints the sweep as it stands."""
     from rich.console import Console
 
-    console = Console(file=file or sys.stdout, highlight=False)
+    console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 10_000  # lines are for other programs, and are not broken
     console.print(_drawn(sweep, states))
@@ -95,18 +95,7 @@ def _seeds(word: Word, members: Sequence[tuple[Cell, State]]) -> Any:
     from rich.text import Text
 
     seeds = [cell.seed for cell, state in members if state.word == word]
-    return Text(f"{word} {_ranges(seeds)}", STYLES.get(word, ""))
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """`0-3, 7`."""
-    spans: list[list[int]] = []
-    for number in sorted(numbers):
-        if spans and number == spans[-1][1] + 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
+    return Text(f"{word} {spans(seeds)}", STYLES.get(word, ""))
 
 
 def _attention(sweep: Sweep, states: Sequence[State]) -> list[str]:

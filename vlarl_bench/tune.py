@@ -118,7 +118,7 @@ def _table_of(name: str, policy: str, rows: Sequence[Row], runs: Mapping[int, Ru
     names = tuple(registry.get("algorithm", name).search)
     lines, scores = [], []
     for number, row in enumerate(rows):
-        values = [f"{getattr(row.config.settings, setting):g}" for setting in names]
+        values = [_shown(getattr(row.config.settings, setting)) for setting in names]
         found = runs.get(id(row))
         scores.append(-1 if found is None else int(found.evaluated.column("success").sum()))
         seen = ["", "", "", "", ""] if found is None else _outcome(found)
@@ -131,6 +131,10 @@ def _table_of(name: str, policy: str, rows: Sequence[Row], runs: Mapping[int, Ru
         chosen = [f"{setting} = {json.dumps(getattr(settings, setting))}" for setting in names]
         text += [f"Best: trial {best}.", "", "```toml", f"[settings.{name}]", *chosen, "```", ""]
     return "\n".join([f"## {name} on {policy}", "", *text])
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if type(value) in (int, float) else str(value)
 
 
 def _outcome(run: RunFolder) -> list[str]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from vlarl_bench.errors import BenchError
 from vlarl_bench.protocol import Protocol
-from vlarl_bench.suite import Observation, Outcome, Suite, Task
+from vlarl_bench.suite import Demonstration, Observation, Outcome, Suite, Task
 
 NAMES = ("cube", "plate")
 
@@ -67,6 +67,7 @@ class FaultySuite(Suite):
     benchmark = "faulty"
     action_dim = 7
     proprio_dim = 8
+    fps = 20
     film_camera = "none"
     tasks = tuple(Task("faulty", name, f"move the {name}") for name in ("one", "two", "three"))
 
@@ -83,7 +84,13 @@ class FaultySuite(Suite):
         return FaultySimulator(task, [fault for fault in self.faults if fault.task == task.name])
 
     def demonstrate(self, simulator, task, init_state, seed):
-        raise BenchError("faulty: there is no expert")
+        """Eight steps, which succeed with seed 1."""
+        simulator.reset(init_state)
+        actions, observations = np.full((8, 7), 0.01 * init_state, np.float32), []
+        for action in actions:
+            observations.append(simulator.observe())
+            simulator.step(action[None])
+        return Demonstration(task, init_state, seed == 1, tuple(observations), actions)
 
 
 class FaultySimulator:

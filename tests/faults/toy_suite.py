@@ -20,7 +20,6 @@ class ToySuite(FaultySuite):
     name = "toy-arm"
     summary = "a chaotic map"
     benchmark = "libero"
-    fps = 20
     tasks = (Task("toy-arm", "one", INSTRUCTION),)
 
     def protocol(self, observation, name="tiny"):

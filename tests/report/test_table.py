@@ -13,7 +13,7 @@ from vlarl_bench.records import EpisodeLog, read_rows
 from vlarl_bench.report.render import print_table, to_csv, to_json, to_markdown
 from vlarl_bench.report.rows import Rows
 from vlarl_bench.report.runs import read_run, read_runs
-from vlarl_bench.report.table import comparison_table, spans, summary_table
+from vlarl_bench.report.table import comparison_table, summary_table
 from vlarl_bench.sealed import read_sealed, write_sealed
 from vlarl_bench.stats import wilson_interval
 
@@ -249,7 +249,3 @@ def test_renderers_agree(make_run, outcomes):
     assert [int(row["successes"]) for row in parsed] == [12, 16, 8, 36]
     cells = json.loads(to_json(table))["cells"]
     assert {"algorithm", "policy", "suite", "seeds", "episodes", "successes"} <= cells[0].keys()
-
-
-def test_spans():
-    assert spans([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"

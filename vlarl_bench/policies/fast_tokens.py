@@ -18,6 +18,7 @@ from scipy.fft import dct, idct
 from tokenizers import Tokenizer, decoders, models, trainers
 
 from ..errors import BenchError
+from .vocabulary import parse_tokenizer
 
 LONGEST = 10_000  # characters a token, as in the authors' code: no limit in practice
 FOREIGN = 0xFFFD
@@ -30,14 +31,9 @@ class FastTokenizer:
     def __init__(self, tokenizer: str, scale: float, minimum: int, maximum: int = FOREIGN) -> None:
         """Takes the text of a tokenizer.json, and the range that coefficients are clipped to. Raises BenchError if the
         text is no tokenizer, or the scale no positive number."""
-        try:
-            self._tokenizer = Tokenizer.from_str(tokenizer)
-        except Exception as error:  # tokenizers raises bare Exception
-            raise BenchError(f"tokenizer.json: not a tokenizer: {error}") from None
+        self._tokenizer = parse_tokenizer(tokenizer)
         if not scale > 0:
             raise BenchError(f"scale: {scale}; it must be above 0")
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
         self.json, self.scale, self.minimum = tokenizer, scale, minimum
         self.maximum = min(maximum, minimum + FOREIGN - 1)
 

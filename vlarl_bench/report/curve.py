@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from ..files import atomic_file
 from ..stats import wilson_interval
 from .runs import RunFolder, training_curve
-from .table import spans
+from .spans import spans
 
 TRAIN, BASE, AFTER = "#56B4E9", "#D55E00", "#009E73"
 """From the colour-blind safe palette of Okabe and Ito; the markers differ too."""
@@ -28,7 +28,7 @@ def write_curve(path: str | os.PathLike[str], run: RunFolder) -> None:
         label = f"training episodes (exploring, initial states {seen})"
         axes.plot(steps, rates, color=TRAIN, linewidth=1, marker=".", markersize=4, label=label)
     total = steps[-1] if steps else 0
-    held_out = spans(sorted(manifest["evaluation"]["init_states"]))
+    held_out = spans(manifest["evaluation"]["init_states"])
     ends = []
     for rows, x, colour, marker, name in (
         (run.base, 0, BASE, "s", "base"),

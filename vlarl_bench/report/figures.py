@@ -3,6 +3,7 @@
 import functools
 import itertools
 import os
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -171,12 +172,7 @@ def task_heat_map(figure: Figure, methods: Sequence[Method], suite: str) -> bool
 
 
 def _wrapped(text: str, width: int = 18) -> str:
-    lines = [""]
-    for word in text.split():
-        if lines[-1] and len(lines[-1]) + len(word) >= width:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
-    return "\n".join(lines)
+    return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
 
 
 def profiles(figure: Figure, methods: Sequence[Method], suite: str) -> bool:

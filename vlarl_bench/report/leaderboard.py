@@ -19,7 +19,7 @@ from .metrics import wall_time_curve
 from .paper import budget_text
 from .published import Published
 from .runs import RunFolder, training_curve
-from .table import spans
+from .spans import spans
 
 MOST_EPISODES = 200_000
 """Beyond so many scored episodes the page leaves out single ones, to stay below 2 MB."""
@@ -157,7 +157,7 @@ def _run(run: RunFolder, method: Method, suite: str, site: Path | None) -> dict[
         "episodes": len(successes),
         "successes": int(successes.sum()),
         "command": shlex.join(["vlarl-bench", *run.manifest["argv"]]),
-        "folder": f"{run.folder.name}, initial states {spans(sorted(run.manifest['evaluation']['init_states']))}",
+        "folder": f"{run.folder.name}, initial states {spans(run.manifest['evaluation']['init_states'])}",
         "code": run.manifest["code"],
         "machine": f"{run.manifest['fingerprint']['hash']} ({run.manifest['fingerprint'].get('cpu', 'not known')})",
     }

@@ -74,14 +74,13 @@ def make_entry(
     stopped: dict[str, Any] | None,
     rows: Rows,
     metrics: Iterable[Mapping[str, Any]],
-    submitted: dict[str, str] | None = None,
 ) -> Entry:
-    """An entry of what a run folder holds, with its digests. Raises BenchError for metrics that are no numbers."""
+    """An entry of one of our run folders, with its digests. Raises BenchError for metrics that are no numbers."""
     metrics = list(metrics)
     logs: dict[str, list[Any]] = {"episodes.jsonl": [row.to_json() for row in rows], "metrics.jsonl": metrics}
     sha256 = _json_digests(manifest, config, stopped)
     sha256 |= {file: _digest(b"".join(map(log_line, lines))) for file, lines in logs.items()}
-    return Entry(name, manifest, config, stopped, submitted, sha256, rows, _metrics_table(name, metrics))
+    return Entry(name, manifest, config, stopped, None, sha256, rows, _metrics_table(name, metrics))
 
 
 def _digest(content: bytes) -> str:

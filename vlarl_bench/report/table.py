@@ -13,6 +13,7 @@ from ..errors import BenchError
 from ..stats import paired_result, seeds_interval, wilson_interval
 from .rows import Rows
 from .runs import RunFolder
+from .spans import spans
 
 Record = dict[str, Any]
 
@@ -266,9 +267,9 @@ def protocol_notes(runs: Sequence[RunFolder]) -> tuple[str, ...]:
         "state": "state: object poses and proprioception, privileged, no camera",
         "pixels": "pixels: " + ", ".join(protocol["cameras"]),
     }[protocol["observation"]]
-    states = sorted({state for plan in plans for state in plan["init_states"]})
+    states = {state for plan in plans for state in plan["init_states"]}
     repeats = sorted({plan["repeats"] for plan in plans})
-    seeds = sorted({run.manifest["seed"] for run in runs})
+    seeds = {run.manifest["seed"] for run in runs}
     scored = [rows for run in runs for rows in (run.base, run.evaluated)]
     decodings, codes, machines = (
         sorted({value for rows in scored for value in set(rows.column(name))})
@@ -295,14 +296,3 @@ def protocol_notes(runs: Sequence[RunFolder]) -> tuple[str, ...]:
                 f"{run.stopped['reason']}."
             )
     return tuple(notes)
-
-
-def spans(numbers: Sequence[int]) -> str:
-    """Sorted integers in short: 0-24, 30."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][1] + 1:
-            parts[-1][1] = number
-        else:
-            parts.append([number, number])
-    return ", ".join(f"{low}-{high}" if low < high else str(low) for low, high in parts)
