@@ -51,7 +51,7 @@ def test_a_line_has_exactly_the_documented_fields(tmp_path):
     }  # fmt: skip
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(text=st.text(), value=st.floats(allow_nan=False, allow_infinity=False), number=st.integers())
 def test_any_content_round_trips(tmp_path_factory, text, value, number):
     path = tmp_path_factory.mktemp("log") / "e.jsonl"
