@@ -167,7 +167,9 @@ def power(args: list[str]) -> int:
         f"  the same, paired  {pairs.n:,} pairs of episodes whose outcomes correlate by {asked.agreement:g} "
         f"(exact McNemar test; power {pairs.power:.3f})\n"
         f"  two methods       {seeds.n:,} seeds with {asked.episodes:,} episodes each and a deviation of "
-        f"{asked.seed_sd:g} between seeds (t-test; power {seeds.power:.3f})"
+        f"{asked.seed_sd:g} between seeds (t-test paired by seed; power {seeds.power:.3f})\n"
+        "For one comparison. Reports correct for all pairs of a suite (Holm), which takes more: ask with --alpha "
+        "divided by the number of pairs."
     )
     return 0
 

@@ -17,7 +17,8 @@ from ..errors import BenchError
 from ..files import atomic_file
 from ..records import EpisodeRow
 from ..stats import mean, performance_profile, seeds_estimate
-from .methods import Method, base_of, cell, change, compared_methods, planned_tasks, scores, suites_of
+from .comparisons import change
+from .methods import Method, base_of, cell, compared_methods, planned_tasks, scores, suites_of
 from .metrics import cpu_hours, machines_of, wall_time_curve
 from .paper import budget_text
 from .runs import RunFolder, training_curve

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from ..files import write_text_atomic
+from .comparisons import best, change
 from .lint import lint_methods, lint_published, lint_run
 from .method_pages import link, method_pages
-from .methods import Method, base_of, best, cell, change, compared_methods, planned_tasks, suites_of
+from .methods import Method, base_of, cell, compared_methods, planned_tasks, suites_of
 from .metrics import wall_time_curve
 from .paper import budget_text
 from .published import Published
