@@ -56,7 +56,7 @@ def test_the_power_over_seeds_is_what_its_simulation_shows():
     seen = [rng.binomial(played, rate) / played for rate in rates]
     simulated = (ttest_1samp(seen[0] - seen[1], 0, axis=1).pvalue < 0.05).mean()
     assert seeds_power(0.5, 0.6, played, spread, n) == pytest.approx(simulated, abs=0.015)
-    # noncentral t is NaN here in SciPy 1.16: more power for more seeds, none skipped
+    # SciPy 1.17 has NaN for the noncentral t here: more power for more seeds, none skipped
     powers = [seeds_power(0.54, 0.75, 150, 0.05, n, 0.00064) for n in range(2, 16)]
     assert powers == sorted(powers) and powers[-1] < 1.0001
     needed = seeds_needed(0.5, 0.6, played, spread)

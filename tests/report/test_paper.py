@@ -1,3 +1,4 @@
+import csv
 import dataclasses
 import io
 import json
@@ -173,6 +174,12 @@ def test_aggregates_by_hand(folders):
     assert strong["rank"] == [1, 2] == weak["rank"] and base["rank"] is None
     assert strong["steps_to"]["value"] is None  # one round is not two in a row
     assert aggregate_table(read_runs(folders), threshold=0.5).lines[1][-1] == "at the start"
+
+
+def test_csv_is_flat(folders):
+    _, strong, _ = csv.DictReader(io.StringIO(to_csv(aggregate_table(read_runs(folders)))))
+    assert float(strong["mean_low"]) < float(strong["mean"]) < float(strong["mean_high"])
+    assert strong["seeds"] == "0 1 2" and not any("{" in value for value in strong.values())
 
 
 def test_commands(folders, capsys):

@@ -90,7 +90,8 @@ def leaderboard(args: list[str]) -> int:
     from .runs import find_runs, read_all
 
     runs = read_all(options.runs) if options.runs else find_runs("results")
-    published = read_published(options.published) if options.published else []
+    default = options.published == Leaderboard.published and not Path(options.published).exists()  # not of a checkout
+    published = read_published(options.published) if options.published and not default else []
     if not runs and not published:
         raise BenchError("runs: none given and none in results/; name at least one run folder")
     path = Path(options.out) / "index.html"
