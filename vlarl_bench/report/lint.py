@@ -13,7 +13,7 @@ from ..files import read_json_object
 from ..power import episodes_needed
 from ..stats import CONFIDENCE
 from .comparisons import families, separation
-from .methods import Method, cell, compared_methods, suites_of
+from .methods import Method, cell, compared_methods, suites_of, titles
 from .pack import PACK
 from .published import Published, read_published
 from .runs import RunFolder, read_all
@@ -75,17 +75,17 @@ def lint_run(run: RunFolder) -> list[str]:
 def lint_methods(methods: Sequence[Method]) -> list[str]:
     """Findings about methods that are compared under one protocol, a line a kind."""
     findings = []
-    several = len({method.policy for method in methods}) > 1
+    title = titles(methods)
     trained = [method for method in methods if not method.is_base]
     for n in sorted({len(method.seeds) for method in trained}):
-        few = [method.title(several) for method in trained if len(method.seeds) == n]
+        few = [title[method] for method in trained if len(method.seeds) == n]
         if n < FEW_SEEDS:
             findings.append(f"{n} training seed(s), and a claim about a method takes {FEW_SEEDS}: {_listed(few)}")
     for suite in suites_of(methods):
         present = [method for method in methods if any(suite in run.suites for run in method.runs)]
         cells = [(method, cell(method, suite)) for method in present]
         missing = [
-            f"{method.title(several)} has {found['episodes']} of {found['expected']} episodes"
+            f"{title[method]} has {found['episodes']} of {found['expected']} episodes"
             for method, found in cells if not found["complete"]
         ]  # fmt: skip
         if missing:

@@ -51,10 +51,6 @@ class Method:
         short = re.sub(r"\[[^\]]{40,}\]", lambda found: f"[{found[0].count(',') + 1} named]", self.settings)
         return f"{self.name}{control}" + (f" ({short})" if short else "") + submitter(self.submitted_by)
 
-    def title(self, several: bool) -> str:
-        """The label, and the policy where there are `several`."""
-        return f"{self.label} on {self.policy}" if several else self.label
-
     @property
     def is_base(self) -> bool:
         """Whether nothing was trained."""
@@ -173,6 +169,16 @@ def base_of(method: Method, methods: Iterable[Method]) -> Method | None:
         if other.is_base and not method.is_base and same and mine & {run.folder for run in other.runs}:
             return other
     return None
+
+
+def titles(methods: Sequence[Method]) -> dict[Method, str]:
+    """Labels, with as much of the base policy as it takes to tell those of several apart."""
+    policies, checkpoints = ({tuple(getattr(m, n) for n in names) for m in methods}
+                             for names in (("policy",), ("policy", "checkpoint")))  # fmt: skip
+    if len(checkpoints) <= 1:
+        return {method: method.label for method in methods}
+    whole = len(checkpoints) > len(policies)
+    return {m: f"{m.label} on {m.policy}{f' {m.checkpoint}' if whole else ''}" for m in methods}
 
 
 def suites_of(methods: Iterable[Method]) -> list[str]:
