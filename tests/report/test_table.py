@@ -166,6 +166,12 @@ def test_a_seed_counts_once(make_run, outcomes):
         summary_table(read_runs([folder, folder.parent / "copy"]))
 
 
+def test_a_folder_that_holds_runs_is_told_so(make_run, outcomes, tmp_path):
+    folder = make_run("r", base=outcomes["half"])
+    with pytest.raises(BenchError, match=f"; 1 of these below it: name {folder}$"):
+        read_runs([tmp_path])
+
+
 def test_protocols_do_not_mix(make_run, outcomes):
     first = make_run("a", base=outcomes["half"])
     run = read_run(first)

@@ -151,7 +151,7 @@ def read_run(folder: str | os.PathLike[str]) -> RunFolder:
     folder = Path(folder)
     if not (folder / "manifest.json").is_file():
         inside = [str(found.parent) for name in ("manifest.json", PACK) for found in sorted(folder.glob(f"*/{name}"))]
-        more = f"; there are {len(inside)} below it: name {', '.join(inside[:5])}" if inside else ""
+        more = f"; {len(inside)} of these below it: name {', '.join(inside[:5])}" if inside else ""
         more += ", ..." if len(inside) > 5 else ""
         raise BenchError(f"{folder}: not a run folder, it has no manifest.json, nor a pack, with a {PACK}{more}")
     manifest, config = (read_sealed(folder / name, older=True) for name in ("manifest.json", "config.json"))

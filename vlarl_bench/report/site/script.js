@@ -58,6 +58,10 @@ function writeAddress(opened = {}) {
   history.replaceState(null, "", "#" + address);
 }
 
+// What compares stands together: measured scores of one suite under one protocol.
+const group = (cell) => (cell.kind === "measured" ? `Measured here: ${cell.suite}, protocol ${cell.protocol}`
+  : "Copied: printed by others, measured by nobody here");
+
 function shown() {
   const words = form.elements.find.value.toLowerCase().split(/\s+/).filter(Boolean);
   const kept = data.cells.filter((cell) => {
@@ -69,6 +73,7 @@ function shown() {
   const column = COLUMNS.find((c) => c.key === state.sort), sign = state.order === "ascending" ? 1 : -1;
   return kept.sort((a, b) => {
     if (a.kind !== b.kind) return a.kind === "measured" ? -1 : 1; // never one among the other
+    if (group(a) !== group(b)) return group(a) < group(b) ? -1 : 1;
     const x = column.of(a), y = column.of(b);
     if (x === null || y === null) return (x === null) - (y === null); // what is missing comes last either way
     return sign * (x < y ? -1 : x > y ? 1 : 0) || a.id.localeCompare(b.id);
@@ -85,10 +90,8 @@ function draw() {
   }
   const found = shown();
   const measured = found.filter((cell) => cell.kind === "measured").length;
-  const group = (text, some) => (some.length ? [heading(text), ...some.map(row)] : []);
-  find("#table tbody").replaceChildren(
-    ...group("Measured here", found.slice(0, measured)),
-    ...group("Copied: printed by others, measured by nobody here", found.slice(measured)));
+  find("#table tbody").replaceChildren(...found.flatMap((cell, i) =>
+    (i && group(cell) === group(found[i - 1]) ? [row(cell)] : [heading(group(cell)), row(cell)])));
   find("#count").textContent =
     `${found.length} of ${data.cells.length} scores: ${measured} measured, ${found.length - measured} copied`;
 }
@@ -140,10 +143,12 @@ function score(cell) {
 
 function change(cell) {
   if (!cell.change) return [element("small", {}, cell.kind === "copied" ? "not paired" : "–")];
-  const { value, low, high, base } = cell.change;
+  const { value, low, high, base, complete } = cell.change;
+  const clear = low === null ? "" : low > 0 ? "up" : high < 0 ? "down" : ""; // coloured where the interval excludes 0
   return [
-    element("span", { class: value < 0 ? "down" : "up" }, `${points(value)} pp`),
-    element("small", {}, low === null ? "no interval" : `[${points(low)}, ${points(high)}]`),
+    element("span", { class: clear }, `${points(value)} pp`),
+    element("small", {}, !complete ? "incomplete: no interval" : low === null ? "no interval"
+      : `[${points(low)}, ${points(high)}], p ${p(cell.change.p)}`),
     element("small", {}, `base ${percent(base)}%`)];
 }
 
