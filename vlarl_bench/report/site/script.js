@@ -61,6 +61,8 @@ function writeAddress(opened = {}) {
 // What compares stands together: measured scores of one suite under one protocol.
 const group = (cell) => (cell.kind === "measured" ? `Measured here: ${cell.suite}, protocol ${cell.protocol}`
   : "Copied: printed by others, measured by nobody here");
+const sizes = {}; // the group with the most scores comes first
+for (const cell of data.cells) sizes[group(cell)] = (sizes[group(cell)] ?? 0) + 1;
 
 function shown() {
   const words = form.elements.find.value.toLowerCase().split(/\s+/).filter(Boolean);
@@ -73,7 +75,7 @@ function shown() {
   const column = COLUMNS.find((c) => c.key === state.sort), sign = state.order === "ascending" ? 1 : -1;
   return kept.sort((a, b) => {
     if (a.kind !== b.kind) return a.kind === "measured" ? -1 : 1; // never one among the other
-    if (group(a) !== group(b)) return group(a) < group(b) ? -1 : 1;
+    if (group(a) !== group(b)) return sizes[group(b)] - sizes[group(a)] || (group(a) < group(b) ? -1 : 1);
     const x = column.of(a), y = column.of(b);
     if (x === null || y === null) return (x === null) - (y === null); // what is missing comes last either way
     return sign * (x < y ? -1 : x > y ? 1 : 0) || a.id.localeCompare(b.id);
@@ -148,7 +150,8 @@ function change(cell) {
   return [
     element("span", { class: clear }, `${points(value)} pp`),
     element("small", {}, !complete ? "incomplete: no interval" : low === null ? "no interval"
-      : `[${points(low)}, ${points(high)}], p ${p(cell.change.p)}`),
+      : `[${points(low)}, ${points(high)}]`),
+    low === null ? null : element("small", {}, `p ${p(cell.change.p)}`),
     element("small", {}, `base ${percent(base)}%`)];
 }
 
