@@ -152,11 +152,12 @@ def test_many_methods_look_different_and_their_legend_fits(make_run):
     assert len(set(seen)) == 40
     folders = [
         make_run(f"m{i}", base=at_most(2), final=at_most(i % 8), algorithm=f"a-long-name-{i}", train=((1, True),))
-        for i in range(18)
+        for i in range(26)
     ]  # fmt: skip
     figure = drawn(pareto, folders).figure
     FigureCanvasAgg(figure).draw()
     legend, axes = figure.legends[0].get_window_extent(), figure.axes[0].get_tightbbox()
+    assert figure.axes[0].get_window_extent().height > 2.9 * figure.dpi  # not at the cost of the panel
     assert legend.y1 <= axes.y0 + 1 and legend.x0 >= 0 and legend.x1 <= figure.bbox.x1
 
 

@@ -128,6 +128,14 @@ def test_seeds_are_listed_and_summed_up(make_run, outcomes):
     assert len(cell["runs"]) == 3
 
 
+def test_seeds_of_which_one_lacks_episodes_have_no_interval_together(make_run, outcomes):
+    folders = seeds(make_run, outcomes)
+    part = make_run("part", base=outcomes["half"], final=outcomes["always"], seed=3, skip=(4,))
+    table = summary_table(read_runs([*folders, part]))
+    assert table.lines[-1][3] == "all 4 seeds" and table.lines[-1][-2].endswith(" INCOMPLETE")
+    assert table.cells[0]["difference_low"] is table.cells[0]["p_value"] is None
+
+
 def test_other_settings_are_another_experiment(make_run, outcomes):
     real = seeds(make_run, outcomes, config={"rewards": "success"})
     control = make_run("control", base=outcomes["half"], final=outcomes["half"], config={"rewards": "shuffled"})
