@@ -273,6 +273,8 @@ def test_suites_and_protocols_stand_apart_and_only_clear_changes_are_coloured(br
     assert change("same").locator(".up, .down").count() == 0 and "p = 1.0000" in change("same").inner_text()
     assert change("part").locator(".up, .down").count() == 0
     assert "incomplete: no interval" in change("part").inner_text()
+    page.locator("#table button.open", has_text="part").click()
+    assert "points; episodes are missing: no interval" in page.locator("dialog[open]").inner_text()
     page.close()
 
 

@@ -206,7 +206,7 @@ function measured(cell) {
   const interval = cell.low === null ? "" : ` [${percent(cell.low)}, ${percent(cell.high)}]: 95%, resamples ${cell.resamples}`;
   const against = cell.change && `${points(cell.change.value)} points` +
     (cell.change.low === null ? "" : ` [${points(cell.change.low)}, ${points(cell.change.high)}], p ${p(cell.change.p)}`) +
-    `; ${cell.change.resamples}`;
+    `; ${cell.change.complete ? cell.change.resamples : "episodes are missing: no interval"}`;
   const body = [facts([
     ["Score", cell.rate === null ? "not run" : `${percent(cell.rate)}%${interval}`],
     ["Episodes", `${cell.successes} successes of ${cell.episodes}; ${cell.expected} planned`],
