@@ -15,6 +15,8 @@ from functools import partial
 
 import numpy as np
 from scipy.special import expit
+from scipy.stats import t as student
+from scipy.stats import ttest_1samp
 
 from vlarl_bench import stats
 
@@ -32,7 +34,7 @@ def main() -> None:
     """One line an interval and setting."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--experiments", type=int, default=10_000)
-    parts = (single_policies, before_and_after, over_seeds, efficiency, ranks, bootstraps)
+    parts = (single_policies, before_and_after, over_seeds, efficiency, ranks, families, bootstraps)
     parser.add_argument("--only", choices=[part.__name__ for part in parts])
     options = parser.parse_args()
     print("| interval | setting | coverage |\n| --- | --- | --- |")
@@ -158,6 +160,24 @@ def ranks(experiments: int) -> Iterator[Line]:
         # The two equal methods share ranks 3 and 4.
         right += bool((low <= [3, 3, 2, 1]).all() and (high >= [4, 4, 2, 1]).all())
     yield "rank_intervals", "4 methods, two equal, 5 seeds (at least 95%)", right / experiments
+
+
+def families(experiments: int) -> Iterator[Line]:
+    """No false claim among all 28 pairs of eight equal methods, corrected by Holm: Student's t paired by seed, as
+    reports test, and for comparison with one variance for all methods, which no report does."""
+    rng, pairs = np.random.default_rng(7), np.array([(i, j) for i in range(8) for j in range(i)])
+    for name, spreads in (("equal spreads", [0.03] * 8), ("one spread four times the others", [0.03] * 7 + [0.12])):
+        for seeds in (3, 5):
+            rates = np.array(spreads)[:, None] * rng.standard_normal((experiments, 8, seeds))
+            gaps = rates[:, pairs[:, 0]] - rates[:, pairs[:, 1]]
+            pooled = np.sqrt(2 / seeds * rates.var(2, ddof=1).mean(1))[:, None]
+            tests = {
+                "Holm, paired t over seeds (at least 95%)": ttest_1samp(gaps, 0, axis=2).pvalue,
+                "Holm, one variance for all methods": 2 * student.sf(abs(gaps.mean(2)) / pooled, 8 * (seeds - 1)),
+            }
+            for test, p in tests.items():
+                clean = [bool((stats.holm(each) >= 0.05).all()) for each in p]
+                yield test, f"8 equal methods, {name}, {seeds} seeds", float(np.mean(clean))
 
 
 def bootstraps(experiments: int) -> Iterator[Line]:

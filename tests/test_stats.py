@@ -272,9 +272,10 @@ def test_sample_efficiency_by_hand():
     # level 0.2 to 10, up to 0.6 at 20, level to 40: (2 + 4 + 12) / 40
     assert stats.area_under_curve([10, 20], [0.2, 0.6], 40) == pytest.approx(18 / 40)
     assert stats.area_under_curve([10, 20], [0.2, 0.6], 15) == pytest.approx((2 + 5 * 0.3) / 15)
-    assert stats.steps_to([10, 20], [0.2, 0.6], 0.5) == pytest.approx(17.5)
+    assert stats.steps_to([10, 20, 30], [0.2, 0.6, 0.5], 0.5) == pytest.approx(17.5)
+    assert stats.steps_to([10, 20, 30, 40], [0.2, 0.6, 0.4, 0.6], 0.5) == math.inf  # never twice in a row
     assert stats.steps_to([10, 20], [0.2, 0.6], 0.1) == 10
-    assert stats.steps_to([10, 20], [0.2, 0.6], 0.7) == math.inf
+    assert stats.steps_to([10, 20], [0.2, 0.6], 0.7) == math.inf == stats.steps_to([10], [0.9], 0.7)
 
 
 def test_the_median_counts_seeds_that_never_got_there():

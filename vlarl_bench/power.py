@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import binom, nct, norm
+from scipy.stats import binom, ncf, norm
 from scipy.stats import t as student
 
 from .errors import BenchError
@@ -93,10 +93,12 @@ def mcnemar_power(gained: float, lost: float, n: int, alpha: float = 0.05) -> fl
 def seeds_needed(
     first: float, second: float, episodes: int, seed_spread: float, power: float = 0.8, alpha: float = 0.05
 ) -> Power:
-    """Training seeds of each method for the two-sided t-test over seeds, `episodes` played of each.
+    """Training seeds of each method for the two-sided paired t-test over seeds, as reports make it, with `episodes`
+    played of each.
 
     seed_spread: standard deviation, between seeds, of the success rate that infinitely many episodes would show. The
-    seeds' rates are taken as normal, so the power is that of Student's noncentral t.
+    seeds' rates are taken as normal, and those of the two methods as independent although they share a seed, so the
+    power is that of Student's noncentral t.
     """
     if episodes < 1:
         raise BenchError(f"episodes: {episodes}; it must be at least 1")
@@ -114,8 +116,8 @@ def seeds_needed(
 
 
 def seeds_power(first: float, second: float, episodes: int, seed_spread: float, n: int, alpha: float = 0.05) -> float:
-    """Power of the t-test over n seeds of each of two methods."""
+    """Power of the paired t-test over n seeds, of which two methods played each."""
     variance = 2 * seed_spread**2 + (first * (1 - first) + second * (1 - second)) / episodes
-    shift, freedom = abs(first - second) / math.sqrt(variance / n), 2 * n - 2
+    shift, freedom = abs(first - second) / math.sqrt(variance / n), n - 1
     critical = student.isf(alpha / 2, freedom)
-    return float(nct.sf(critical, freedom, shift) + nct.cdf(-critical, freedom, shift))
+    return float(ncf.sf(critical**2, 1, freedom, shift**2))  # t squared; SciPy's noncentral t itself can be NaN

@@ -282,12 +282,13 @@ def area_under_curve(steps: Sequence[float] | np.ndarray, rates: Sequence[float]
 
 
 def steps_to(steps: Sequence[float] | np.ndarray, rates: Sequence[float] | np.ndarray, threshold: float) -> float:
-    """Steps at which the curve first reaches `threshold`, on the line between two points; infinite if never."""
-    for i, rate in enumerate(rates):
-        if rate >= threshold:
+    """Steps at which the curve first reaches `threshold`, on the line between two points, and is there at the next
+    point too, since one alone may be luck; infinite if never."""
+    for i in range(len(rates) - 1):
+        if min(rates[i], rates[i + 1]) >= threshold:
             if i == 0:
                 return float(steps[0])
-            share = (threshold - rates[i - 1]) / (rate - rates[i - 1])
+            share = (threshold - rates[i - 1]) / (rates[i] - rates[i - 1])
             return float(steps[i - 1] + share * (steps[i] - steps[i - 1]))
     return math.inf
 

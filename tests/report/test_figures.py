@@ -1,4 +1,8 @@
+import dataclasses
+import itertools
+
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -7,14 +11,17 @@ from vlarl_bench.records import MetricsLog
 from vlarl_bench.report.figures import (
     FIGURES,
     ablation,
+    gains,
     learning_curves,
+    looks,
     pareto,
     profiles,
     task_heat_map,
     wall_time_curves,
     write_figures,
 )
-from vlarl_bench.report.methods import compared_methods
+from vlarl_bench.report.methods import compared_methods, titles
+from vlarl_bench.report.rows import Rows
 from vlarl_bench.report.runs import read_runs
 
 
@@ -49,7 +56,7 @@ def timed(folders):
 
 
 def drawn(draw, folders, *more):
-    figure = Figure()
+    figure = Figure((7.2, 4.4), layout="constrained")
     assert draw(figure, compared_methods(read_runs(folders)), "suite_a", *more)
     return figure.axes[0]
 
@@ -101,7 +108,7 @@ def test_settings_of_one_algorithm_are_bars(folders, other):
 
 def test_the_heat_map_has_the_rates(folders):
     (image,) = drawn(task_heat_map, folders).images
-    assert image.get_array().tolist() == [[25, 93.75, 43.75]] * 2
+    assert image.get_array().tolist() == [[25, 25], [93.75, 93.75], [43.75, 43.75]]  # a method a row
 
 
 def test_a_profile_falls_from_all_to_none(folders):
@@ -109,6 +116,63 @@ def test_a_profile_falls_from_all_to_none(folders):
         heights = line.get_ydata()
         assert (heights[0], heights[-1]) == (100, 0)
         assert (heights[1:] <= heights[:-1]).all()
+
+
+def test_gains_are_sorted_and_say_seeds_and_counts(folders, other):
+    axes = drawn(gains, [*folders, other])
+    assert [bar.get_width() for bar in axes.patches] == pytest.approx([100 * 11 / 16, 100 * 3 / 16, 100 / 8])
+    told = [text.get_text() for text in axes.texts]
+    assert told[0].startswith("+68.8 [") and told[0].endswith(", 2 seeds, 30/32")
+    assert told[2].endswith(", 1 seed, 6/16")
+    assert [bool(bar.get_hatch()) for bar in axes.patches] == [False, False, True]
+
+
+def test_gains_with_missing_episodes_are_hollow_and_have_no_interval(folders, make_run):
+    part = make_run("part", base=at_most(2), final=at_most(8), algorithm="part", skip=(4,))
+    axes = drawn(gains, [*folders, part])
+    (found,) = [text.get_text() for text in axes.texts if "INCOMPLETE" in text.get_text()]
+    assert "[" not in found and found.endswith("12/12")
+    assert sorted(bar.get_facecolor()[3] > 0 for bar in axes.patches) == [False, True, True]
+    assert "part INCOMPLETE" in drawn(pareto, [*folders, part]).get_legend_handles_labels()[1]
+
+
+def test_the_front_begins_at_the_base_policy_and_leaves_out_what_lost(make_run):
+    folders = [
+        make_run(name, base=at_most(4), final=at_most(limit), algorithm=name, train=((1, True),) * spent)
+        for name, limit, spent in (("lost", 1, 1), ("cheap", 5, 2), ("worse", 4, 3), ("best", 8, 4))
+    ]  # fmt: skip
+    (front,) = [line for line in drawn(pareto, folders).lines if line.get_drawstyle() == "steps-post"]
+    assert front.get_xydata().tolist() == [[0, 0], [200, 12.5], [400, 50], [400, 50]]
+    alone = drawn(pareto, folders[:1]).lines  # whoever only lost is no front
+    assert not [line for line in alone if line.get_drawstyle() == "steps-post"]
+
+
+def test_many_methods_look_different_and_their_legend_fits(make_run):
+    seen = [tuple(look.values()) for look in itertools.islice(looks(), 40)]
+    assert len(set(seen)) == 40
+    folders = [
+        make_run(f"m{i}", base=at_most(2), final=at_most(i % 8), algorithm=f"a-long-name-{i}", train=((1, True),))
+        for i in range(26)
+    ]  # fmt: skip
+    figure = drawn(pareto, folders).figure
+    FigureCanvasAgg(figure).draw()
+    legend, axes = figure.legends[0].get_window_extent(), figure.axes[0].get_tightbbox()
+    assert figure.axes[0].get_window_extent().height > 2.9 * figure.dpi  # not at the cost of the panel
+    assert legend.y1 <= axes.y0 + 1 and legend.x0 >= 0 and legend.x1 <= figure.bbox.x1
+
+
+def test_policies_are_named_where_there_are_several(folders):
+    runs = read_runs(folders)
+    other = dataclasses.replace(
+        runs[0],
+        manifest=runs[0].manifest | {"policy": "q", "base_checkpoint": "1" * 12},
+        rows=Rows.of(dataclasses.replace(row, policy="q") for row in runs[0].rows),
+    )
+    titles_ = titles(compared_methods([*runs, other])).values()
+    assert {"strong on q", "strong on pi0-tiny", "base policy on q"} <= set(titles_)
+    moved = dataclasses.replace(runs[0], manifest=runs[0].manifest | {"base_checkpoint": "1" * 12})
+    assert f"base policy on pi0-tiny {'1' * 12}" in titles(compared_methods([*runs, moved])).values()
+    assert "strong" in titles(compared_methods(runs)).values()
 
 
 def test_gain_stands_against_cost(folders):

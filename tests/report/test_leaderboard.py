@@ -171,6 +171,10 @@ def test_the_command(runs, tmp_path, capsys, monkeypatch):
     assert "8 runs, 0 published results" in capsys.readouterr().out
     assert (tmp_path / "site" / "index.html").stat().st_size > 10_000
     monkeypatch.chdir(tmp_path)
+    assert cli.main(["leaderboard", *folders, "--out", "b"]) == 0  # outside a checkout: nobody's numbers
+    assert "8 runs, 0 published results" in capsys.readouterr().out
+    assert cli.main(["leaderboard", *folders, "--published", "elsewhere"]) == 2
+    assert "elsewhere" in capsys.readouterr().err
     assert cli.main(["leaderboard", "--published", ""]) == 2
     assert "name at least one run folder" in capsys.readouterr().err
 
@@ -245,6 +249,33 @@ def test_sorting(visit):
     assert "sort=change" in page.url
     page.locator("#table thead th[data-key=suite] button").click()
     assert page.locator("#table tr[data-id] td:nth-child(2)").all_inner_texts()[-2:] == ["suite_c", "suite_d"]
+
+
+def test_suites_and_protocols_stand_apart_and_only_clear_changes_are_coloured(browser, runs, make_run, tmp_path):
+    longer = Protocol("tiny-state", 2, "state", {"suite_a": 400}, 10, 8, (0, 1), (4, 5))
+    same = make_run("same", base=at_most(1), final=at_most(1), algorithm="same")
+    other = make_run("other", base=at_most(1), final=at_most(3), algorithm="strong", protocol=longer)
+    part = make_run("part", base=at_most(1), final=at_most(8), algorithm="part", protocol=longer, skip=(4,))
+    path = tmp_path / "groups.html"
+    path.write_text(make_page([*runs, *map(read_run, (same, other, part))], []), encoding="utf-8")
+    page = browser.new_page()
+    page.goto(path.as_uri())
+    heads = page.locator("#table tr.group").all_inner_texts()
+    assert [head.split(" (")[0] for head in heads] == [
+        f"Measured here: suite_a, protocol tiny-state@{n}" for n in (1, 2)
+    ]
+    assert methods(page)[:2] == ["strong", "weak"] and methods(page)[4:] == ["part", "strong", "base policy"]
+
+    def change(method):
+        return page.locator("#table tr[data-id]", has=page.locator(f"text=/^{method}$/")).first.locator("td").nth(2)
+
+    assert change("strong").locator(".up").count() == 1 and "p = 0.0002" in change("strong").inner_text()
+    assert change("same").locator(".up, .down").count() == 0 and "p = 1.0000" in change("same").inner_text()
+    assert change("part").locator(".up, .down").count() == 0
+    assert "incomplete: no interval" in change("part").inner_text()
+    page.locator("#table button.open", has_text="part").click()
+    assert "points; episodes are missing: no interval" in page.locator("dialog[open]").inner_text()
+    page.close()
 
 
 def test_filters(visit):

@@ -119,7 +119,8 @@ def test_unequal_budgets(make_run, outcomes):
         read_run(make_run(name, base=outcomes["half"], final=outcomes["half"], algorithm=name, train=train))
         for name, train in (("frugal", few), ("lavish", many))
     ]
-    assert any("unequal budgets of frugal and lavish: 1 and 8 train episodes" in each for each in lint_runs(runs))
+    (found,) = [each for each in lint_runs(runs) if "unequal budgets" in each]
+    assert "train episodes a run: 1 of frugal; 8 of lavish" in found
 
 
 def test_too_few_for_a_claim(make_run, outcomes):
@@ -128,10 +129,12 @@ def test_too_few_for_a_claim(make_run, outcomes):
                  seed=seed, algorithm=name)
         for name, wins in (("a", (4, 6, 5)), ("b", (5, 6, 6))) for seed in range(3)
     ])  # fmt: skip
-    (found,) = [each for each in lint_runs(runs) if "a and b differ" in each]
-    assert "48 episodes" in found and "of each would show it 4 times in 5" in found
-    one = [each for each in lint_runs(runs[:1]) if "1 training seed" in each]
-    assert len(one) == 1
+    (found,) = lint_runs(runs)  # one line for all pairs, those with the base policy among them
+    assert "3 pair(s) differ and are not separated" in found and "more episodes of these would not" in found
+    assert "a and b by 8.3 points" in found
+    alone = lint_runs([runs[0], runs[3]])
+    assert any("1 training seed(s), and a claim about a method takes 3: a, b" in each for each in alone)
+    assert any("2 pair(s) differ, by up to 12.5 points, and are not tested" in each for each in alone)
 
 
 def test_tables_in_json(make_run, outcomes, tmp_path):

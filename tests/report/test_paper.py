@@ -1,3 +1,5 @@
+import csv
+import dataclasses
 import io
 import json
 
@@ -7,11 +9,13 @@ import pytest
 from vlarl_bench import cli
 from vlarl_bench.errors import BenchError
 from vlarl_bench.records import EpisodeLog, read_rows
-from vlarl_bench.report.methods import base_of, best, cell, compared_methods, scores, separation
+from vlarl_bench.report.methods import base_of, cell, compared_methods, scores
 from vlarl_bench.report.paper import aggregate_table, paper_table
 from vlarl_bench.report.published import read_published
 from vlarl_bench.report.render import print_table, to_csv, to_json, to_latex, to_markdown
+from vlarl_bench.report.rows import Rows
 from vlarl_bench.report.runs import read_run, read_runs
+from vlarl_bench.sealed import read_sealed, write_sealed
 from vlarl_bench.stats import wilson_interval
 
 
@@ -57,30 +61,45 @@ def test_a_cell_over_seeds_has_students_interval_and_one_seed_wilsons(folders):
     assert alone["resamples"] == "episodes"
 
 
-def test_best_is_marked_only_when_it_is_separated(folders):
-    methods = compared_methods(read_runs(folders))
-    differences, p = separation(methods, "suite_a")
-    assert differences[1, 2] == pytest.approx(0.5) and differences[2, 1] == pytest.approx(-0.5)
-    # every seed differs by exactly 0.5, so Student's t is undefined and nothing is claimed
-    assert p[1, 2] == 1.0 and best(methods, "suite_a") == []
-
-
-def test_best_is_found_where_seeds_vary(make_run):
+def test_the_best_is_marked(make_run):
     folders = [
         make_run(f"{name}{seed}", base=at_most(1), final=at_most(limit), seed=seed, algorithm=name)
         for seed, limits in enumerate([(8, 2), (7, 2), (8, 3), (7, 2)])
         for name, limit in zip(("strong", "weak"), limits, strict=True)
     ]
-    methods = compared_methods(read_runs(folders))
-    assert best(methods, "suite_a") == [1]
     table = paper_table(read_runs(folders))
     marked = [line for line in table.lines if line[-1].endswith(" *")]
     assert [line[0] for line in marked] == ["strong"]
     assert f"**{marked[0][-1]}**" in to_markdown(table)
     assert f"\\textbf{{{marked[0][-1]}}}" in to_latex(table)
     assert [each["best"] for each in json.loads(to_json(table))["cells"]] == [False, True, False]
-    # one seed cannot separate, however large the gap
-    assert best(compared_methods(read_runs(folders[:2])), "suite_a") == []
+
+
+def test_lines_are_sorted_by_result_below_their_base(make_run, outcomes):
+    folders = [
+        make_run(f"{policy}{name}", base=outcomes["half"], final=at_most(limit), algorithm=name, policy=policy)
+        for policy in ("p", "q") for name, limit in (("a", 3), ("b", 7), ("c", 5))
+    ]  # fmt: skip
+    for folder in folders:
+        if folder.name.startswith("q"):
+            manifest = read_sealed(folder / "manifest.json")
+            write_sealed(folder / "manifest.json", manifest | {"policy": "q", "base_checkpoint": "1" * 12})
+        else:
+            write_sealed(folder / "manifest.json", read_sealed(folder / "manifest.json") | {"policy": "p"})
+    runs = read_runs(folders)
+    assert [line[0] for line in paper_table(runs).lines] == ["base policy", "b", "c", "a"] * 2
+    assert [line[1] for line in aggregate_table(runs).lines] == ["base policy", "b", "c", "a"] * 2
+    assert {line[2] for line in paper_table(runs).lines[::4]} == {"none"}
+
+
+def test_a_stopped_run_does_not_cut_the_curves_of_others(folders):
+    whole = aggregate_table(read_runs(folders)).records[1]["area"]
+    runs = read_runs(folders)
+    collapsed = [row for row in runs[-1].rows if row.phase != "train" or row.iteration == 1]
+    runs[-1] = dataclasses.replace(runs[-1], rows=Rows.of(collapsed), stopped={"iteration": 1, "reason": "collapsed"})
+    table = aggregate_table(runs)
+    assert table.records[1]["area"] == whole
+    assert any("(400 on suite_a)" in note for note in table.notes)
 
 
 def test_row_order_and_duplicates_change_nothing(folders):
@@ -152,8 +171,15 @@ def test_aggregates_by_hand(folders):
     assert base["improvement"] is None and base["area"] is None
     # rounds of 200 steps at 50% and 100%: level to 200, then up to 400
     assert strong["area"]["value"] == pytest.approx((200 * 0.5 + 200 * 0.75) / 400)
-    assert strong["steps_to"]["value"] == pytest.approx(300)
-    assert aggregate_table(read_runs(folders), threshold=1.0).records[1]["steps_to"]["value"] == 400
+    assert strong["rank"] == [1, 2] == weak["rank"] and base["rank"] is None
+    assert strong["steps_to"]["value"] is None  # one round is not two in a row
+    assert aggregate_table(read_runs(folders), threshold=0.5).lines[1][-1] == "at the start"
+
+
+def test_csv_is_flat(folders):
+    _, strong, _ = csv.DictReader(io.StringIO(to_csv(aggregate_table(read_runs(folders)))))
+    assert float(strong["mean_low"]) < float(strong["mean"]) < float(strong["mean_high"])
+    assert strong["seeds"] == "0 1 2" and not any("{" in value for value in strong.values())
 
 
 def test_commands(folders, capsys):

@@ -2,6 +2,7 @@ import csv
 import dataclasses
 import io
 import json
+import re
 import shutil
 
 import pytest
@@ -64,8 +65,11 @@ def test_missing_episodes_are_seen(make_run, outcomes, skipped):
     folder = make_run("r", base=outcomes["half"], final=outcomes["always"], skip=(4, 5, 6, 7)[:skipped])
     table = comparison_table(read_run(folder))
     assert not table.records[-1]["complete"]
-    shown = "12/12 100% [76, 100] INCOMPLETE (12 of 16)" if skipped == 1 else "not run"
+    shown = "12/12 100% INCOMPLETE (12 of 16)" if skipped == 1 else "not run"
     assert table.lines[-1][2] == shown
+    if skipped == 1:
+        assert table.lines[-1][3:] == ("+50.0 INCOMPLETE", "-")
+        assert table.records[-1]["low"] is table.records[-1]["p_value"] is table.records[-1]["mcnemar_p"] is None
     assert any("--resume" in note for note in table.notes)
     assert json.loads(to_json(table))["cells"][0]["complete"] is False
 
@@ -124,15 +128,34 @@ def test_seeds_are_listed_and_summed_up(make_run, outcomes):
     assert len(cell["runs"]) == 3
 
 
+def test_seeds_of_which_one_lacks_episodes_have_no_interval_together(make_run, outcomes):
+    folders = seeds(make_run, outcomes)
+    part = make_run("part", base=outcomes["half"], final=outcomes["always"], seed=3, skip=(4,))
+    table = summary_table(read_runs([*folders, part]))
+    assert table.lines[-1][3] == "all 4 seeds" and table.lines[-1][-2].endswith(" INCOMPLETE")
+    assert table.cells[0]["difference_low"] is table.cells[0]["p_value"] is None
+
+
 def test_other_settings_are_another_experiment(make_run, outcomes):
     real = seeds(make_run, outcomes, config={"rewards": "success"})
     control = make_run("control", base=outcomes["half"], final=outcomes["half"], config={"rewards": "shuffled"})
     table = summary_table(read_runs([*real, control]))
     assert [(cell["settings"], cell["seeds"]) for cell in table.cells] == [
+        ("rewards=success", [0, 1, 2]),  # the better one
         ("rewards=shuffled", [0]),
-        ("rewards=success", [0, 1, 2]),
     ]
     assert table.columns[3] == "settings"
+
+
+def test_a_narrow_terminal_says_what_is_the_same_once_and_keeps_p(make_run, outcomes, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "xterm")
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    print_table(summary_table(read_runs(seeds(make_run, outcomes))), screen)
+    text = re.sub(r"\x1b\[[0-9;]*m", "", screen.getvalue())
+    assert "policy: pi0-tiny, in every line." in text and " 0.0078 " in text
+    assert max(map(len, text.splitlines()[:20])) <= 80
 
 
 def test_algorithms_are_not_told_apart_by_their_own_settings(make_run, outcomes):
@@ -149,6 +172,12 @@ def test_a_seed_counts_once(make_run, outcomes):
     shutil.copytree(folder, folder.parent / "copy")
     with pytest.raises(BenchError, match=r"r and .*copy are seed 0 of the same experiment"):
         summary_table(read_runs([folder, folder.parent / "copy"]))
+
+
+def test_a_folder_that_holds_runs_is_told_so(make_run, outcomes, tmp_path):
+    folder = make_run("r", base=outcomes["half"])
+    with pytest.raises(BenchError, match=f"; 1 of these below it: name {folder}$"):
+        read_runs([tmp_path])
 
 
 def test_protocols_do_not_mix(make_run, outcomes):

@@ -90,7 +90,8 @@ def leaderboard(args: list[str]) -> int:
     from .runs import find_runs, read_all
 
     runs = read_all(options.runs) if options.runs else find_runs("results")
-    published = read_published(options.published) if options.published else []
+    default = options.published == Leaderboard.published and not Path(options.published).exists()  # not of a checkout
+    published = read_published(options.published) if options.published and not default else []
     if not runs and not published:
         raise BenchError("runs: none given and none in results/; name at least one run folder")
     path = Path(options.out) / "index.html"
@@ -167,7 +168,9 @@ def power(args: list[str]) -> int:
         f"  the same, paired  {pairs.n:,} pairs of episodes whose outcomes correlate by {asked.agreement:g} "
         f"(exact McNemar test; power {pairs.power:.3f})\n"
         f"  two methods       {seeds.n:,} seeds with {asked.episodes:,} episodes each and a deviation of "
-        f"{asked.seed_sd:g} between seeds (t-test; power {seeds.power:.3f})"
+        f"{asked.seed_sd:g} between seeds (t-test paired by seed; power {seeds.power:.3f})\n"
+        "For one comparison. Reports correct for all pairs of a suite (Holm), which takes more: ask with --alpha "
+        "divided by the number of pairs."
     )
     return 0
 

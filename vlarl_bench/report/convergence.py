@@ -46,7 +46,7 @@ def draw_convergence(figure: Figure, curves: Sequence[dict[str, Any]]) -> bool:
         low, middle, high = np.array(curve["quartiles"]).T
         seeds = max(curve["seeds"])
         label = f"{curve['method']} on {curve['policy']}, {seeds} seed{'s' * (seeds > 1)}"
-        axes.plot(curve["gradient_steps"], middle, label=label, linewidth=1.8, marker=".", **look)
+        axes.plot(curve["gradient_steps"], middle, label=label, linewidth=1.8, markersize=4, **look)
         axes.fill_between(curve["gradient_steps"], low, high, color=look["color"], alpha=0.18, linewidth=0)
     axes.set(xlabel="gradient steps of training; a critic's count like an actor's", ylim=(0, None))
     axes.set_ylabel("CFM loss in the round's update\n(median and quartiles over seeds)")

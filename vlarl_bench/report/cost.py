@@ -8,7 +8,8 @@ import numpy as np
 
 from ..errors import BenchError
 from ..stats import steps_to
-from .methods import Method, base_of, change, compared_methods, suites_of
+from .comparisons import change, change_text
+from .methods import Method, base_of, cell, compared_methods, in_order, suites_of
 from .metrics import metrics_of
 from .runs import RunFolder, training_curve
 from .table import Record, Table, protocol_notes
@@ -21,6 +22,11 @@ CURRENCIES: Mapping[str, tuple[str, float]] = {
 }
 """Name in `metrics.jsonl` -> heading, and how many of the one make one of the other."""
 
+REACHED = (
+    "spent before the first of two rounds in a row in which so many of the training episodes succeeded (on the line "
+    "from the round before); where the first two did, it was so at the start; a run that was stopped reached nothing"
+)
+
 
 def cost_table(runs: Sequence[RunFolder], threshold: float = 0.8) -> Table:
     """Rows are methods on one suite, columns their gain and what it cost. Raises BenchError if there are no runs."""
@@ -28,34 +34,36 @@ def cost_table(runs: Sequence[RunFolder], threshold: float = 0.8) -> Table:
         raise BenchError("runs: none given; name at least one run folder")
     methods, lines, records = compared_methods(runs), [], []
     for suite in suites_of(methods):
-        for method in methods:
-            if method.is_base or not any(metrics_of(run) for run in method.runs):
+        for method in in_order(methods, [suite]):
+            shown = cell(method, suite)
+            if method.is_base or not shown["expected"] or not any(metrics_of(run) for run in method.runs):
                 continue
             base = base_of(method, methods)
             gain = change(method, base, suite) if base is not None else None
             paid = {name: _paid(method, suite, name, threshold) for name in CURRENCIES}
             record: Record = {
                 "algorithm": method.name, "policy": method.policy, "settings": method.settings, "suite": suite,
-                "seeds": list(method.seeds), "threshold": threshold, "gain": gain and gain["value"], **paid,
+                **{name: shown[name] for name in ("seeds", "expected", "episodes", "successes", "complete")},
+                "gain": gain, "threshold": threshold, **paid,
             }  # fmt: skip
             records.append(record)
             texts = [_text(paid[name], scale) for name, (_, scale) in CURRENCIES.items()]
-            told = "-" if gain is None else f"{100 * gain['value']:+.1f}"
-            lines.append((suite, method.label, method.policy, str(len(method.seeds)), told, *texts))
-    columns = ("suite", "method", "policy", "seeds", "gain, pp", *(heading for heading, _ in CURRENCIES.values()))
+            lines.append((suite, method.label, method.policy, str(len(method.seeds)), change_text(gain), *texts))
+    columns = ("suite", "method", "policy", "seeds", "gain, pp [95%]", *(heading for heading, _ in CURRENCIES.values()))
     notes = (
         *protocol_notes(runs),
-        f"Costs are those of training: what a whole run spent and, before it, what it had spent by the round in which "
-        f"{threshold:.0%} of the training episodes succeeded (on the line between two rounds); medians over seeds. A "
-        "critic's gradient steps count like an actor's, and collecting like updating.",
+        "Gain: change against the base policy on held-out initial states; 95% interval over seeds (Student's t), with "
+        "one seed over initial states.",
+        f"Costs are those of training, medians over seeds: until {threshold:.0%} succeeded, of the whole run. Until "
+        f"then: {REACHED}. A critic's gradient steps count like an actor's, and collecting like updating.",
         "CPU hours are those of all cores, for training alone; they depend on the machine, and older runs have none.",
     )
     return Table("What a gain costs", notes, columns, tuple(lines), 0, tuple(records), tuple(records))
 
 
 def _paid(method: Method, suite: str, name: str, threshold: float) -> dict[str, Any] | None:
-    """Medians over the runs of one currency: `whole`, and `reached`, None where too few got there, and absent where
-    training plays no episodes; None where a run does not say."""
+    """Medians over the runs of one currency: `whole`, and `reached`, None where too few got there, 0 where it was so
+    before training, and absent where training plays no episodes; None where a run does not say."""
     whole, reached = [], []
     for run in method.runs:
         told = {line["iteration"]: line.get(name) for line in metrics_of(run)}
@@ -65,12 +73,19 @@ def _paid(method: Method, suite: str, name: str, threshold: float) -> dict[str, 
         whole.append(spent[max(spent)])
         trained = run.rows.where((run.rows.column("phase") == "train") & (run.rows.column("suite") == suite))
         rounds = [int(i) for i in np.unique(trained.column("iteration"))]
-        curve = [(spent[i], rate) for i, rate in zip(rounds, training_curve(trained)[1], strict=True) if i in spent]
-        reached.append(steps_to([x for x, _ in curve], [rate for _, rate in curve], threshold))
+        before = {i: spent.get(i - 1) for i in rounds} | {i: 0.0 for i in rounds[:1]}  # a round's policy cost so much
+        curve = [(x, y) for x, y in zip(before.values(), training_curve(trained)[1], strict=True) if x is not None]
+        reached.append(reach(run, [x for x, _ in curve], [rate for _, rate in curve], threshold))
     if not any(run.spent["train_episodes"] for run in method.runs):
         return {"whole": float(np.median(whole))}
     middle = float(np.median(reached))
     return {"whole": float(np.median(whole)), "reached": middle if math.isfinite(middle) else None}
+
+
+def reach(run: RunFolder, before: Sequence[float], rates: Sequence[float], threshold: float) -> float:
+    """What a run had spent `before` the round from which on its training succeeded so often; infinite if never, and for
+    one that was stopped, whose training destroyed the policy."""
+    return math.inf if run.stopped else steps_to(before, rates, threshold)
 
 
 def _text(paid: dict[str, Any] | None, scale: float) -> str:
@@ -79,6 +94,7 @@ def _text(paid: dict[str, Any] | None, scale: float) -> str:
     if "reached" not in paid:
         return _number(paid["whole"] / scale)
     first = "never" if paid["reached"] is None else _number(paid["reached"] / scale)
+    first = "at the start" if paid["reached"] == 0 else first
     return f"{first} of {_number(paid['whole'] / scale)}"
 
 

@@ -18,14 +18,17 @@ from ..errors import BenchError
 from ..files import atomic_file
 from ..records import EpisodeRow
 from ..stats import mean, performance_profile, seeds_estimate
-from .methods import Method, base_of, cell, change, compared_methods, planned_tasks, scores, suites_of
+from .comparisons import change, change_text, families
+from .methods import Method, base_of, cell, compared_methods, in_order, planned_tasks, scores, suites_of, titles
 from .metrics import cpu_hours, machines_of, wall_time_curve
-from .paper import budget_text
 from .runs import RunFolder, training_curve
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 """Okabe and Ito's palette, safe for the colour-blind; lines and markers differ too."""
 LINES, MARKERS = ("-", "--", "-.", ":"), "osD^vPX*"
+"""7, 4 and 8: the combination repeats after 56 methods."""
+LETTERS = 118
+"""Of a legend, that a figure of 7.2 inches has room for side by side."""
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False, "svg.hashsalt": "vlarl-bench",
@@ -73,14 +76,14 @@ def write_figure(
 
 
 def looks() -> Iterator[dict[str, Any]]:
-    """Colour and line of the first method, the second, and so on without end."""
-    pairs = zip(itertools.cycle(COLOURS), itertools.cycle(LINES), strict=False)
-    return ({"color": colour, "linestyle": line} for colour, line in pairs)
+    """Colour, line and marker of the first method, the second, and so on without end."""
+    parts = zip(itertools.cycle(COLOURS), itertools.cycle(LINES), itertools.cycle(MARKERS), strict=False)
+    return ({"color": colour, "linestyle": line, "marker": marker} for colour, line, marker in parts)
 
 
-def _looks(methods: Sequence[Method]) -> list[tuple[Method, dict[str, Any]]]:
-    """Each method with its colour and line; the same in every figure."""
-    return list(zip(methods, looks(), strict=False))
+def _looks(methods: Sequence[Method]) -> list[tuple[Method, str, dict[str, Any]]]:
+    """Each method with its title and its look; the same in every figure."""
+    return [(method, title, look) for (method, title), look in zip(titles(methods).items(), looks(), strict=False)]
 
 
 def _scored(methods: Sequence[Method], suite: str) -> list[Method]:
@@ -90,9 +93,9 @@ def _scored(methods: Sequence[Method], suite: str) -> list[Method]:
 def learning_curves(figure: Figure, methods: Sequence[Method], suite: str) -> bool:
     """Success while training against environment steps: mean over seeds, and Student's 95% band over seeds."""
     axes, drawn = figure.add_subplot(), False
-    for method, look in _looks(methods):
+    for method, title, look in _looks(methods):
         runs = () if method.is_base else method.runs
-        drawn |= _mean_curve(axes, method, look, [training_curve(_rows(run, suite)) for run in runs])
+        drawn |= _mean_curve(axes, title, look, [training_curve(_rows(run, suite)) for run in runs])
     axes.set(xlabel="environment steps of training", ylabel="success while exploring (%)", ylim=(-2, 102))
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     place_legend(figure, axes)
@@ -103,13 +106,13 @@ def wall_time_curves(figure: Figure, methods: Sequence[Method], suite: str) -> b
     """As `learning_curves`, against minutes of training; says on which machines, since those decide the minutes."""
     axes, drawn = figure.add_subplot(), False
     timed: list[RunFolder] = []
-    for method, look in _looks(methods):
+    for method, title, look in _looks(methods):
         curves = []
         for run in () if method.is_base else method.runs:
             seconds, rates = wall_time_curve(run, _rows(run, suite))
             curves.append(([second / 60 for second in seconds], rates))
             timed += [run] if seconds else []
-        drawn |= _mean_curve(axes, method, look, curves)
+        drawn |= _mean_curve(axes, title, look, curves)
     axes.set(ylabel="success while exploring (%)", ylim=(-2, 102))
     where = f"minutes of training, collecting and updating, on {'; '.join(machines_of(timed))}; these depend on"
     axes.set_xlabel(_wrapped(f"{where} the machine and on what else it did", 90))
@@ -122,7 +125,7 @@ def _rows(run: RunFolder, suite: str) -> list[EpisodeRow]:
 
 
 def _mean_curve(
-    axes: Axes, method: Method, look: dict[str, Any], curves: Sequence[tuple[list[float], list[float]]]
+    axes: Axes, title: str, look: dict[str, Any], curves: Sequence[tuple[list[float], list[float]]]
 ) -> bool:
     """Draws the mean of the seeds' curves (x, success rates) where all of them have points, with its band."""
     curves = [curve for curve in curves if curve[0]]
@@ -130,7 +133,8 @@ def _mean_curve(
         return False
     grid = np.linspace(max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves), 60)
     at = np.array([np.interp(grid, x, rates) for x, rates in curves])
-    axes.plot(grid, 100 * at.mean(axis=0), label=f"{method.label}, {len(curves)} seed(s)", linewidth=1.8, **look)
+    seeds = f"{len(curves)} seed{'s' * (len(curves) > 1)}"
+    axes.plot(grid, 100 * at.mean(axis=0), label=f"{title}, {seeds}", markevery=12, markersize=4, **look)
     _band(axes, grid, [seeds_estimate(mean, each[:, None]) for each in at.T], look["color"])
     return True
 
@@ -142,31 +146,39 @@ def _band(axes: Axes, x: np.ndarray, estimates: Sequence[Any], colour: str) -> N
 
 
 def place_legend(figure: Figure, axes: Axes) -> None:
-    """Below the panels, where there is something to name."""
-    if axes.get_legend_handles_labels()[0]:
-        figure.legend(loc="outside lower center", ncols=1, fontsize=8)
+    """Below the panels, where there is something to name, in columns that fit; the figure grows by its lines."""
+    names = axes.get_legend_handles_labels()[1]
+    if names:
+        columns = max(1, min(len(names), LETTERS // (max(map(len, names)) + 8)))
+        figure.set_figheight(4.0 + 0.17 * -(-len(names) // columns))
+        figure.legend(loc="outside lower center", ncols=columns, fontsize=8)
 
 
 def task_heat_map(figure: Figure, methods: Sequence[Method], suite: str) -> bool:
-    """Success of each method on each task, all seeds together; crossed out where nothing was played."""
+    """Success of each method (rows, the best first) on each task, all seeds together; crossed out where nothing was
+    played."""
+    methods, title = in_order(methods, [suite]), titles(methods)
     tasks = list(dict.fromkeys(task for method in methods for task in planned_tasks(method, suite)))
-    rates = np.full((len(tasks), len(methods)), np.nan)
-    for j, method in enumerate(methods):
-        at = {task: i for i, task in enumerate(planned_tasks(method, suite))}
+    rates = np.full((len(methods), len(tasks)), np.nan)
+    for i, method in enumerate(methods):
         table = scores(method, suite)
-        for i, task in enumerate(tasks):
-            if task in at and not np.isnan(table[:, at[task]]).all():
-                rates[i, j] = np.nanmean(table[:, at[task]])
-    figure.set_size_inches(4.6 + 1.1 * len(methods), 1.8 + 0.36 * len(tasks))
+        for k, task in enumerate(planned_tasks(method, suite)):
+            if not np.isnan(table[:, k]).all():
+                rates[i, tasks.index(task)] = np.nanmean(table[:, k])
+    crowded = len(tasks) > 12
+    figure.set_size_inches(4.4 + (0.4 if crowded else 0.95) * len(tasks), 2.2 + 0.27 * len(methods))
     axes = figure.add_subplot()
     axes.grid(False)
     image = axes.imshow(100 * rates, cmap="cividis", vmin=0, vmax=100, aspect="auto")
-    for i, j in itertools.product(range(len(tasks)), range(len(methods))):
+    for i, j in itertools.product(range(len(methods)), range(len(tasks))):
         known = not np.isnan(rates[i, j])
         colour = "white" if known and rates[i, j] < 0.5 else "black"
-        axes.text(j, i, f"{100 * rates[i, j]:.0f}" if known else "×", ha="center", va="center", color=colour)
-    axes.set_xticks(range(len(methods)), [_wrapped(method.label) for method in methods], fontsize=7)
-    axes.set_yticks(range(len(tasks)), [_wrapped(task.replace("_", " "), 44) for task in tasks], fontsize=7)
+        axes.text(
+            j, i, f"{100 * rates[i, j]:.0f}" if known else "×", ha="center", va="center", color=colour, fontsize=8
+        )
+    names = [textwrap.fill(task.replace("_", " "), 60 if crowded else 18) for task in tasks]
+    axes.set_xticks(range(len(tasks)), names, fontsize=6, rotation=90 if crowded else 0)
+    axes.set_yticks(range(len(methods)), [textwrap.fill(title[method], 44) for method in methods], fontsize=7)
     figure.colorbar(image, label="success (%)")
     return not np.isnan(rates).all()
 
@@ -179,11 +191,13 @@ def profiles(figure: Figure, methods: Sequence[Method], suite: str) -> bool:
     """Share of (seed, task) scores above each success rate, with Student's 95% band over seeds."""
     axes, thresholds = figure.add_subplot(), np.linspace(0, 1, 101)
     scored = _scored(methods, suite)
-    for method, look in _looks(methods):
+    for method, title, look in _looks(methods):
         if method not in scored:
             continue
         each = np.array([performance_profile(seed[None], thresholds) for seed in scores(method, suite)])
-        axes.step(100 * thresholds, 100 * each.mean(axis=0), where="post", label=method.label, linewidth=1.8, **look)
+        axes.step(
+            100 * thresholds, 100 * each.mean(axis=0), where="post", label=title, markevery=10, markersize=4, **look
+        )
         _band(axes, 100 * thresholds, [seeds_estimate(mean, column[:, None]) for column in each.T], look["color"])
     axes.set(xlabel="success rate τ (%)", ylabel="runs and tasks above τ (%)", xlim=(0, 100), ylim=(-2, 102))
     place_legend(figure, axes)
@@ -191,33 +205,44 @@ def profiles(figure: Figure, methods: Sequence[Method], suite: str) -> bool:
 
 
 def pareto(figure: Figure, methods: Sequence[Method], suite: str, cost: str = "env_steps") -> bool:
-    """Gain over the base policy, with its 95% interval, against what a run spent on training."""
+    """Gain over the base policy, with its 95% interval, against what a run spent on training; hollow where episodes are
+    missing. Lines: of each base policy, which costs nothing, the best gain for so much."""
 
     def spent(method: Method) -> float | None:
         return cpu_hours(method.runs) if cost == "cpu_hours" else method.budget().get(cost)
 
     axes = figure.add_subplot()
-    points: dict[tuple[str, ...], list[tuple[float, float]]] = {}
-    for (method, look), marker in zip(_looks(methods), itertools.cycle(MARKERS), strict=False):
+    points: dict[Method, tuple[float, float]] = {}
+    for method, title, look in _looks(methods):
         gain, x = _gain(method, methods, suite), spent(method)
         if gain is None or x is None:
             continue
         y = 100 * gain["value"]
-        axes.errorbar([x], [y], _error(gain), color=look["color"], marker=marker, markersize=7, capsize=4,
-                      linestyle="none", label=f"{method.label}: {budget_text(method)}")  # fmt: skip
-        if not method.is_control:
-            points.setdefault(tuple(planned_tasks(method, suite)), []).append((x, y))
-    for same_tasks in points.values():
-        front = [point for point in sorted(same_tasks) if all(y < point[1] for x, y in same_tasks if x < point[0])]
-        if len(front) > 1:
-            axes.step(*zip(*front, strict=True), where="post", color="0.6", linewidth=1, zorder=0)
-    axes.axhline(0, color="0.4", linewidth=0.8)
-    axes.set(xlabel=COSTS[cost], ylabel="change against base (points)")
+        whole = {} if gain["complete"] else {"markerfacecolor": "none"}
+        title += "" if gain["complete"] else " INCOMPLETE"
+        axes.errorbar(
+            [x], [y], _error(gain), capsize=4, markersize=7, label=title, **look | {"linestyle": "none"} | whole
+        )
+        if gain["complete"] and not method.is_control:
+            points[method] = (x, y)
     if not axes.containers:
         return False
-    whole = cost in ("env_steps", "gradient_steps")
-    axes.xaxis.set_major_formatter((lambda x, _: f"{x:,.0f}") if whole else (lambda x, _: f"{x:.3g}"))
-    axes.set_xlim(0, 1.06 * axes.dataLim.x1 or 1)
+    together = families(methods, suite)
+    for family in together:
+        mine = sorted(points[methods[i]] for i in family if methods[i] in points)
+        front = [(0.0, 0.0)]
+        front += [point for k, point in enumerate(mine) if all(point[1] > y for _, y in [*front, *mine[:k]])]
+        if len(front) > 1:
+            onward = [*front, (max(x for x, _ in points.values()), front[-1][1])]
+            axes.step(*zip(*onward, strict=True), where="post", color="0.6", linewidth=1, zorder=0)
+            if len(together) > 1:
+                axes.annotate(methods[family[0]].policy, front[-1], (4, 6), textcoords="offset points", fontsize=7)
+    axes.plot([0], [0], marker="s", color="0.4", linestyle="none", label="base policy")
+    axes.axhline(0, color="0.4", linewidth=0.8)
+    axes.set(xlabel=COSTS[cost], ylabel="change against base (points)")
+    whole_numbers = cost in ("env_steps", "gradient_steps")
+    axes.xaxis.set_major_formatter((lambda x, _: f"{x:,.0f}") if whole_numbers else (lambda x, _: f"{x:.3g}"))
+    axes.set_xlim(-0.02 * (axes.dataLim.x1 or 1), 1.06 * (axes.dataLim.x1 or 1))
     place_legend(figure, axes)
     return True
 
@@ -244,31 +269,53 @@ def _error(gain: dict[str, Any]) -> list[list[float]] | None:
     return [[100 * (gain["value"] - gain["low"])], [100 * (gain["high"] - gain["value"])]]
 
 
-def ablation(figure: Figure, methods: Sequence[Method], suite: str) -> bool:
-    """Gain over the base policy, with its 95% interval, of each algorithm that was run under several settings: a bar a
-    setting. Controls are hatched."""
-    families: dict[tuple[str, str, str], list[tuple[Method, dict[str, Any]]]] = {}
+def gains(figure: Figure, methods: Sequence[Method], suite: str) -> bool:
+    """Gain over the base policy, with its 95% interval, of every method: a bar each, the best first, those of one base
+    policy together."""
+    groups: dict[tuple[str, str], list[tuple[float, Method]]] = {}
     for method in methods:
-        gain = _gain(method, methods, suite)
-        if gain is not None:
-            families.setdefault((method.name, method.policy, method.checkpoint), []).append((method, gain))
-    several = [family for family in families.values() if len(family) > 1]
-    bars = [(i, method, gain) for i, family in enumerate(several) for method, gain in family]
-    figure.set_size_inches(7.2, 1.4 + 0.5 * len(bars))
+        if gain := _gain(method, methods, suite):
+            groups.setdefault((method.policy, method.checkpoint), []).append((-gain["value"], method))
+    order = [sorted(group, key=lambda pair: (pair[0], pair[1].label)) for _, group in sorted(groups.items())]
+    return _bars(figure, methods, suite, [[method for _, method in group] for group in order])
+
+
+def ablation(figure: Figure, methods: Sequence[Method], suite: str) -> bool:
+    """As `gains`, of each algorithm that was run under several settings."""
+    groups: dict[tuple[str, str, str], list[Method]] = {}
+    for method in methods:
+        groups.setdefault((method.name, method.policy, method.checkpoint), []).append(method)
+    several = [[method for method in group if _gain(method, methods, suite)] for group in groups.values()]
+    return _bars(figure, methods, suite, [group for group in several if len(group) > 1])
+
+
+def _bars(figure: Figure, methods: Sequence[Method], suite: str, groups: Sequence[Sequence[Method]]) -> bool:
+    """A bar for each method that has a gain, a colour a group. Controls are hatched; what has episodes missing is
+    hollow."""
+    title, name, y = titles(methods), {}, 0.0
     axes = figure.add_subplot()
-    heights = [row + 0.6 * i for row, (i, _, _) in enumerate(bars)]
-    for y, (i, method, gain) in zip(heights, bars, strict=True):
-        value, hatch = 100 * gain["value"], "//" if method.is_control else None
-        axes.barh(y, value, 0.7, color=COLOURS[i % len(COLOURS)], alpha=0.75, hatch=hatch, xerr=_error(gain),
-                  error_kw={"capsize": 4, "ecolor": "0.2"})  # fmt: skip
-        axes.annotate(
-            f"{value:+.1f}, n={len(method.seeds)}", (1.01, y), xycoords=("axes fraction", "data"), va="center"
-        )
-    axes.set_yticks(heights, [_wrapped(method.label, 40) for _, method, _ in bars], fontsize=8)
+    for i, group in enumerate(groups):
+        for method in group:
+            gain, shown = _gain(method, methods, suite), cell(method, suite)
+            if gain is None:
+                continue
+            colour, whole = COLOURS[i % len(COLOURS)], gain["complete"]
+            axes.barh(y, 100 * gain["value"], 0.7, color=colour if whole else "none", alpha=0.75, edgecolor=colour,
+                      hatch="//" if method.is_control else None, xerr=_error(gain),
+                      error_kw={"capsize": 3, "ecolor": "0.2"})  # fmt: skip
+            seeds = f"{len(method.seeds)} seed{'s' * (len(method.seeds) > 1)}"
+            told = f"{change_text(gain)}, {seeds}, {shown['successes']}/{shown['episodes']}"
+            axes.annotate(told, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=8)
+            name[y] = textwrap.fill(title[method], 40)
+            y += 1
+        y += 0.6
+    figure.set_size_inches(8.6, 1.3 + 0.3 * y)
+    axes.set_yticks(list(name), list(name.values()), fontsize=8)
     axes.invert_yaxis()
     axes.axvline(0, color="0.4", linewidth=0.8)
-    axes.set(xlabel="change against the base policy (points), 95% interval; n: seeds")
-    return bool(bars)
+    axes.set_xlabel("change against the base policy (points); beside it 95% interval, seeds, successes/episodes\n"
+                    "interval over seeds, of one seed over initial states", fontsize=8)  # fmt: skip
+    return bool(name)
 
 
 FIGURES: dict[str, Draw] = {
@@ -276,6 +323,7 @@ FIGURES: dict[str, Draw] = {
     "wall-time": wall_time_curves,
     "tasks": task_heat_map,
     "profiles": profiles,
+    "gains": gains,
     "ablation": ablation,
     "pareto": pareto,
     "pareto-gradient-steps": functools.partial(pareto, cost="gradient_steps"),

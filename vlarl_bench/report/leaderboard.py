@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from ..files import write_text_atomic
+from .comparisons import best, change
 from .lint import lint_methods, lint_published, lint_run
 from .method_pages import link, method_pages
-from .methods import Method, base_of, best, cell, change, compared_methods, planned_tasks, suites_of
+from .methods import Method, base_of, cell, compared_methods, planned_tasks, suites_of
 from .metrics import wall_time_curve
-from .paper import budget_text
+from .paper import SEPARATED, budget_text
 from .published import Published
 from .runs import RunFolder, training_curve
 from .spans import spans
@@ -30,9 +31,9 @@ NOTES = (
     "as they are.",
     "Against its base: on the same held-out initial states, repeats and noise; over several seeds Student's t, with "
     "one seed a cluster-robust interval and the exact sign-flip test with the initial state as the unit.",
-    "Best: separated above every other measured score of the same suite, tasks and protocol, controls aside: p < 0.05 "
-    "after Holm's correction, p being the larger of the exact test paired by task, initial state and seed, and "
-    "Student's t over seeds.",
+    "A change is coloured where its interval, which speaks of this one comparison, excludes 0.",
+    "Best: separated above every other measured score from the same base policy on the same suite, tasks and protocol, "
+    f"controls aside: p < 0.05. {SEPARATED}",
     "Scores under different protocols do not compare, nor do scores on different tasks of a suite.",
 )
 

@@ -6,10 +6,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..errors import BenchError
 from ..files import read_json_object
 from ..power import episodes_needed
-from .methods import Method, base_of, cell, compared_methods, separation, suites_of
+from ..stats import CONFIDENCE
+from .comparisons import families, separation
+from .methods import Method, cell, compared_methods, suites_of, titles
 from .pack import PACK
 from .published import Published, read_published
 from .runs import RunFolder, read_all
@@ -19,6 +23,8 @@ FEW_SEEDS = 3
 BUDGET_SLACK = 1.25
 """Environment steps may differ by this factor at equal episodes, since a better policy is done sooner."""
 EPSILON = 1e-6
+MOST_NAMED = 12
+"""Of the names in a finding."""
 
 
 def lint(paths: Iterable[str]) -> list[str]:
@@ -67,59 +73,74 @@ def lint_run(run: RunFolder) -> list[str]:
 
 
 def lint_methods(methods: Sequence[Method]) -> list[str]:
-    """Findings about methods that are compared under one protocol."""
+    """Findings about methods that are compared under one protocol, a line a kind."""
     findings = []
-    for method in methods:
-        what = f"{method.label} on {method.policy}"
-        if not method.is_base and len(method.seeds) < FEW_SEEDS:
-            findings.append(f"{what}: {len(method.seeds)} training seed(s); a claim about a method takes {FEW_SEEDS}")
+    title = titles(methods)
+    trained = [method for method in methods if not method.is_base]
+    for n in sorted({len(method.seeds) for method in trained}):
+        few = [title[method] for method in trained if len(method.seeds) == n]
+        if n < FEW_SEEDS:
+            findings.append(f"{n} training seed(s), and a claim about a method takes {FEW_SEEDS}: {_listed(few)}")
     for suite in suites_of(methods):
         present = [method for method in methods if any(suite in run.suites for run in method.runs)]
-        for method in present:
-            found = cell(method, suite)
-            if not found["complete"]:
-                have = f"{found['episodes']} of {found['expected']} episodes"
-                findings.append(f"{method.label} on {method.policy}, {suite}: {have}")
+        cells = [(method, cell(method, suite)) for method in present]
+        missing = [
+            f"{title[method]} has {found['episodes']} of {found['expected']} episodes"
+            for method, found in cells if not found["complete"]
+        ]  # fmt: skip
+        if missing:
+            findings.append(f"{suite}: episodes are missing: {_listed(missing)}")
         findings += _lint_budgets(present, suite) + _lint_claims(present, suite)
     return findings
 
 
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(names[:MOST_NAMED]) + more
+
+
 def _lint_budgets(methods: Sequence[Method], suite: str) -> list[str]:
-    """Methods that trained on the same policy and tasks with unequal episodes or environment steps."""
+    """Methods that trained on the same policy and tasks with unequal episodes, or else environment steps."""
     findings = []
-    trained = [method for method in methods if method.budget()["train_episodes"]]
-    for one, two in itertools.combinations(trained, 2):
-        if (one.policy, one.checkpoint) != (two.policy, two.checkpoint):
-            continue
-        for name, slack in (("train_episodes", 1 + EPSILON), ("env_steps", BUDGET_SLACK)):
-            a, b = one.budget()[name], two.budget()[name]
-            if max(a, b) > slack * min(a, b):
-                counts = f"{a:,.0f} and {b:,.0f} {name.replace('_', ' ')} a run"
-                findings.append(f"{suite}: unequal budgets of {one.label} and {two.label}: {counts}")
+    for family in families(methods, suite):
+        spent = [(method.label, method.budget()) for method in (methods[i] for i in family)]
+        spent = [(name, budget) for name, budget in spent if budget["train_episodes"]]
+        for unit, slack in (("train_episodes", 1 + EPSILON), ("env_steps", BUDGET_SLACK)):
+            amounts = sorted({budget[unit] for _, budget in spent})
+            if amounts and amounts[-1] > slack * amounts[0]:
+                each = [(a, [name for name, budget in spent if budget[unit] == a]) for a in (amounts[0], amounts[-1])]
+                told = "; ".join(f"{amount:,.0f} of {_listed(names)}" for amount, names in each)
+                between = f"; {len(amounts) - 2} other amounts between" if len(amounts) > 2 else ""
+                where = f"{suite}, {methods[family[0]].policy}"
+                findings.append(f"{where}: unequal budgets, {unit.replace('_', ' ')} a run: {told}{between}")
                 break
     return findings
 
 
 def _lint_claims(methods: Sequence[Method], suite: str) -> list[str]:
-    """Differences that are seen but not separated, with what separating them would take."""
+    """Differences that are seen and not separated."""
     findings = []
-    differences, p = separation(methods, suite)
-    cells = [cell(method, suite) for method in methods]
-    for i, j in itertools.combinations(range(len(methods)), 2):
-        one, two = methods[i], methods[j]
-        related = base_of(one, [two]) or base_of(two, [one]) or not (one.is_base or two.is_base)
-        if not related or not differences[i, j] or p[i, j] < 0.05:
-            continue
-        what = f"{suite}: {one.label} and {two.label} differ by {100 * abs(differences[i, j]):.1f} points"
-        seeds = len(set(one.seeds) & set(two.seeds))
-        if seeds < 2:
-            findings.append(f"{what} on {seeds} shared seed(s): too few for a claim")
-            continue
-        low, high = sorted((cells[i]["rate"], cells[j]["rate"]))
-        if 0 < low < high < 1:
-            played, needed = min(cells[i]["episodes"], cells[j]["episodes"]), episodes_needed(low, high)
-            enough = f"{needed:,} of each would show it 4 times in 5" if needed > played else "it takes more seeds"
-            findings.append(f"{what} (p = {p[i, j]:.2g} over {seeds} seeds, Holm), {played:,} episodes: {enough}")
+    differences, p, _ = separation(methods, suite)
+    for family in families(methods, suite):
+        pairs = [(i, j) for i, j in itertools.combinations(family, 2) if differences[i, j]]
+        untested = [(i, j) for i, j in pairs if np.isnan(p[i, j])]
+        open_ = sorted(((i, j) for i, j in pairs if p[i, j] >= 1 - CONFIDENCE), key=lambda pair: p[pair])
+        where = f"{suite}, {methods[family[0]].policy}"
+        if untested:
+            most = 100 * max(abs(differences[pair]) for pair in untested)
+            findings.append(
+                f"{where}: {len(untested)} pair(s) differ, by up to {most:.1f} points, and are not tested: they "
+                "share fewer than two training seeds, or episodes are missing"
+            )
+        if open_:
+            told = [
+                f"{methods[i].label} and {methods[j].label} by {100 * abs(differences[i, j]):.1f} points "
+                f"(p = {p[i, j]:.2g})" for i, j in open_
+            ]  # fmt: skip
+            findings.append(
+                f"{where}: {len(open_)} pair(s) differ and are not separated (Holm); more training seeds would tell, "
+                f"more episodes of these would not: {_listed(told)}"
+            )
     return findings
 
 
@@ -156,7 +177,8 @@ def _lint_published_claims(entries: Sequence[Published]) -> list[str]:
             if 0 < low < high < 1 and (needed := episodes_needed(low, high)) > played:
                 findings.append(
                     f"{first.where}: {suite}: {100 * high:g} against {100 * low:g} of {second.method} is too small a "
-                    f"difference for {played:,} episodes; {needed:,} of each would show it 4 times in 5"
+                    f"difference for {played:,} episodes: it takes {needed:,} of each to see it 4 times in 5 between "
+                    "these two policies, and more where training seeds differ"
                 )
     return findings
 

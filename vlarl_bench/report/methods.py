@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -10,16 +10,7 @@ import numpy as np
 import pandas as pd
 
 from ..errors import BenchError
-from ..stats import (
-    CONFIDENCE,
-    PairedResult,
-    holm,
-    mean,
-    paired_changes,
-    seeds_estimate,
-    seeds_interval,
-    wilson_interval,
-)
+from ..stats import mean, seeds_estimate, wilson_interval
 from .runs import RunFolder
 from .table import settings_labels, submitter
 
@@ -51,7 +42,7 @@ class Method:
     results: np.ndarray
     """[N] of this method on each: 1 success, 0 failure, -1 not played."""
     changes: dict[Any, Any] = field(default_factory=dict)
-    """What `_paired` found already, by method and suite: several reports of one page ask for the same."""
+    """What `comparisons.paired` found already, by method and suite: several reports of one page ask for the same."""
 
     @property
     def label(self) -> str:
@@ -180,9 +171,29 @@ def base_of(method: Method, methods: Iterable[Method]) -> Method | None:
     return None
 
 
+def titles(methods: Sequence[Method]) -> dict[Method, str]:
+    """Labels, with as much of the base policy as it takes to tell those of several apart."""
+    policies, checkpoints = ({tuple(getattr(m, n) for n in names) for m in methods}
+                             for names in (("policy",), ("policy", "checkpoint")))  # fmt: skip
+    if len(checkpoints) <= 1:
+        return {method: method.label for method in methods}
+    whole = len(checkpoints) > len(policies)
+    return {m: f"{m.label} on {m.policy}{f' {m.checkpoint}' if whole else ''}" for m in methods}
+
+
 def suites_of(methods: Iterable[Method]) -> list[str]:
     """Concrete suites that were planned for any of the methods, in order."""
     return list(dict.fromkeys(suite for method in methods for run in method.runs for suite in run.suites))
+
+
+def in_order(methods: Iterable[Method], suites: Sequence[str]) -> list[Method]:
+    """Base policies, each followed by what was trained from it: the best on these suites first."""
+
+    def place(method: Method) -> tuple[Any, ...]:
+        rates = [rate for suite in suites if (rate := cell(method, suite)["rate"]) is not None]
+        return method.policy, method.checkpoint, not method.is_base, -np.mean(rates) if rates else 0.0, method.label
+
+    return sorted(methods, key=place)
 
 
 def scores(method: Method, suite: str) -> np.ndarray:
@@ -203,14 +214,14 @@ def planned_tasks(method: Method, suite: str) -> list[str]:
     return [key.split("/", 1)[1] for key in keys if key.startswith(f"{suite}/")]
 
 
-def planned_episodes(method: Method, suite: str) -> int:
-    """Episodes of a suite that all seeds together owe."""
+def planned_episodes(method: Method, suite: str, seeds: Collection[int] | None = None) -> int:
+    """Episodes of a suite that all seeds together owe, or some of them."""
     owed: dict[int, int] = {}
     for run in method.runs:
         plan = run.manifest["evaluation"]
         tasks = sum(key.startswith(f"{suite}/") for key in plan["tasks"])
         owed[run.manifest["seed"]] = tasks * len(plan["init_states"]) * plan["repeats"]
-    return sum(owed.values())
+    return sum(n for seed, n in owed.items() if seeds is None or seed in seeds)
 
 
 def cell(method: Method, suite: str) -> dict[str, Any]:
@@ -247,69 +258,4 @@ def cell(method: Method, suite: str) -> dict[str, Any]:
     else:
         low, high = wilson_interval(successes, n)
         found |= {"low": low, "high": high, "resamples": "episodes"}
-    return found
-
-
-def change(method: Method, base: Method, suite: str) -> dict[str, Any] | None:
-    """How a method changed its base policy on shared episodes, with interval and p: over seeds where several are
-    shared (Student's t), else over initial states. None without shared episodes."""
-    shared = base.played(suite) & method.played(suite)
-    if not shared.any():
-        return None
-    paired, by_seed = _paired(base, method, suite)
-    found: dict[str, Any] = {
-        "value": paired.difference, "base": float(base.results[shared].mean()), "low": None, "high": None, "p": None,
-        "resamples": "seeds",
-    }  # fmt: skip
-    if len(by_seed) > 1:
-        over_seeds = seeds_interval(by_seed)
-        return found if over_seeds is None else found | dict(zip(("low", "high", "p"), over_seeds, strict=True))
-    return found | {"low": paired.low, "high": paired.high, "p": paired.p_value, "resamples": "initial states"}
-
-
-def _paired(before: Method, after: Method, suite: str) -> tuple[PairedResult, list[float]]:
-    """How the shared episodes of a suite changed, and the mean change of each seed that has any."""
-    if (before, suite) in after.changes:
-        return after.changes[before, suite]
-    shared = before.played(suite) & after.played(suite)
-    changes = after.results[shared] - before.results[shared]
-    _, seed = np.unique(after.episodes["seed"].to_numpy()[shared], return_inverse=True)
-    by_seed = np.bincount(seed, changes) / np.bincount(seed)
-    found = paired_changes(changes, after.episodes["cluster"].to_numpy()[shared]), by_seed.tolist()
-    after.changes[before, suite] = found
-    return found
-
-
-def separation(methods: Sequence[Method], suite: str) -> tuple[np.ndarray, np.ndarray]:
-    """Differences of rates [M, M] (row minus column) on shared episodes, and Holm-corrected p-values.
-
-    Pairs share seed, task, initial state and repeat. p is the larger of the exact sign-flip test with (seed, task,
-    initial state) as the unit, which speaks of these trained policies, and Student's t over seeds, which speaks of the
-    methods; 1 where fewer than two seeds are shared.
-    """
-    n = len(methods)
-    differences, p = np.zeros((n, n)), np.ones((n, n))
-    pairs = list(itertools.combinations(range(n), 2))
-    raw = []
-    for i, j in pairs:
-        paired, by_seed = _paired(methods[j], methods[i], suite)
-        differences[i, j], differences[j, i] = paired.difference, -paired.difference
-        over_seeds = seeds_interval(by_seed)
-        raw.append(1.0 if over_seeds is None else max(paired.p_value, over_seeds[2]))
-    for (i, j), value in zip(pairs, holm(raw), strict=True):
-        p[i, j] = p[j, i] = value
-    return differences, p
-
-
-def best(methods: Sequence[Method], suite: str) -> list[int]:
-    """Those methods that are separated above all others that were judged on the same tasks; controls do not count."""
-    found = []
-    for tasks in {tuple(planned_tasks(method, suite)): None for method in methods}:
-        rivals = [
-            i for i, method in enumerate(methods)
-            if tasks and tuple(planned_tasks(method, suite)) == tasks and not method.is_control
-        ]  # fmt: skip
-        differences, p = separation([methods[i] for i in rivals], suite)
-        above = (differences > 0) & (p < 1 - CONFIDENCE)
-        found += [i for k, i in enumerate(rivals) if len(rivals) > 1 and above[k].sum() == len(rivals) - 1]
     return found

@@ -17,10 +17,11 @@ from ..stats import (
     probability_of_improvement,
     rank_intervals,
     seeds_estimate,
-    steps_to,
 )
+from .comparisons import best, families, reach_notes, separation
+from .cost import REACHED, reach
 from .lint import lint_runs
-from .methods import Method, base_of, best, cell, compared_methods, scores, separation, suites_of
+from .methods import Method, base_of, cell, compared_methods, in_order, scores, suites_of
 from .published import Published
 from .render import BEST
 from .runs import RunFolder, training_curve
@@ -34,6 +35,7 @@ def paper_table(runs: Sequence[RunFolder], published: Sequence[Published] = ()) 
         raise BenchError("runs: none given; name at least one run folder")
     methods = compared_methods(runs)
     suites = suites_of(methods)
+    methods = in_order(methods, suites)
     winners = {suite: best(methods, suite) for suite in suites}
     lines, cells = [], []
     for i, method in enumerate(methods):
@@ -54,9 +56,9 @@ def paper_table(runs: Sequence[RunFolder], published: Sequence[Published] = ()) 
         "Cells: success rate in per cent, 95% interval, successes/episodes. Intervals resample training seeds "
         "(Student's t), with one seed episodes (Wilson); tasks and initial states are taken as they are. A base "
         "policy's seeds are those of the noise it was played with.",
-        f"{BEST.strip()}: separated above every other measured line on the same tasks, controls aside: p < 0.05 after "
-        "Holm's correction, p being the larger of the exact sign-flip test paired by (task, initial state, seed) and "
-        "Student's t over seeds, so it takes at least two seeds.",
+        f"{BEST.strip()}: separated above every other measured line from the same base policy on the same tasks, "
+        f"controls aside: p < 0.05. {SEPARATED}",
+        *reach_notes(methods, suites),
         *(("Average: of the suites, each counting the same.",) if len(suites) > 1 else ()),
         *((_COPIED,) if copied else ()),
         *(f"LINT: {finding}." for finding in lint_runs(runs)),
@@ -72,6 +74,12 @@ def paper_table(runs: Sequence[RunFolder], published: Sequence[Published] = ()) 
         copied=len(copied),
     )
 
+
+SEPARATED = (
+    "p is the larger of the exact sign-flip test paired by (task, initial state, seed) and Student's t over seeds. "
+    "Holm's correction is over all pairs of methods from one base policy on a suite, and over all their comparisons "
+    "with that policy apart; pairs that share fewer than two seeds, or lack episodes, are not tested."
+)
 
 _COPIED = (
     "Copied lines: printed by others, under other base policies and protocols, measured by nobody here; they compare "
@@ -110,9 +118,9 @@ def budget_text(method: Method) -> str:
     elif not method.is_base and method.runs[0].compares:
         budget = method.runs[0].config.get("budget", {})
         parts.append(f"{budget.get('demos', '?')} demonstrations a task")
-    if "gradient_steps" in spent:
+    if spent.get("gradient_steps"):
         parts.append(f"{spent['gradient_steps']:,.0f} gradient steps")
-    if "flops" in spent:
+    if spent.get("flops"):
         parts.append(f"{spent['flops']:.1e} FLOPs")
     return ", ".join(parts) or "none"
 
@@ -123,20 +131,21 @@ def aggregate_table(runs: Sequence[RunFolder], threshold: float = 0.8) -> Table:
     if not runs:
         raise BenchError("runs: none given; name at least one run folder")
     methods, lines, records = compared_methods(runs), [], []
+    ends: list[str] = []
     for suite in suites_of(methods):
-        present = [method for method in methods if not np.isnan(table := scores(method, suite)).any() and table.size]
-        if not present:
-            continue
-        ranks = rank_intervals(*separation(present, suite))
-        until = min((curve[0][-1] for m in present for curve in _curves(m)), default=0.0)
-        for method, (low, high) in zip(present, ranks, strict=True):
-            record = _aggregates(method, suite, present, threshold, until) | {"rank": [int(low), int(high)]}
+        planned = [method for method in in_order(methods, [suite]) if cell(method, suite)["expected"]]
+        present = [method for method in planned if cell(method, suite)["complete"]]
+        ranks = _ranks(present, suite)
+        if until := _until(present):
+            ends.append(f"{until:,.0f} on {suite}")
+        for method in present:
+            record = _aggregates(method, suite, present, threshold, until) | {"rank": ranks.get(method)}
             records.append(record)
-            rank = f"{low}" if low == high else f"{low}-{high}"
+            rank = "-" if method not in ranks else "-".join(map(str, dict.fromkeys(ranks[method])))
             texts = [_estimate_text(record[name], 100) for name in ("mean", "iqm", "optimality_gap")]
             texts += [_estimate_text(record["improvement"], 100), rank, _estimate_text(record["area"], 100)]
             lines.append((suite, method.label, method.policy, *texts, _steps_text(record["steps_to"])))
-        for method in methods:
+        for method in planned:
             if method not in present:
                 lines.append((suite, method.label, method.policy, *["INCOMPLETE"] * 7))
     columns = ("suite", "method", "policy", "mean, %", "IQM, %", "optimality gap, pp", "better than its base, %",
@@ -147,12 +156,31 @@ def aggregate_table(runs: Sequence[RunFolder], threshold: float = 0.8) -> Table:
         "states are taken as they are. One seed, or seeds that agree exactly, have none.",
         "IQM: mean of the middle half of all (seed, task) scores. Optimality gap: what is missing to 100%. Better than "
         "its base: chance that a run of the method scores higher on a task than a run of its base policy, ties half.",
-        "Rank: all ranks that pairwise tests leave open (Holm; the larger p of the exact sign-flip test paired by "
-        "task, initial state and seed, and Student's t over seeds).",
-        "Training curve: average success while exploring over the environment steps that all methods have. Steps to "
-        "the threshold: median over seeds with its exact interval (six seeds or more), never counting as infinite.",
+        f"Rank: among the methods from the same base policy, all that pairwise tests leave open. {SEPARATED}",
+        *reach_notes(methods, suites_of(methods)),
+        f"Training curve: average success while exploring, over the first environment steps that every run has which "
+        f"was not stopped ({', '.join(ends) or 'none'}); a stopped run stays where it ended.",
+        f"Steps to the threshold: {REACHED}; median over seeds with its exact interval (six seeds or more), never "
+        "counting as infinite.",
     )
     return Table("Aggregates over seeds and tasks", notes, columns, tuple(lines), 0, tuple(records), tuple(records))
+
+
+def _ranks(methods: Sequence[Method], suite: str) -> dict[Method, list[int]]:
+    """Lowest and highest rank of each trained method among those of its family."""
+    found: dict[Method, list[int]] = {}
+    for family in families(methods, suite):
+        trained = [methods[i] for i in family if not methods[i].is_base]
+        differences, p, _ = separation(trained, suite)
+        found |= dict(zip(trained, rank_intervals(differences, p).tolist(), strict=True))
+    return found
+
+
+def _until(methods: Sequence[Method]) -> float:
+    """Environment steps that the training curves of all runs have, apart from those that were stopped."""
+    ends = [(run.stopped is not None, training_curve(run.rows)[0]) for m in methods if not m.is_base for run in m.runs]
+    whole = [steps[-1] for stopped, steps in ends if steps and not stopped]
+    return min(whole or [steps[-1] for _, steps in ends if steps], default=0.0)
 
 
 def _aggregates(
@@ -173,7 +201,10 @@ def _aggregates(
         versus_base = _pair(seeds_estimate(probability_of_improvement, table, scores(base, suite)))
     curves = [] if method.is_base else _curves(method)
     area = seeds_estimate(mean, np.array([[area_under_curve(*curve, until)] for curve in curves])) if curves else None
-    reached = median_interval([steps_to(*curve, threshold) for curve in curves]) if curves else None
+    reached = None
+    if curves:
+        ends = [(run, *curve) for run in method.runs if (curve := training_curve(run.rows))[0]]
+        reached = median_interval([reach(run, [0.0, *steps[:-1]], rates, threshold) for run, steps, rates in ends])
     return found | {"improvement": versus_base, "area": area and _pair(area), "steps_to": reached and _pair(reached)}
 
 
@@ -204,7 +235,7 @@ def _steps_text(found: dict[str, float | None] | None) -> str:
     if found["value"] is None:
         return "not reached"
     return (
-        f"{found['value']:,.0f}"
+        ("at the start" if found["value"] == 0 else f"{found['value']:,.0f}")
         + (f" [{found['low']:,.0f}, " if found["low"] is not None else "")
         + ("" if found["low"] is None else "never]" if found["high"] is None else f"{found['high']:,.0f}]")
     )

@@ -4,9 +4,10 @@ import csv
 import io
 import json
 import sys
+from collections.abc import Iterable
 from typing import TextIO
 
-from .table import Table
+from .table import Record, Table
 
 BEST = " *"
 """What the text of a cell ends with where it is separated above all others."""
@@ -64,12 +65,26 @@ def _row(texts: tuple[str, ...] | list[str]) -> str:
 
 def to_csv(table: Table) -> str:
     """The numbers of each line in full precision; a title row, then one row a line."""
-    columns = list(dict.fromkeys(name for record in table.records for name in record))
+    parts = [item for record in table.records for item in record.items() if isinstance(item[1], dict)]
+    named = {name for name, found in parts if "value" not in found}
+    records = [_flat({k: v for k, v in each.items() if v is not None or k not in named}) for each in table.records]
+    columns = list(dict.fromkeys(name for record in records for name in record))
     out = io.StringIO()
     writer = csv.DictWriter(out, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(table.records)
+    writer.writerows(records)
     return out.getvalue()
+
+
+def _flat(record: Record) -> Record:
+    """`mean: {value, low, high}` as `mean`, `mean_low` and `mean_high`; numbers in a list with spaces between."""
+    flat: Record = {}
+    for name, found in record.items():
+        if isinstance(found, dict):
+            flat |= {name if part == "value" else f"{name}_{part}": value for part, value in found.items()}
+        else:
+            flat[name] = " ".join(map(str, found)) if isinstance(found, list) else found
+    return flat
 
 
 def to_json(table: Table) -> str:
@@ -94,14 +109,24 @@ def print_table(table: Table, file: TextIO | None = None) -> None:
     console = Console(file=file or sys.stdout, highlight=False)
     if not console.is_terminal:
         console.width = 200
+    shown, notes = list(range(len(table.columns))), list(table.notes)
+    if len(table.lines) > 1 and sum(map(_width, zip(table.columns, *table.lines, strict=True))) > console.width:
+        same = [i for i in shown if len({line[i] for line in table.lines}) == 1]
+        shown = [i for i in shown if i not in same]
+        notes = [*(f"{table.columns[i]}: {table.lines[0][i]}, in every line." for i in same), *notes]
     drawing = Drawing(title=Text(table.title, "bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for i, column in enumerate(table.columns):
-        drawing.add_column(column, overflow="fold", min_width=min(len(column), 12) if i else None)
+    for i in shown:
+        cells = [table.columns[i], *(line[i] for line in table.lines)]
+        drawing.add_column(table.columns[i], overflow="fold", min_width=min(_width(cells) - 3, 7))
     for i, line in enumerate(table.lines):
         if i and i in (len(table.lines) - table.totals, len(table.lines) - table.copied):
             drawing.add_section()
-        texts = [Text(text, _style(text)) for text in line]
-        drawing.add_row(*texts)
+        drawing.add_row(*(Text(line[i], _style(line[i])) for i in shown))
     console.print(drawing)
-    for note in table.notes:
+    for note in notes:
         console.print(Text(note, "dim"))
+
+
+def _width(cells: Iterable[str]) -> int:
+    """What a column of these takes of a line."""
+    return max(map(len, cells)) + 3

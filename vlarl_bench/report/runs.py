@@ -150,7 +150,10 @@ def read_run(folder: str | os.PathLike[str]) -> RunFolder:
     """Reads and checks one run folder; raises BenchError that names what is missing, damaged or contradictory."""
     folder = Path(folder)
     if not (folder / "manifest.json").is_file():
-        raise BenchError(f"{folder}: not a run folder, it has no manifest.json")
+        inside = [str(found.parent) for name in ("manifest.json", PACK) for found in sorted(folder.glob(f"*/{name}"))]
+        more = f"; {len(inside)} of these below it: name {', '.join(inside[:5])}" if inside else ""
+        more += ", ..." if len(inside) > 5 else ""
+        raise BenchError(f"{folder}: not a run folder, it has no manifest.json, nor a pack, with a {PACK}{more}")
     manifest, config = (read_sealed(folder / name, older=True) for name in ("manifest.json", "config.json"))
     rows = read_rows(folder / "episodes.jsonl") if (folder / "episodes.jsonl").exists() else []
     stopped = read_sealed(folder / STOPPED, older=True) if (folder / STOPPED).exists() else None

@@ -1,7 +1,6 @@
 """Tables as pure functions of rows: what a run gained on each task, and several runs side by side."""
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -74,6 +73,7 @@ def summary_table(runs: Sequence[RunFolder]) -> Table:
     if not runs:
         raise BenchError("runs: none given; name at least one run folder")
     groups: dict[tuple[str, str, str, str, str, str, str], list[Record]] = {}
+    seen: dict[tuple[Any, ...], RunFolder] = {}
     for run, settings in zip(runs, settings_labels(runs), strict=True):
         for suite in run.suites:
             for decoding in run.decodings:
@@ -82,7 +82,12 @@ def summary_table(runs: Sequence[RunFolder]) -> Table:
                 phase = "run" if run.compares else "eval"
                 experiment = (record["algorithm"], record["policy"], suite, settings, decoding, phase, run.submitted_by)
                 groups.setdefault(experiment, []).append(record)
-    groups = dict(sorted(groups.items()))
+                other = seen.setdefault((experiment, record["seed"]), run)
+                if other is not run:
+                    raise BenchError(
+                        f"{other.folder} and {run.folder} are seed {record['seed']} of the same experiment; give one"
+                    )
+    groups = dict(sorted(groups.items(), key=_place))
     several_settings = len({group[3] for group in groups}) > 1
     several_decodings = len({group[4] for group in groups}) > 1
     lines: list[tuple[str, ...]] = []
@@ -90,11 +95,6 @@ def summary_table(runs: Sequence[RunFolder]) -> Table:
     cells: list[Record] = []
     for group, unsorted in groups.items():
         members = sorted(unsorted, key=lambda record: record["seed"])
-        for one, two in itertools.pairwise(members):
-            if one["seed"] == two["seed"]:
-                raise BenchError(
-                    f"{one['run']} and {two['run']} are seed {one['seed']} of the same experiment; give one"
-                )
         cell = _cell(members)
         cells.append(cell | {"runs": members})
         for record in members + ([cell] if len(members) > 1 else []):
@@ -119,6 +119,13 @@ def summary_table(runs: Sequence[RunFolder]) -> Table:
                  tuple(cells))  # fmt: skip
 
 
+def _place(group: tuple[tuple[str, ...], list[Record]]) -> tuple[Any, ...]:
+    """Groups are sorted by suite and policy, then by their score, the best first."""
+    (_, policy, suite, *_), members = group
+    rates = [record["rate"] for record in members if record["rate"] is not None]
+    return suite, policy, -float(np.mean(rates)) if rates else 0.0, group[0]
+
+
 def _record(run: RunFolder, keys: Sequence[str], decoding: str) -> Record:
     """The numbers of one line: these tasks of one run."""
     plan = run.manifest["evaluation"]
@@ -127,9 +134,12 @@ def _record(run: RunFolder, keys: Sequence[str], decoding: str) -> Record:
         (*key.split("/", 1), state, repeat)
         for key in keys for state in plan["init_states"] for repeat in range(plan["repeats"])
     }  # fmt: skip
-    change = dataclasses.asdict(paired_result(base, after))
+    change: Record = dataclasses.asdict(paired_result(base, after))
     change |= {"difference_low": change.pop("low"), "difference_high": change.pop("high")}
     base_expected = len(owed) if run.compares and run.config.get("base") != "scratch" else 0
+    complete = owed <= after.keys() and (base_expected == 0 or owed <= base.keys())
+    if not complete:
+        change |= dict.fromkeys(("difference_low", "difference_high", "p_value", "mcnemar_p"))
     return {
         "algorithm": run.manifest["algorithm"],
         "policy": run.manifest["policy"],
@@ -141,9 +151,9 @@ def _record(run: RunFolder, keys: Sequence[str], decoding: str) -> Record:
         "suite_tasks": plan["suite_tasks"],
         "expected": len(owed),
         "base_expected": base_expected,
-        "complete": owed <= after.keys() and (base_expected == 0 or owed <= base.keys()),
-        **_score(after),
-        **{f"base_{name}": value for name, value in _score(base).items()},
+        "complete": complete,
+        **_score(after, len(owed)),
+        **{f"base_{name}": value for name, value in _score(base, base_expected).items()},
         **(change if change["n_pairs"] else dict.fromkeys(change)),
         "protocol": run.manifest["protocol"]["hash"],
         "run": run.folder.name,
@@ -158,9 +168,10 @@ def _outcomes(rows: Rows, keys: Sequence[str], decoding: str) -> dict[Episode, b
     return dict(zip(pairs, rows.column("success").tolist(), strict=True))
 
 
-def _score(outcomes: dict[Episode, bool]) -> Record:
+def _score(outcomes: dict[Episode, bool], expected: int) -> Record:
+    """Counts and rate, with Wilson's interval where no episode is missing."""
     n, successes = len(outcomes), sum(outcomes.values())
-    low, high = wilson_interval(successes, n) if n else (None, None)
+    low, high = wilson_interval(successes, n) if n and n >= expected else (None, None)
     return {"episodes": n, "successes": successes, "rate": successes / n if n else None, "low": low, "high": high}
 
 
@@ -184,7 +195,7 @@ def _cell(members: list[Record]) -> Record:
     cell |= dict.fromkeys(("n_clusters", "difference_low", "difference_high", "p_value", "mcnemar_p"))
     cell["difference"] = float(np.mean(changes)) if changes else None
     over_seeds = seeds_interval(changes)
-    if over_seeds:
+    if over_seeds and cell["complete"]:
         cell["difference_low"], cell["difference_high"], cell["p_value"] = over_seeds
     return cell
 
@@ -196,7 +207,7 @@ def _score_texts(record: Record, compares: bool) -> tuple[str, ...]:
     base = _score_text(record, "base_", record["base_expected"])
     if record["difference"] is None:
         return base, after, "-", "-"
-    change = f"{100 * record['difference']:+.1f}"
+    change = f"{100 * record['difference']:+.1f}" + ("" if record["complete"] else " INCOMPLETE")
     if record["difference_low"] is not None:
         change += f" [{100 * record['difference_low']:+.1f}, {100 * record['difference_high']:+.1f}]"
     p = record["p_value"]

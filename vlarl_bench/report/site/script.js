@@ -58,6 +58,12 @@ function writeAddress(opened = {}) {
   history.replaceState(null, "", "#" + address);
 }
 
+// What compares stands together: measured scores of one suite under one protocol.
+const group = (cell) => (cell.kind === "measured" ? `Measured here: ${cell.suite}, protocol ${cell.protocol}`
+  : "Copied: printed by others, measured by nobody here");
+const sizes = {}; // the group with the most scores comes first
+for (const cell of data.cells) sizes[group(cell)] = (sizes[group(cell)] ?? 0) + 1;
+
 function shown() {
   const words = form.elements.find.value.toLowerCase().split(/\s+/).filter(Boolean);
   const kept = data.cells.filter((cell) => {
@@ -69,6 +75,7 @@ function shown() {
   const column = COLUMNS.find((c) => c.key === state.sort), sign = state.order === "ascending" ? 1 : -1;
   return kept.sort((a, b) => {
     if (a.kind !== b.kind) return a.kind === "measured" ? -1 : 1; // never one among the other
+    if (group(a) !== group(b)) return sizes[group(b)] - sizes[group(a)] || (group(a) < group(b) ? -1 : 1);
     const x = column.of(a), y = column.of(b);
     if (x === null || y === null) return (x === null) - (y === null); // what is missing comes last either way
     return sign * (x < y ? -1 : x > y ? 1 : 0) || a.id.localeCompare(b.id);
@@ -85,10 +92,8 @@ function draw() {
   }
   const found = shown();
   const measured = found.filter((cell) => cell.kind === "measured").length;
-  const group = (text, some) => (some.length ? [heading(text), ...some.map(row)] : []);
-  find("#table tbody").replaceChildren(
-    ...group("Measured here", found.slice(0, measured)),
-    ...group("Copied: printed by others, measured by nobody here", found.slice(measured)));
+  find("#table tbody").replaceChildren(...found.flatMap((cell, i) =>
+    (i && group(cell) === group(found[i - 1]) ? [row(cell)] : [heading(group(cell)), row(cell)])));
   find("#count").textContent =
     `${found.length} of ${data.cells.length} scores: ${measured} measured, ${found.length - measured} copied`;
 }
@@ -140,10 +145,13 @@ function score(cell) {
 
 function change(cell) {
   if (!cell.change) return [element("small", {}, cell.kind === "copied" ? "not paired" : "–")];
-  const { value, low, high, base } = cell.change;
+  const { value, low, high, base, complete } = cell.change;
+  const clear = low === null ? "" : low > 0 ? "up" : high < 0 ? "down" : ""; // coloured where the interval excludes 0
   return [
-    element("span", { class: value < 0 ? "down" : "up" }, `${points(value)} pp`),
-    element("small", {}, low === null ? "no interval" : `[${points(low)}, ${points(high)}]`),
+    element("span", { class: clear }, `${points(value)} pp`),
+    element("small", {}, !complete ? "incomplete: no interval" : low === null ? "no interval"
+      : `[${points(low)}, ${points(high)}]`),
+    low === null ? null : element("small", {}, `p ${p(cell.change.p)}`),
     element("small", {}, `base ${percent(base)}%`)];
 }
 
@@ -198,7 +206,7 @@ function measured(cell) {
   const interval = cell.low === null ? "" : ` [${percent(cell.low)}, ${percent(cell.high)}]: 95%, resamples ${cell.resamples}`;
   const against = cell.change && `${points(cell.change.value)} points` +
     (cell.change.low === null ? "" : ` [${points(cell.change.low)}, ${points(cell.change.high)}], p ${p(cell.change.p)}`) +
-    `; ${cell.change.resamples}`;
+    `; ${cell.change.complete ? cell.change.resamples : "episodes are missing: no interval"}`;
   const body = [facts([
     ["Score", cell.rate === null ? "not run" : `${percent(cell.rate)}%${interval}`],
     ["Episodes", `${cell.successes} successes of ${cell.episodes}; ${cell.expected} planned`],
