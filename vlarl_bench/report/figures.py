@@ -115,7 +115,7 @@ def wall_time_curves(figure: Figure, methods: Sequence[Method], suite: str) -> b
         drawn |= _mean_curve(axes, title, look, curves)
     axes.set(ylabel="success while exploring (%)", ylim=(-2, 102))
     where = f"minutes of training, collecting and updating, on {'; '.join(machines_of(timed))}; these depend on"
-    axes.set_xlabel(_wrapped(f"{where} the machine and on what else it did", 90))
+    axes.set_xlabel(textwrap.fill(f"{where} the machine and on what else it did", 90))
     place_legend(figure, axes)
     return drawn
 
@@ -181,10 +181,6 @@ def task_heat_map(figure: Figure, methods: Sequence[Method], suite: str) -> bool
     axes.set_yticks(range(len(methods)), [textwrap.fill(title[method], 44) for method in methods], fontsize=7)
     figure.colorbar(image, label="success (%)")
     return not np.isnan(rates).all()
-
-
-def _wrapped(text: str, width: int = 18) -> str:
-    return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
 
 
 def profiles(figure: Figure, methods: Sequence[Method], suite: str) -> bool:
