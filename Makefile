@@ -26,8 +26,10 @@ reproduce: $(STAMP) ## run a published run again: make reproduce CELL=results/qu
 	@[ -n "$(CELL)" ] || { echo 'make: CELL: missing; name a run folder, or a run of a pack as PACK/NAME' >&2; exit 2; }
 	$(BIN)/vlarl-bench reproduce $(CELL)
 
+# In the order of the files: else those with the most tests come first, and SLURM's few, which wait for minutes, run last
+# and alone.
 test: $(STAMP) ## run the tests in two processes (benchmarks run once, untimed)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --benchmark-disable -n 2 --dist loadfile --durations 30
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --benchmark-disable -n 2 --dist loadfile --no-loadscope-reorder --durations 30
 
 lint: $(STAMP) ## ruff: rules and formatting
 	$(BIN)/ruff check .
