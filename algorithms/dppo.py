@@ -117,7 +117,7 @@ class DPPO(Algorithm):
     learns_from = "rollouts"
     Settings = DPPOSettings
     search = MappingProxyType(
-        {"lr": (3e-6, 1e-5, 3e-5), "noise": (0.05, 0.1, 0.2), "epochs": (2, 4, 8), "gae_lambda": (0.3, 0.95)}
+        {"lr": (3e-6, 1e-5, 3e-5), "clip_eps": (0.01, 0.03, 0.1), "epochs": (2, 4, 8), "gae_lambda": (0.3, 0.95)}
     )
 
     def __init__(self, settings: DPPOSettings, policy: LikelihoodPolicy, budget: Budget, seed: int) -> None:
