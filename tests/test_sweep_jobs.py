@@ -132,7 +132,7 @@ def test_kill_9_of_all_of_it_then_the_same_command_goes_on(calm, env, tmp_path):
 
 def test_a_pause_is_no_signal():
     code = """
-from vlarl_bench.sweep_jobs import _listen, _next_signal
+from vlarl_bench.sweep_cell import _listen, _next_signal
 signals = _listen()
 print("waits", flush=True)
 for seconds in (1, 60):

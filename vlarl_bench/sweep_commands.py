@@ -182,7 +182,7 @@ def cancel(args: list[str]) -> int:
 
 def sweep_cell(args: list[str]) -> int:
     """What an executor starts: one cell by its name, or that of a SLURM array's index."""
-    from .sweep_jobs import run_cell
+    from .sweep_cell import run_cell
     from .sweep_slurm import submitted_cell
 
     match args:
