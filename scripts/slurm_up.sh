@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# A real SLURM cluster on this one machine, for tests: controller, node daemon and munge, with state in one folder.
+# A real SLURM cluster on this one machine, for tests: controller, two node daemons and munge, with state in one folder.
 #   scripts/slurm_up.sh install   installs Debian's packages if they are missing
 #   scripts/slurm_up.sh up        starts it
 #   scripts/slurm_up.sh env       prints what a shell must export to use it
 #   scripts/slurm_up.sh down      ends its jobs and daemons, and removes the folder
 # As root, on Debian or Ubuntu, without systemd or cgroups; it listens on the loopback interface only.
 # SLURM_TEST_ROOT names the folder (needed, but by install), SLURM_TEST_PORT the first of its ports (26800),
-# SLURM_TEST_CPUS how many CPUs the node claims to have (8: more than there are, so that toy jobs need not wait),
+# SLURM_TEST_CPUS how many CPUs each node claims to have (8: more than there are, so that toy jobs need not wait),
 # SLURM_TEST_ARRAY the most jobs of one array (1001).
 set -euo pipefail
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
@@ -22,7 +22,7 @@ say() { echo "slurm_up: $*" >&2; }
 alive() { # a daemon that was killed keeps its name until its parent has looked
     local of
     [ -s "$root/$1.pid" ] && of=/proc/$(cat "$root/$1.pid") || return 1
-    [ "$(cat "$of/comm" 2>/dev/null)" = "$1" ] && ! grep -q '^State:[[:space:]]*Z' "$of/status" 2>/dev/null
+    [ "$(cat "$of/comm" 2>/dev/null)" = "${1%%.*}" ] && ! grep -q '^State:[[:space:]]*Z' "$of/status" 2>/dev/null
 }
 await() { # await SECONDS WHAT COMMAND...
     local end=$((SECONDS + $1)) what=$2
@@ -60,11 +60,11 @@ AuthInfo=socket=$socket
 CredType=cred/munge
 CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
 SlurmctldPidFile=$root/slurmctld.pid
-SlurmdPidFile=$root/slurmd.pid
+SlurmdPidFile=$root/slurmd.%n.pid
 SlurmctldLogFile=$root/slurmctld.log
-SlurmdLogFile=$root/slurmd.log
+SlurmdLogFile=$root/slurmd.%n.log
 StateSaveLocation=$root/state
-SlurmdSpoolDir=$root/spool
+SlurmdSpoolDir=$root/spool/%n
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 MpiDefault=none
@@ -85,9 +85,12 @@ OverTimeLimit=0
 MinJobAge=600
 MaxArraySize=$array
 DefMemPerCPU=256
-NodeName=n1 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 1)) CPUs=$cpus CoresPerSocket=$cpus RealMemory=$(awk '/MemTotal/{print int($2/1024)}' /proc/meminfo) State=UNKNOWN
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=10
-PartitionName=scavenge Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE
+NodeName=DEFAULT CPUs=$cpus CoresPerSocket=$cpus RealMemory=$(awk '/MemTotal/{print int($2/1024)}' /proc/meminfo) State=UNKNOWN
+NodeName=n1 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 1))
+NodeName=n2 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 2))
+PartitionName=main Nodes=n1 Default=YES MaxTime=INFINITE State=UP PriorityTier=10
+PartitionName=scavenge Nodes=n1 MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE
+PartitionName=pair Nodes=n1,n2 MaxTime=INFINITE State=UP PriorityTier=10
 CONF
 }
 
@@ -103,11 +106,13 @@ up() {
     await 10 munged munge -n --socket="$socket"
     alive slurmctld || slurmctld
     await 20 slurmctld timeout 5 scontrol ping
-    alive slurmd || slurmd -N n1
-    await 30 slurmd node_is_ready
-    say "up: $(sinfo -h -p main -o '%D node, %c CPUs, %T'), slurm $(sinfo -V | cut -d' ' -f2)"
+    for node in n1 n2; do
+        alive slurmd.$node || slurmd -N $node
+    done
+    await 30 slurmd nodes_are_ready
+    say "up: $(sinfo -h -p pair -o '%D nodes, %c CPUs each, %T'), slurm $(sinfo -V | cut -d' ' -f2)"
 }
-node_is_ready() { [ -n "$(timeout 5 sinfo -h -p main -t idle,mix,alloc -o %N)" ]; }
+nodes_are_ready() { [ "$(timeout 5 sinfo -h -N -p pair -t idle,mix,alloc -o %N | wc -l)" = 2 ]; }
 
 stop() {
     alive "$1" || return 0
@@ -123,7 +128,7 @@ down() {
         scancel --user="$(id -un)" || true
         for _ in $(seq 50); do [ -n "$(timeout 5 squeue -h -t R,CG,S)" ] || break; sleep 0.2; done
     fi
-    stop slurmd; stop slurmctld; stop munged
+    stop slurmd.n1; stop slurmd.n2; stop slurmctld; stop munged
     rm -rf "$root"
 }
 

@@ -86,8 +86,10 @@ def across(nodes: int, processes: int, arguments: Sequence[str]) -> list[str]:
     if not job.isdigit():
         raise BenchError(f"resources.nodes: {nodes}; more than one need --executor slurm")
     first = ask(["scontrol", "show", "hostnames"]).split()[0]
+    # Where SLURM itself reaches that node; its name need not be one that the network knows.
+    address = ask(["sinfo", "--noheader", f"--nodes={first}", "--format=%o"]).split()[0]
     each = [f"--nnodes={nodes}", f"--nproc-per-node={processes}", f"--rdzv-id={job}", "--rdzv-backend=c10d"]
-    meet = f"--rdzv-endpoint={first}:{20000 + int(job) % 20000}"  # a port that other jobs of the node do not take
+    meet = f"--rdzv-endpoint={address}:{20000 + int(job) % 20000}"  # a port that other jobs of the node do not take
     steps = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
     torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", *each, meet, "--no-python"]
     return [*steps, *torchrun, *COMMAND, *arguments]

@@ -11,6 +11,7 @@ from vlarl_bench.protocol import Protocol
 from vlarl_bench.records import MetricsLog
 from vlarl_bench.report.leaderboard import make_page, write_leaderboard
 from vlarl_bench.report.published import read_published
+from vlarl_bench.report.rows import Rows
 from vlarl_bench.report.runs import read_run, read_runs
 
 PUBLISHED = """
@@ -370,3 +371,14 @@ def test_it_is_accessible(visit, size, scheme):
             page.locator(opened).click()
         found = axe.Axe().run(page)
         assert found.violations_count == 0, found.generate_report()
+
+
+def test_many_rows_are_never_read_one_by_one(runs, tmp_path, monkeypatch):
+    """A million objects take longer than the whole page may; as columns they are read in a moment."""
+
+    def refuse(self):
+        raise AssertionError("rows were read one by one")
+
+    monkeypatch.setattr("vlarl_bench.report.leaderboard.MOST_EPISODES", 0)
+    monkeypatch.setattr(Rows, "__iter__", refuse)
+    assert len(cells_of(make_page(runs, (), tmp_path))) == 3

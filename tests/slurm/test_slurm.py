@@ -159,7 +159,7 @@ def test_a_killed_node_daemon_and_a_lost_node(cluster, calm, tmp_path, record_pr
     wait_until(lambda: all(begun(out, seed) for seed in (0, 1)), "the cells begin")
     first = history(out)
     root = Path(cluster["SLURM_TEST_ROOT"])
-    os.kill(int((root / "slurmd.pid").read_text()), signal.SIGKILL)
+    os.kill(int((root / "slurmd.n1.pid").read_text()), signal.SIGKILL)
     lost, kept = of(first, 0), of(first, 1)
     # The lost node's job: the daemon's step manager, the cell and its run, all at once.
     step = int(Path(f"/proc/{lost.pid}/stat").read_text().rpartition(")")[2].split()[1])
@@ -180,3 +180,35 @@ def test_a_killed_node_daemon_and_a_lost_node(cluster, calm, tmp_path, record_pr
     assert of(again, 1) == dataclasses.replace(kept, outcome="done", seconds=of(again, 1).seconds)
     assert (lost.number, of(again, 0).number) == (1, 2)
     record_property("torture", "kill -9 of slurmd: one job goes on; one lost with it is queued again: rows equal")
+
+
+def test_a_cell_of_two_nodes_is_one_run(cluster, calm, tmp_path, record_property):
+    """A torchrun on each of two nodes shares the run; queued again in its midst it goes on, on both."""
+    file, out, slow = tmp_path / "pair.toml", tmp_path / "pair", tmp_path / "slow"
+    resources = {**TOY["resources"], "nodes": 2, "partition": "pair"}
+    file.write_text(toml({**TOY, "seeds": [0], "resources": resources}))
+    slow.touch()
+    env = {**cluster, "TOY_SLOW": str(slow)}
+    vlarl(env, "sweep", file, "--executor", "slurm")
+    wait_until(lambda: begun(out, 0) or any(x.outcome for x in history(out).values()), "the cell begins")
+    job = of(history(out), 0).job
+    assert ask(env, "squeue", "--noheader", f"--jobs={job}", "--format=%D %N").split() == ["2", "n[1-2]"]
+    ask(env, "scontrol", "requeue", job)
+    wait_until(lambda: of(history(out), 0).outcome, "the cell is stopped")
+    assert of(history(out), 0).error == "stopped by SIGTERM"
+    slow.unlink()
+
+    def done():
+        hurry(env)
+        return "1 done" in vlarl(env, "status", file)
+
+    wait_until(done, "the cell ends")
+    ((cell, (rows, metrics, _)),) = outcomes(out).items()
+    assert [line["processes"] for line in metrics] == [2, 2]
+    # An update by several processes rounds differently: what came before it is the same to the bit.
+    same = [
+        [row for row in rows if row["iteration"] <= 1 and row["phase"] != "final"] for rows in (rows, calm[cell][0])
+    ]
+    assert same[0] == same[1] != []
+    assert len(rows) == len(calm[cell][0])
+    record_property("torture", "one run on two nodes, scontrol requeue: its first round that of one process")

@@ -16,11 +16,11 @@ from matplotlib.figure import Figure
 
 from ..errors import BenchError
 from ..files import atomic_file
-from ..records import EpisodeRow
 from ..stats import mean, performance_profile, seeds_estimate
 from .comparisons import change, change_text, families
 from .methods import Method, base_of, cell, compared_methods, in_order, planned_tasks, scores, suites_of, titles
 from .metrics import cpu_hours, machines_of, wall_time_curve
+from .rows import Rows
 from .runs import RunFolder, training_curve
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -120,8 +120,8 @@ def wall_time_curves(figure: Figure, methods: Sequence[Method], suite: str) -> b
     return drawn
 
 
-def _rows(run: RunFolder, suite: str) -> list[EpisodeRow]:
-    return [row for row in run.rows if row.suite == suite]
+def _rows(run: RunFolder, suite: str) -> Rows:
+    return run.rows.where(run.rows.column("suite") == suite)
 
 
 def _mean_curve(

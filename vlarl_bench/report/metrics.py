@@ -3,8 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from ..errors import BenchError
-from ..records import EpisodeRow, read_metrics
+from ..records import read_metrics
+from .rows import Rows
 from .runs import RunFolder, training_curve
 
 
@@ -22,11 +25,11 @@ def metrics_of(run: RunFolder) -> list[dict[str, Any]]:
     return lines
 
 
-def wall_time_curve(run: RunFolder, rows: Sequence[EpisodeRow]) -> tuple[list[float], list[float]]:
+def wall_time_curve(run: RunFolder, rows: Rows) -> tuple[list[float], list[float]]:
     """Seconds of training by the end of each round, and the success rate of its episodes among `rows`, as the learner
     explored. Rounds that were not logged are left out; seconds depend on the machine and on what else it did."""
     seconds = {line["iteration"]: line["seconds"] for line in metrics_of(run) if line.get("seconds") is not None}
-    rounds = sorted({row.iteration for row in rows if row.phase == "train"})
+    rounds = np.unique(rows.column("iteration")[rows.column("phase") == "train"]).tolist()
     known = [(seconds[i], rate) for i, rate in zip(rounds, training_curve(rows)[1], strict=True) if i in seconds]
     return [float(second) for second, _ in known], [rate for _, rate in known]
 

@@ -223,10 +223,9 @@ def read_runs(folders: Iterable[str | os.PathLike[str]]) -> list[RunFolder]:
     return runs
 
 
-def training_curve(rows: Iterable[EpisodeRow]) -> tuple[list[float], list[float]]:
+def training_curve(rows: Rows) -> tuple[list[float], list[float]]:
     """Environment steps by the end of each round of training, and the success rate of its episodes, as the learner
     explored."""
-    rows = rows if isinstance(rows, Rows) else Rows.of(rows)
     rows = rows.where(rows.column("phase") == "train")
     _, place, played = np.unique(rows.column("iteration"), return_inverse=True, return_counts=True)
     taken = np.bincount(place, rows.column("steps"), len(played))
