@@ -65,7 +65,7 @@ def test_steps_never_executed_do_not_count():
     t = torch.rand(len(loss), 1, generator=algorithm.generator)
     noise = torch.randn(len(loss), 1, 2, 2, generator=algorithm.generator)
     assert episode["mask"].tolist() == [[1, 0]] * len(loss)
-    torch.testing.assert_close(loss, policy.flow_loss(batch, episode["latent"], t, noise)[:, 0, 0].mean(-1))
+    torch.testing.assert_close(loss, policy.draw_loss(batch, episode["latent"], t, noise)[:, 0, 0].mean(-1))
 
 
 @pytest.mark.parametrize("weight", ["filtered", "exponential"])

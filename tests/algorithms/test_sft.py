@@ -19,7 +19,7 @@ class Imitator(ToyFlow):
     def sft_loss(self, context, actions, mask, generator, rows=slice(None)):
         noise = torch.randn(len(actions), 1, *actions.shape[1:], generator=generator)
         t = torch.rand(len(actions), 1, generator=generator)
-        errors = self.flow_loss(context, actions[rows], t[rows], noise[rows]).mean((1, 3))
+        errors = self.draw_loss(context, actions[rows], t[rows], noise[rows]).mean((1, 3))
         return (errors * mask[rows]).sum() / mask.sum()
 
 

@@ -108,7 +108,7 @@ def test_the_surrogate_is_half_the_squared_error_at_stored_draws():
     ratio, errors = [0.0] * 4, []
     for i in range(n):
         view, x = taken.view(torch.tensor([i])), taken.latent[i : i + 1]
-        now, then = (p.flow_loss(view, x, t[i : i + 1], noise[i : i + 1])[0, :, 0].detach() for p in (policy, base))
+        now, then = (p.draw_loss(view, x, t[i : i + 1], noise[i : i + 1])[0, :, 0].detach() for p in (policy, base))
         length = len(rollout.episodes[int(taken.episode[i])].latents)
         ratio[int(taken.episode[i])] += float(-0.5 * (now.sum(1) - then.sum(1)).mean()) / length
         errors.append(now.mean().item())

@@ -149,7 +149,7 @@ def test_pi0_loss_draws(benchmark, name):
 
         def learn():
             policy.zero_grad()
-            policy.flow_loss(policy.encode(batch), latent, t, x).mean().backward()
+            policy.draw_loss(policy.encode(batch), latent, t, x).mean().backward()
 
         return learn
 

@@ -32,7 +32,7 @@ def subject(method):
 def settings(method, timed):
     """The defaults; where nothing is timed, with little to do."""
     cls = registry.get("algorithm", method).Settings
-    quick = {"critic_steps": 5, "utd": 0.1, "epochs": 1, "gradient_steps": 3}
+    quick = {"critic_steps": 5, "utd": 0.1, "epochs": 1, "gradient_steps": 3, "minibatch": 8}
     return cls(**({} if timed else {key: quick[key] for key in quick if hasattr(cls, key)}))
 
 

@@ -21,7 +21,7 @@ POLICIES = registry.names("policy")
 METHODS = {
     "sft": ("sft_loss",),
     "denoising": ("draw_loss",),
-    "flow": ("velocity", "flow_loss"),
+    "flow": ("velocity",),
     "likelihood": ("explore", "log_prob"),
     "diffusion": ("denoising_loss",),
     "noise": ("decode",),
@@ -236,7 +236,7 @@ def test_velocity_is_differentiable_and_takes_k_draws(policy, context):
         assert (parameter.grad is not None) == (id(parameter) in actor), name
 
 
-def test_flow_loss_is_the_squared_error_of_the_velocity(policy, context):
+def test_a_flows_draw_loss_is_the_squared_error_of_the_velocity(policy, context):
     needs(policy, "flow")
     draw = torch.Generator().manual_seed(0)
     latent = torch.randn(4, policy.chunk, policy.latent_dim, generator=draw)
@@ -246,7 +246,7 @@ def test_flow_loss_is_the_squared_error_of_the_velocity(policy, context):
         for t, x in ((1.0, noise), (0.0, latent[:, None].expand_as(noise))):
             times = torch.full((4, 2), t)
             expected = (policy.velocity(context, x, times) - (noise - latent[:, None])) ** 2
-            torch.testing.assert_close(policy.flow_loss(context, latent, times, noise), expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(policy.draw_loss(context, latent, times, noise), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_draw_loss_takes_k_draws_at_times_from_0_to_1(policy, context):

@@ -276,13 +276,13 @@ def test_exact_density_of_a_batch_is_that_of_its_rows(policy, context):
     assert not together.requires_grad
 
 
-def test_flow_loss_by_hand(policy, context):
+def test_draw_loss_by_hand(policy, context):
     """x_t = t noise + (1 - t) latent, and the target is noise - latent."""
     g = torch.Generator().manual_seed(3)
     latent, noise = torch.randn(5, 8, 7, generator=g), torch.randn(5, 2, 8, 7, generator=g)
     t = torch.tensor([[0.25, 1.0]]).expand(5, 2)
     with torch.no_grad():
-        loss = policy.flow_loss(context, latent, t, noise)
+        loss = policy.draw_loss(context, latent, t, noise)
         quarter = transformers_velocity(policy, context, 0.25 * noise[:, 0] + 0.75 * latent, t[:, 0])
         torch.testing.assert_close(loss[:, 0], (quarter - noise[:, 0] + latent) ** 2, atol=1e-4, rtol=1e-4)
         pure = transformers_velocity(policy, context, noise[:, 1], t[:, 1])
@@ -291,7 +291,7 @@ def test_flow_loss_by_hand(policy, context):
 
 def test_gradients_reach_exactly_the_actor(policy, context):
     latent, (noise, t) = torch.zeros(5, 8, 7), points(5, 2)
-    policy.flow_loss(context, latent, t, noise).mean().backward()
+    policy.draw_loss(context, latent, t, noise).mean().backward()
     actor = policy.actor_parameters()
     assert {id(p) for p in policy.parameters() if p.grad is not None} == {id(p) for p in actor}
     assert len({id(p) for p in actor}) == len(actor)
@@ -329,7 +329,7 @@ def test_nothing_writes_to_a_context(policy, context):
     x, t = points(5, 2)
     first = policy.velocity(context, x, t)
     policy.sample(context, generators(*range(5)))
-    policy.flow_loss(context, x[:, 0], t, x).mean().backward()
+    policy.draw_loss(context, x[:, 0], t, x).mean().backward()
     assert torch.equal(first, policy.velocity(context, x, t))
     assert all(torch.equal(getattr(context, name), value) for name, value in copy.items())
 

@@ -65,7 +65,7 @@ def test_it_agrees_with_the_authors_code(monkeypatch):
     noise, t = 1.5 * wave("noise", 2, 6, 32), torch.tensor([[0.7], [0.2]])
     with torch.no_grad():
         context = policy.encode(batch())
-        loss = policy.flow_loss(context, actions, t, noise[:, None])[:, 0]
+        loss = policy.draw_loss(context, actions, t, noise[:, None])[:, 0]
         close(loss[:, ::5].flatten(1)[:, ::3], GOLDEN["loss"])
         drawn = iter(noise)
         monkeypatch.setattr(torch, "randn", lambda *_, **__: next(drawn))

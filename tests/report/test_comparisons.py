@@ -62,6 +62,23 @@ def test_what_is_no_test_takes_no_part_in_the_correction(make_run):
     assert best(methods, "suite_a") == [other]  # `strong` has a rival of one seed, `elsewhere` has its base alone
 
 
+def test_decodings_do_not_compete(make_run):
+    """Neither is a method that was decoded without noise set against one with it, nor does it widen the correction."""
+    sampled = made(make_run, {"strong": (8, 7, 8, 7), "weak": (2, 2, 3, 2)})
+    before = separation(compared_methods(read_runs(sampled)), "suite_a")
+    greedy = [
+        make_run(
+            f"g{seed}", base=at_most(1), final=at_most(limit), seed=seed, algorithm="greedy", decoding="zero-noise"
+        )
+        for seed, limit in enumerate((6, 5, 6, 5))
+    ]
+    methods = compared_methods(read_runs([*sampled, *greedy]))
+    names = [method.name for method in methods]
+    after, strong, weak = separation(methods, "suite_a"), names.index("strong"), names.index("weak")
+    assert np.isnan(after.p[names.index("greedy"), [strong, weak]]).all()
+    assert after.p[strong, weak] == before.p[1, 2]
+
+
 def test_the_reach_is_where_the_first_of_a_family_would_be_separated(make_run):
     methods = compared_methods(read_runs(made(make_run, {"a": (8, 7, 8), "b": (2, 2, 3), "c": (5, 4, 2)})))
     seen = np.array([6, 5, 5]) / 8

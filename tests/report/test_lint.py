@@ -123,6 +123,18 @@ def test_unequal_budgets(make_run, outcomes):
     assert "train episodes a run: 1 of frugal; 8 of lavish" in found
 
 
+def test_a_base_policy_that_two_runs_do_not_agree_on(make_run, outcomes):
+    """Of one seed: what another seed's noise led to is no contradiction."""
+    runs = [
+        read_run(make_run(f"{name}{seed}", base=base, final=outcomes["half"], algorithm=name, seed=seed))
+        for name, base in (("a", outcomes["half"]), ("b", outcomes["never"]))
+        for seed in (0, 1)
+        if seed == 0 or name == "a"
+    ]
+    (found,) = [each for each in lint_runs(runs) if "ended otherwise" in each]
+    assert "base policy: 8 of 32 episodes, of seed 0, ended otherwise in another of its runs" in found
+
+
 def test_too_few_for_a_claim(make_run, outcomes):
     runs = read_runs([
         make_run(f"{name}{seed}", base=outcomes["half"], final=lambda t, s, r, n=wins[seed]: 2 * (s - 4) + r < n,

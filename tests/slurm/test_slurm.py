@@ -40,23 +40,38 @@ def cluster(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def calm(cluster, tmp_path_factory):
-    """What an undisturbed sweep of four seeds, on this machine, ends with."""
-    file = tmp_path_factory.mktemp("calm") / "calm.toml"
-    file.write_text(toml({**TOY, "seeds": [0, 1, 2, 3], "parallel": 2}))
-    vlarl(cluster, "sweep", file)
-    return outcomes(file.with_suffix(""))
+def arrays(cluster, tmp_path_factory):
+    """An undisturbed sweep of four seeds, one cell at a time, whose arrays hold three at most: its file, what `sweep`
+    told of it, and what a live `status` showed until its end."""
+    file = tmp_path_factory.mktemp("arrays") / "arrays.toml"
+    file.write_text(toml({**TOY, "seeds": [0, 1, 2, 3], "parallel": 1}))
+    told = vlarl(cluster, "sweep", file, "--executor", "slurm")
+    shown, terminal = pty.openpty()
+    status = subprocess.Popen([*COMMAND, "status", str(file)], env=cluster, stdout=terminal, stderr=terminal)
+    os.close(terminal)
+    live = b""
+    with contextlib.suppress(OSError):  # how a terminal says that the other side has gone
+        while part := os.read(shown, 2**16):
+            live += part
+    assert status.wait(60) == 0
+    return file, told, live
+
+
+@pytest.fixture(scope="module")
+def calm(arrays):
+    """What it ends with."""
+    return outcomes(arrays[0].with_suffix(""))
 
 
 def ask(env, *command):
     return subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=60).stdout
 
 
-def wait_until(true, what):
+def wait_until(true, what, every=0.5):
     deadline = time.monotonic() + MINUTES
     while not true():
         assert time.monotonic() < deadline, what
-        time.sleep(0.5)
+        time.sleep(every)
 
 
 def hurry(env):
@@ -113,7 +128,7 @@ def test_cancelled_requeued_preempted_and_timed_out_cells_end_as_undisturbed_one
         hurry(env)
         return "4 done" in vlarl(env, "status", file)
 
-    wait_until(done, "all cells end")
+    wait_until(done, "all cells end", every=3)
     assert outcomes(out) == calm
     again = history(out)
     assert all(of(again, seed).job == first[seed].job for seed in (1, 2, 3))
@@ -123,25 +138,20 @@ def test_cancelled_requeued_preempted_and_timed_out_cells_end_as_undisturbed_one
     record_property("torture", told)
 
 
-def test_arrays_follow_each_other_under_one_limit_and_status_is_live(cluster, calm, tmp_path, record_property):
-    """Four cells are two arrays where MaxArraySize is 3; one cell at a time, whatever array it is in."""
-    file, out = tmp_path / "chunks.toml", tmp_path / "chunks"
-    file.write_text(toml({**TOY, "seeds": [0, 1, 2, 3], "parallel": 1}))
-    assert vlarl(cluster, "sweep", file, "--executor", "slurm").count("submitted job") == 2
-    shown, terminal = pty.openpty()
-    status = subprocess.Popen([*COMMAND, "status", str(file)], env=cluster, stdout=terminal, stderr=terminal)
-    os.close(terminal)
-    told = b""
-    with contextlib.suppress(OSError):  # how a terminal says that the other side has gone
-        while part := os.read(shown, 2**16):
-            told += part
-    assert status.wait(60) == 0
+def test_arrays_follow_each_other_under_one_limit_and_status_is_live(cluster, arrays, calm, tmp_path, record_property):
+    """Four cells are two arrays where MaxArraySize is 3; one cell at a time, whatever array it is in. They end with
+    what cells end with that know no SLURM."""
+    file, told, live = arrays
+    assert told.count("submitted job") == 2
     for words in (b"running", b"queued", b"4 cells: 4 done"):
-        assert words in told
-    spans = sorted((attempt.begun, path.stat().st_mtime) for path, attempt in ended(out))
+        assert words in live
+    spans = sorted((attempt.begun, path.stat().st_mtime) for path, attempt in ended(file.with_suffix("")))
     assert len(spans) == 4
     assert all(one[1] <= next[0] + 0.1 for one, next in itertools.pairwise(spans)), "two ran at a time"
-    assert outcomes(out) == calm
+    here = tmp_path / "here.toml"
+    here.write_text(toml({**TOY, "seeds": [0]}))
+    vlarl(cluster, "sweep", here)
+    assert outcomes(here.with_suffix("")).items() < calm.items()
     record_property("torture", "4 cells in 2 arrays under MaxArraySize=3, one at a time; live status to the end: equal")
 
 
@@ -166,7 +176,7 @@ def test_a_killed_node_daemon_and_a_lost_node(cluster, calm, tmp_path, record_pr
     assert "slurmstepd" in Path(f"/proc/{step}/cmdline").read_text()
     for pid in (step, lost.pid):
         os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: "running 0-1" not in vlarl(env, "status", file), "the loss is seen")
+    wait_until(lambda: "running 0-1" not in vlarl(env, "status", file), "the loss is seen", every=3)
     subprocess.run([SCRIPT, "up"], env=cluster, check=True, capture_output=True, timeout=120)
     slow.unlink()
 
@@ -174,7 +184,7 @@ def test_a_killed_node_daemon_and_a_lost_node(cluster, calm, tmp_path, record_pr
         hurry(env)  # sooner than the node has forgotten the job; then SLURM drops it, and the cell is `interrupted`
         return "2 done" in vlarl(env, "sweep", file, "--executor", "slurm")
 
-    wait_until(done, "both cells end")
+    wait_until(done, "both cells end", every=3)
     assert outcomes(out).items() < calm.items()
     again = history(out)
     assert of(again, 1) == dataclasses.replace(kept, outcome="done", seconds=of(again, 1).seconds)
@@ -202,7 +212,7 @@ def test_a_cell_of_two_nodes_is_one_run(cluster, calm, tmp_path, record_property
         hurry(env)
         return "1 done" in vlarl(env, "status", file)
 
-    wait_until(done, "the cell ends")
+    wait_until(done, "the cell ends", every=3)
     ((cell, (rows, metrics, _)),) = outcomes(out).items()
     assert [line["processes"] for line in metrics] == [2, 2]
     # An update by several processes rounds differently: what came before it is the same to the bit.

@@ -54,7 +54,7 @@ class Policy(nn.Module):
     """A policy with weights. Evaluation and every algorithm go through these methods only."""
 
     capabilities: ClassVar[frozenset[str]]
-    """`sft`: has `sft_loss`. `denoising`: has `draw_loss`, and either `flow`: has `velocity` and `flow_loss`, or
+    """`sft`: has `sft_loss`. `denoising`: has `draw_loss`, and either `flow`: has `velocity`, or
     `diffusion`: has `denoising_steps` and `denoising_loss`. `likelihood`: has `explore` and `log_prob`, and either
     `tokens`: what it draws are tokens, or `chain`: they are the steps of a denoising chain. `flow` with `likelihood`: a
     `StochasticFlow`. `fast`: its tokens are FAST's. `noise`: has `decode`, and may be steered."""
@@ -180,15 +180,11 @@ class FlowPolicy(DenoisingPolicy):
     def velocity(self, context: Any, x: Tensor, t: Tensor) -> Tensor:
         """[B, K, H, A] velocities at points x [B, K, H, A] and times t [B, K], K points against one context row."""
 
-    def flow_loss(self, context: Any, latent: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """[B, K, H, A] squared errors of the conditional flow-matching loss at stored times t [B, K] and
-        noises [B, K, H, A]; latent is [B, H, A]. No reduction: the caller decides which elements count."""
+    def draw_loss(self, context: Any, latent: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """Squared errors of the velocity: the conditional flow-matching loss, unreduced."""
         target = noise - latent[:, None]
         x = latent[:, None] + t[..., None, None] * target
         return (self.velocity(context, x, t) - target) ** 2
-
-    def draw_loss(self, context: Any, latent: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        return self.flow_loss(context, latent, t, noise)
 
 
 class LikelihoodPolicy(Policy):

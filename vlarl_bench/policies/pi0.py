@@ -276,7 +276,7 @@ class Pi0(Standardised, StochasticFlow, NoisePolicy):
         uniform = torch.rand(shape, generator=generator, device=generator.device).to(latent)
         noise = torch.randn(*shape, *latent.shape[1:], generator=generator, device=generator.device).to(latent)
         t = 0.001 + 0.999 * uniform ** (1 / 1.5)  # the inverse of Beta(1.5, 1)'s distribution function, t^1.5
-        errors = self.flow_loss(context, latent[rows], t[rows], noise[rows]).mean((1, 3))
+        errors = self.draw_loss(context, latent[rows], t[rows], noise[rows]).mean((1, 3))
         return (errors * mask[rows]).sum() / mask.sum()
 
     def actor_parameters(self) -> list[nn.Parameter]:

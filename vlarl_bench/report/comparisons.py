@@ -67,11 +67,12 @@ def change_text(found: dict[str, Any] | None) -> str:
 
 def families(methods: Sequence[Method], suite: str) -> list[list[int]]:
     """Methods that compete on a suite, as lists of their places: those from the same base policy that are judged on the
-    same tasks, that policy among them."""
+    same tasks by the same decoding, that policy among them."""
     found: dict[tuple[Any, ...], list[int]] = {}
     for i, method in enumerate(methods):
         if tasks := planned_tasks(method, suite):
-            found.setdefault((method.policy, method.checkpoint, tuple(sorted(tasks))), []).append(i)
+            same = (method.policy, method.checkpoint, method.decoding, tuple(sorted(tasks)))
+            found.setdefault(same, []).append(i)
     return list(found.values())
 
 

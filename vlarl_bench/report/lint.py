@@ -13,7 +13,7 @@ from ..files import read_json_object
 from ..power import episodes_needed
 from ..stats import CONFIDENCE
 from .comparisons import families, separation
-from .methods import Method, cell, compared_methods, suites_of, titles
+from .methods import EPISODE, Method, cell, compared_methods, scored, suites_of, titles
 from .pack import PACK
 from .published import Published, read_published
 from .runs import RunFolder, read_all
@@ -81,6 +81,7 @@ def lint_methods(methods: Sequence[Method]) -> list[str]:
         few = [title[method] for method in trained if len(method.seeds) == n]
         if n < FEW_SEEDS:
             findings.append(f"{n} training seed(s), and a claim about a method takes {FEW_SEEDS}: {_listed(few)}")
+    findings += [finding for method in methods if method.is_base for finding in _lint_base(method, title[method])]
     for suite in suites_of(methods):
         present = [method for method in methods if any(suite in run.suites for run in method.runs)]
         cells = [(method, cell(method, suite)) for method in present]
@@ -97,6 +98,18 @@ def lint_methods(methods: Sequence[Method]) -> list[str]:
 def _listed(names: Sequence[str]) -> str:
     more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
     return ", ".join(names[:MOST_NAMED]) + more
+
+
+def _lint_base(method: Method, title: str) -> list[str]:
+    """Episodes of a base policy that ended otherwise in another run of the same seed."""
+    outcomes = scored(method).groupby(EPISODE, observed=True)["success"].nunique()
+    if not (differ := outcomes[outcomes > 1]).size:
+        return []
+    seeds = ", ".join(str(seed) for seed in sorted(set(differ.index.get_level_values("seed"))))
+    return [
+        f"{title}: {len(differ)} of {len(outcomes)} episodes, of seed {seeds}, ended otherwise in another of its runs, "
+        "as other code or another machine may have it; those of the last run by name count"
+    ]
 
 
 def _lint_budgets(methods: Sequence[Method], suite: str) -> list[str]:

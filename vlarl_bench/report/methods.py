@@ -126,7 +126,7 @@ def _by_seed(runs: Iterable[RunFolder]) -> list[RunFolder]:
 
 
 def _methods(groups: Sequence[_Group]) -> list[Method]:
-    parts = [_scored(group) for group in groups]
+    parts = [scored(group) for group in groups]
     together = pd.concat([_NOTHING, *parts], ignore_index=True)
     for name in ("suite", "task"):
         together[name] = together[name].astype("category")
@@ -150,8 +150,8 @@ _NOTHING = pd.DataFrame({
 })  # fmt: skip
 
 
-def _scored(group: _Group) -> pd.DataFrame:
-    """The scored rows of a group's runs."""
+def scored(group: _Group | Method) -> pd.DataFrame:
+    """The scored rows of all runs of a method, in their order: EPISODE and `success`."""
     found = []
     for run in group.runs:
         rows = run.base if group.name == BASE else run.evaluated
