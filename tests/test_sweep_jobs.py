@@ -15,7 +15,7 @@ from sweeps import COMMAND, TOY, environment, history, outcomes, toml, vlarl
 from vlarl_bench import sweep_jobs
 from vlarl_bench.cli import main
 from vlarl_bench.sealed import read_sealed, write_sealed
-from vlarl_bench.sweep_jobs import State, choose, estimate, run_local
+from vlarl_bench.sweep_jobs import State, choose, crowded, estimate, run_local
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +148,26 @@ for seconds in (1, 60):
     assert waiting.stdout.readline() == "None\n"
     waiting.send_signal(signal.SIGTERM)
     assert waiting.communicate()[0] == "15\n"
+
+
+@pytest.mark.parametrize(
+    ("parallel", "workers", "threads", "processes", "told"),
+    [
+        (1, 8, 8, 1, ""),  # one run may ask for what it likes
+        (4, 1, 1, 1, ""),
+        (2, 2, 2, 1, ""),
+        (4, 2, 1, 1, "4 cells at a time keep 8 cores busy, and this machine has 4: learners wait for each other; set "
+                     "run.workers and run.threads to 1, or parallel to 2"),
+        (9, 1, 2, 1, "5 cells at a time keep 10 cores busy"),  # no more than there are
+        (2, 1, 1, 3, "2 cells at a time keep 6 cores busy"),
+    ],
+)  # fmt: skip
+def test_more_at_a_time_than_there_are_cores_is_told(monkeypatch, parallel, workers, threads, processes, told):
+    monkeypatch.setattr(sweep_jobs, "cores", lambda: 4)
+    config = SimpleNamespace(workers=workers, threads=threads)
+    cells = [SimpleNamespace(config=config, row=SimpleNamespace(resources=SimpleNamespace(processes=processes)))] * 5
+    assert crowded(cells, parallel).startswith(told)
+    assert bool(crowded(cells, parallel)) == bool(told)
 
 
 def test_ctrl_c_stops_also_a_cell_that_is_just_beginning(tmp_path, monkeypatch):

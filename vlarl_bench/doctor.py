@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from .errors import BenchError
+from .provenance import cores
 
 GL_PACKAGES = {"osmesa": "libosmesa6", "egl": "libegl1 libegl-mesa0 libgl1-mesa-dri"}
 """Debian and Ubuntu packages that bring each back end."""
@@ -199,10 +200,10 @@ def _gpu() -> Check:
 
 
 def _cores() -> Check:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if cores < 2:
-        return Check("warn", "cores", str(cores), "expect runs to take about twice as long as documented")
-    return Check("ok", "cores", str(cores))
+    found = cores()
+    if found < 2:
+        return Check("warn", "cores", str(found), "expect runs to take about twice as long as documented")
+    return Check("ok", "cores", str(found))
 
 
 def _memory() -> Check:

@@ -55,6 +55,11 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @functools.cache
 def code_version() -> str:
     """Package version; in a checkout also the commit, and `.dirty` if tracked files differ: `0.1.0+gd9188b8.dirty`."""

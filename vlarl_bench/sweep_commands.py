@@ -73,7 +73,7 @@ def _play(found: Cells, text: str, options: Sweep | Tune) -> int:
     has failed."""
     from .files import write_text_atomic
     from .progress import Progress
-    from .sweep_jobs import choose, count, prepare, read_states, run_here, run_local
+    from .sweep_jobs import choose, count, crowded, prepare, read_states, run_here, run_local
     from .sweep_slurm import submit
     from .sweep_table import summary
     from .trackers import check_tracker
@@ -94,8 +94,11 @@ def _play(found: Cells, text: str, options: Sweep | Tune) -> int:
             print(f"submitted job {job}")
     elif chosen:
         if options.executor == "local":
+            parallel = found.file.parallel or 1
             with Progress() as progress:
-                run_local(found, chosen, found.file.parallel or 1, progress.say)
+                if told := crowded([cell for cell, _ in chosen], parallel):
+                    progress.say(told)
+                run_local(found, chosen, parallel, progress.say)
         else:
             run_here(found, chosen)
     states = read_states(found)

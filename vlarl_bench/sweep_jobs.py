@@ -29,6 +29,7 @@ from typing import Any, Literal
 from . import attempts
 from .attempts import Attempt
 from .files import explained
+from .provenance import cores
 from .sealed import read_sealed, write_sealed
 from .sweep import Cell, Sweep
 from .sweep_cell import beating, begun
@@ -146,6 +147,20 @@ def run_here(sweep: Sweep, cells: Sequence[tuple[Cell, int]]) -> None:
             claim.end("failed", " ".join(f"{type(error).__name__}: {error}".split())[:500])
             raise
         claim.end("done")
+
+
+def crowded(cells: Sequence[Cell], parallel: int) -> str:
+    """What to change where so many cells at a time want more cores than there are; empty where they do not. A learner's
+    threads wait for one another at every step, so one that has no core of its own stops the others."""
+    at_once, have = min(parallel, len(cells)), cores()
+    each = max((max(c.config.workers, c.config.threads) * c.row.resources.processes for c in cells), default=0)
+    if at_once < 2 or at_once * each <= have:
+        return ""
+    fits = max(1, have // at_once)
+    return (
+        f"{at_once} cells at a time keep {at_once * each} cores busy, and this machine has {have}: learners wait for "
+        f"each other; set run.workers and run.threads to {fits}, or parallel to {max(1, have // each)}"
+    )
 
 
 def run_local(sweep: Sweep, cells: Sequence[tuple[Cell, int]], parallel: int, say: Any) -> None:
