@@ -97,7 +97,7 @@ class ARPPO(Algorithm):
 
     def __init__(self, settings: ARPPOSettings, policy: LikelihoodPolicy, budget: Budget, seed: int) -> None:
         self.settings = settings
-        optimizer = torch.optim.Adam(only_actor_learns(policy), lr=settings.lr)
+        optimizer = torch.optim.Adam(only_actor_learns(policy), lr=settings.lr, fused=True)
         self.learner = ActorCritic(settings, policy, optimizer, budget, seed)
         self.success: dict[str, float] = {}
 

@@ -128,7 +128,7 @@ class DPPO(Algorithm):
         if "flow" in policy.capabilities:
             shape = (policy.feature_dim, policy.chunk, policy.latent_dim)
             self.noise = LearnedNoise(*shape, least=settings.noise, most=settings.noise)
-        optimizer = torch.optim.AdamW(only_actor_learns(policy), lr=settings.lr, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(only_actor_learns(policy), lr=settings.lr, weight_decay=0.0, fused=True)
         self.learner = ActorCritic(settings, policy, optimizer, budget, seed)
 
     def act(self, policy: LikelihoodPolicy, context: Any, generators: Sequence[torch.Generator] | None) -> Sample:

@@ -102,15 +102,15 @@ class DSRL(Algorithm):
         self.settings = s = settings
         self.generator = torch.Generator().manual_seed(seed)
         self.steering = steer(policy, {"bound": s.bound, "width": s.width}, seed)
-        self.optimizer = torch.optim.Adam(only_actor_learns(policy), lr=s.lr)
+        self.optimizer = torch.optim.Adam(only_actor_learns(policy), lr=s.lr, fused=True)
         shape = (policy.feature_dim + 1, policy.chunk * policy.latent_dim)
         self.target_entropy = s.target_entropy * shape[1]
         self.critic = QEnsemble(s.critics, *shape, s.critic_width, self.generator)
         self.target = QEnsemble(s.critics, *shape, s.critic_width, self.generator)
         self.target.load_state_dict(self.critic.state_dict())
-        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=s.critic_lr)
+        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=s.critic_lr, fused=True)
         self.log_temperature = torch.tensor(s.temperature).log().requires_grad_()
-        self.temperature_optimizer = torch.optim.Adam([self.log_temperature], lr=s.lr)
+        self.temperature_optimizer = torch.optim.Adam([self.log_temperature], lr=s.lr, fused=True)
         self.replay: dict[str, Tensor] = {}
 
     def act(self, policy: NoisePolicy, context: Any, generators: Sequence[torch.Generator] | None) -> Sample:

@@ -107,7 +107,7 @@ class FlowNoise(Algorithm):
         self.settings = s = settings
         shape = (policy.feature_dim, policy.chunk, policy.latent_dim)
         self.noise = LearnedNoise(*shape, s.noise_least, s.noise_most, s.noise_width, seed)
-        optimizer = torch.optim.Adam([*only_actor_learns(policy), *self.noise.parameters()], lr=s.lr)
+        optimizer = torch.optim.Adam([*only_actor_learns(policy), *self.noise.parameters()], lr=s.lr, fused=True)
         self.learner = ActorCritic(s, policy, optimizer, budget, seed)
 
     def act(self, policy: StochasticFlow, context: Any, generators: Sequence[torch.Generator] | None) -> Sample:

@@ -93,7 +93,7 @@ class FlowSDE(Algorithm):
 
     def __init__(self, settings: FlowSDESettings, policy: StochasticFlow, budget: Budget, seed: int) -> None:
         self.settings = settings
-        optimizer = torch.optim.Adam(only_actor_learns(policy), lr=settings.lr)
+        optimizer = torch.optim.Adam(only_actor_learns(policy), lr=settings.lr, fused=True)
         self.learner = ActorCritic(settings, policy, optimizer, budget, seed)
 
     def act(self, policy: StochasticFlow, context: Any, generators: Sequence[torch.Generator] | None) -> Sample:

@@ -184,11 +184,11 @@ class FPO(Algorithm):
         self.settings, self.iterations, self.updates = settings, budget.iterations, 0
         self.generator = torch.Generator().manual_seed(seed)
         self.actor = only_actor_learns(policy)
-        self.optimizer = torch.optim.Adam(self.actor, lr=settings.lr)
+        self.optimizer = torch.optim.Adam(self.actor, lr=settings.lr, fused=True)
         shape = (settings.critics, policy.feature_dim + 1, policy.chunk * policy.latent_dim, settings.critic_width)
         self.critic, self.target = (QEnsemble(*shape, self.generator) for _ in range(2))
         self.target.load_state_dict(self.critic.state_dict())
-        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=settings.critic_lr)
+        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=settings.critic_lr, fused=True)
         self.replay: list[dict[str, Tensor]] = []
 
     def act(self, policy: DenoisingPolicy, context: Any, generators: Sequence[torch.Generator] | None) -> Sample:

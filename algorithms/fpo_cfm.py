@@ -129,7 +129,7 @@ class FPOCFM(Algorithm):
 
     def __init__(self, settings: FPOCFMSettings, policy: DenoisingPolicy, budget: Budget, seed: int) -> None:
         self.settings = settings
-        optimizer = torch.optim.Adam(only_actor_learns(policy), lr=settings.lr)
+        optimizer = torch.optim.Adam(only_actor_learns(policy), lr=settings.lr, fused=True)
         self.learner = ActorCritic(settings, policy, optimizer, budget, seed)
 
     def update(self, policy: DenoisingPolicy, rollout: Rollout) -> dict[str, float]:

@@ -97,7 +97,7 @@ class GRPO(Algorithm):
     def __init__(self, settings: GRPOSettings, policy: LikelihoodPolicy, budget: Budget, seed: int) -> None:
         self.settings, self.group = settings, settings.group_size
         self.generator = torch.Generator().manual_seed(seed)
-        self.optimizer = torch.optim.Adam(only_actor_learns(policy), lr=settings.lr)
+        self.optimizer = torch.optim.Adam(only_actor_learns(policy), lr=settings.lr, fused=True)
         self.iterations, self.updates = budget.iterations, 0
         self.tokens = "tokens" in policy.capabilities
         if self.tokens:

@@ -111,7 +111,7 @@ class ReinFlow(Algorithm):
         shape = (policy.feature_dim, policy.chunk, policy.latent_dim)
         self.noise = LearnedNoise(*shape, s.noise_least, s.noise_most, s.noise_width, seed)
         learning = [*only_actor_learns(policy), *self.noise.parameters()]
-        optimizer = torch.optim.AdamW(learning, lr=s.lr, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(learning, lr=s.lr, weight_decay=0.0, fused=True)
         self.learner = ActorCritic(s, policy, optimizer, budget, seed)
 
     def act(self, policy: StochasticFlow, context: Any, generators: Sequence[torch.Generator] | None) -> Sample:

@@ -122,7 +122,7 @@ class RWFM(Algorithm):
         self.settings = settings
         self.generator = torch.Generator().manual_seed(seed)
         self.actor = only_actor_learns(policy)
-        self.optimizer = torch.optim.Adam(self.actor, lr=settings.lr)
+        self.optimizer = torch.optim.Adam(self.actor, lr=settings.lr, fused=True)
         self.iterations, self.updates = budget.iterations, 0
         self.replay: list[list[dict[str, Any]]] = []
 

@@ -68,8 +68,10 @@ class SFT(Algorithm):
     def __init__(self, settings: SFTSettings, policy: Policy, budget: Budget, seed: int) -> None:
         self.settings, self.budget = settings, budget
         self.generator = torch.Generator().manual_seed(seed)
+        if policy.steered:
+            raise BenchError("base: a steered policy, whose weights stay as they are; start from what it steers")
         parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]  # frozen parts stay so
-        self.optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+        self.optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
         self.steps = self.rounds = 0
         self._examples: tuple[Any, torch.Tensor, torch.Tensor] | None = None
 

@@ -92,7 +92,7 @@ class TPO(Algorithm):
         self.generator = torch.Generator().manual_seed(seed)
         self.actor = only_actor_learns(policy)
         self.reference = [parameter.detach().clone() for parameter in self.actor]
-        self.optimizer = torch.optim.Adam(self.actor, lr=settings.lr)
+        self.optimizer = torch.optim.Adam(self.actor, lr=settings.lr, fused=True)
         self.iterations, self.updates = budget.iterations, 0
 
     def act(self, policy: LikelihoodPolicy, context: Any, generators: Sequence[torch.Generator] | None) -> Sample:

@@ -122,7 +122,7 @@ def collect(theirs: Any, n: int) -> Rollout:
         episode.latents = [chain[-1] for chain in episode.traces]
         episode.actions, episode.success = episode.latents, number % 2 == 0
         episodes.append(episode)
-    return Rollout(episodes, max_decisions=10)
+    return Rollout(episodes, {"made-up": 10})
 
 
 @dataclass(frozen=True)

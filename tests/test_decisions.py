@@ -14,7 +14,8 @@ from vlarl_bench.suite import Observation, Task
 sys.path.insert(0, str(Path(__file__).parent / "algorithms"))
 from toy import ToyFlow
 
-A, B = (Task("toy", name, "do it") for name in ("a", "b"))
+A, B = (Task(suite, name, "do it") for suite, name in (("long", "a"), ("toy", "b")))
+FIT = {"long": 8, "toy": 4}
 
 
 def episode(task, number, executed, success, traced=True):
@@ -33,11 +34,11 @@ EPISODES = [episode(B, 0, [2, 2, 1], True), episode(A, 1, [2], False), episode(B
 
 
 def test_rows_by_hand():
-    taken = decisions(ToyFlow(), Rollout(EPISODES, max_decisions=4))
+    taken = decisions(ToyFlow(), Rollout(EPISODES, FIT))
     assert len(taken) == 6
     assert taken.row.tolist() == [0, 1, 2, 4, 6, 7]  # each episode has one more observation than decisions
     assert taken.features.tolist() == [[0, 0], [1, 0.25], [2, 0.5], [10, 0], [20, 0], [21, 0.25]]
-    assert taken.next_features.tolist() == [[1, 0.25], [2, 0.5], [3, 0.75], [11, 0.25], [21, 0.25], [22, 0.5]]
+    assert taken.next_features.tolist() == [[1, 0.25], [2, 0.5], [3, 0.75], [11, 0.125], [21, 0.25], [22, 0.5]]
     assert taken.latent[:, 0, 0].tolist() == [0, 1, 2, 10, 20, 21]
     assert taken.trace[:, 0, 0].tolist() == [0, 1, 2, 10, 20, 21]
     assert taken.mask.tolist() == [[1, 1], [1, 1], [1, 0], [1, 1], [1, 1], [1, 1]]
@@ -55,9 +56,9 @@ def test_groups_share_task_and_initial_state():
     jobs = [(B, 7), (A, 7), (B, 7), (B, 0), (A, 7)]
     made = [episode(task, i, [2] * (1 + i % 2), False) for i, (task, _) in enumerate(jobs)]
     made = [dataclasses.replace(e, job=Job(e.job.task, s, 0, 0)) for e, (_, s) in zip(made, jobs, strict=True)]
-    assert decisions(ToyFlow(), Rollout(made, max_decisions=4)).start.tolist() == [0, 1, 1, 0, 2, 2, 1]
+    assert decisions(ToyFlow(), Rollout(made, FIT)).start.tolist() == [0, 1, 1, 0, 2, 2, 1]
 
 
 def test_without_traces():
     bare = [dataclasses.replace(made, traces=[]) for made in EPISODES]
-    assert decisions(ToyFlow(), Rollout(bare, max_decisions=4)).trace is None
+    assert decisions(ToyFlow(), Rollout(bare, FIT)).trace is None

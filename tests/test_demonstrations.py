@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from faulty_suite import Fault, FaultySuite
 
+from vlarl_bench import demo_store, registry
 from vlarl_bench.demo_store import RECORD, writing
 from vlarl_bench.demonstrations import describe_demonstrations, make_demonstrations
 from vlarl_bench.errors import BenchError
@@ -98,6 +99,13 @@ def test_another_protocol_seed_or_expert_is_refused_and_never_replaced(tmp_path:
         make_demonstrations(SUITE, [TASK], STATE, 1, tmp_path)
     assert files(root) == before
     assert len(load(tmp_path)) == 1  # to learn from it is the user's choice
+
+
+def test_a_group_of_suites_makes_what_its_members_make() -> None:
+    group = registry.get("suite", "libero")
+    for name in group.members:
+        alone = registry.get("suite", name)
+        assert demo_store._expert_version(group, name) == demo_store._expert_version(alone, name)
 
 
 def test_another_suites_dataset_and_a_folder_of_other_things_are_refused(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Runs that several processes share."""
 
+import dataclasses
 import json
 import re
 import signal
@@ -12,9 +13,14 @@ import pytest
 import torch
 from sweeps import COMMAND, TOY, environment, toml, vlarl
 
+from vlarl_bench import registry
+from vlarl_bench.config import BUDGETS, RunConfig
 from vlarl_bench.distributed import check_same, from_first, gathered, own, spread, started
 from vlarl_bench.errors import BenchError
+from vlarl_bench.plan import plan_run
+from vlarl_bench.progress import Progress
 from vlarl_bench.records import read_metrics, read_rows
+from vlarl_bench.run import _demonstrations
 from vlarl_bench.sweep import Resources
 from vlarl_bench.sweep_commands import check_executor
 from vlarl_bench.sweep_slurm import across
@@ -104,6 +110,18 @@ def test_a_cell_of_a_sweep_is_shared_by_its_processes(tmp_path):
     assert (run / "table.md").is_file()
     (log,) = (tmp_path / "shared" / "logs").iterdir()
     assert log.read_text().count("2 processes") == 1  # one of them tells
+
+
+def test_processes_that_share_a_run_do_not_wait_for_demonstrations(tmp_path, monkeypatch):
+    """Making many takes longer than a process that says nothing is waited for."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("vlarl_bench.run.world_size", lambda: 2)
+    budget = dataclasses.replace(BUDGETS["smoke"], demos=3)
+    settings = registry.get("algorithm", "sft").Settings()
+    config = RunConfig("sft", "libero_object", "pi0-tiny", budget, settings, "unused", base="scratch")
+    told = r"demos: demos has fewer than 3 of libero_object/.*`vlarl-bench demos --suite libero_object --mode state "
+    with pytest.raises(BenchError, match=told), Progress() as progress:
+        _demonstrations(plan_run(config), config, progress)
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,8 @@ CAMERA = "observation.images.agentview"
         (True, "video_path", "videos/{nothing}.mp4", "info.json: video_path: 'videos/{nothing}.mp4'; wanted: videos/"),
         (False, "data_path", "data/{nothing}.parquet", "info.json: data_path: 'data/{nothing}.parquet'; wanted: data/"),
         (False, "data_path", 3, "3: no such file"),
+        (False, "data_path", "/etc/{chunk_index}", "data_path: '/etc/{chunk_index}', which leads out of the folder; "),
+        (False, "data_path", "../{chunk_index}/x", "data_path: '../{chunk_index}/x', which leads out of the folder; "),
     ],
 )
 def test_a_feature_that_is_wrong_is_named(tmp_path: Path, pixels: bool, field: str, value, line: str) -> None:

@@ -1,15 +1,18 @@
 """What a run is made of, before anything runs."""
 
 import dataclasses
+import json
+import shutil
 from collections import Counter
 
 import numpy as np
 import pytest
 
 from vlarl_bench import registry
-from vlarl_bench.config import BUDGETS, RunConfig
+from vlarl_bench.config import BUDGETS, EvalConfig, RunConfig
 from vlarl_bench.errors import BenchError
-from vlarl_bench.plan import plan_run
+from vlarl_bench.plan import plan_evaluation, plan_run
+from vlarl_bench.policies.pi0 import Pi0
 
 
 def config(algorithm="fpo", policy="pi0-tiny", suite="libero_object", **changes):
@@ -70,3 +73,61 @@ def test_a_policy_that_looks_at_cameras_which_are_not_shown_is_refused():
     assert plan.load_base().cameras == plan.protocol.cameras
     with pytest.raises(BenchError, match=r"looks at agentview, robot0_eye_in_hand, but protocol .* shows agentview"):
         blind.load_base()
+
+
+def carded(tmp_path, **fields):
+    """The shipped prior with other fields in its config.json, read before any weight is."""
+    folder = tmp_path / "policy"
+    shutil.copytree(plan_run(config()).base, folder)
+    card = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(card | fields))
+    return str(folder)
+
+
+def test_a_policy_is_not_judged_on_states_that_it_learned_from(tmp_path):
+    known = {
+        "policy": "pi0-tiny",
+        "suite": "libero_object",
+        "out": "unused",
+        "tasks": (plan_run(config()).tasks[0].key,),
+    }
+    for i, (states, refused) in enumerate((([*range(25)], False), ([3, 26, 27], True), ([], False))):
+        base = carded(tmp_path / str(i), train_states=states)
+        for plan, asked in ((plan_evaluation, EvalConfig(base=base, **known)), (plan_run, config(base=base))):
+            if refused:
+                with pytest.raises(BenchError, match=r"learned from \(. of .*, such as 26 of libero_object/"):
+                    plan(asked)
+            else:
+                assert plan(asked).learned_from() == states
+    # Of tasks that it was not trained on no state was seen; tuning judges on states that training uses.
+    other = {**known, "tasks": (plan_run(config()).suite.tasks[-1].key,)}
+    base = carded(tmp_path / "other", train_states=[26], tasks=[])
+    assert plan_evaluation(EvalConfig(base=base, **other)).learned_from() == [26]
+    base = carded(tmp_path / "tuned", train_states=[*range(25)])
+    with pytest.raises(BenchError, match=r"tiny-state-tuning@2 .* holds out initial states that the policy in"):
+        plan_evaluation(EvalConfig(base=base, protocol="tuning", states=10, **known))
+
+
+@pytest.mark.parametrize("field", ["tasks", "train_states"])
+def test_a_card_that_lists_nothing_is_named(tmp_path, field):
+    with pytest.raises(BenchError, match=rf"config.json: {field} is None; it must be a list"):
+        plan_run(config(base=carded(tmp_path, **{field: None})))
+
+
+def test_a_policy_that_has_not_what_the_method_needs_is_refused_when_it_is_loaded(monkeypatch):
+    """Its kind may: OpenVLA's has likelihoods, and an OFT folder's regression has none."""
+    plan = plan_run(config())
+    monkeypatch.setattr(Pi0, "capabilities", Pi0.capabilities - {"denoising"})
+    with pytest.raises(BenchError, match=r"^base: the policy in .* has no denoising, which 'fpo' needs$"):
+        plan.load_base()
+
+
+def test_an_evaluation_decodes_as_its_protocol_says_unless_told_otherwise():
+    base = plan_run(config()).base
+    known = {"policy": "pi0-tiny", "suite": "libero_object", "out": "unused", "base": str(base)}
+    assert plan_evaluation(EvalConfig(**known)).protocol.decoding == "sampled"
+    assert plan_evaluation(EvalConfig(decoding="zero-noise", **known)).protocol.decoding == "zero-noise"
+    suite = registry.get("suite", "libero_object")
+    greedy = {name for name in ("openvla", "openvla-oft", "simplevla", "openpi", "lerobot", "rlinf")
+              if suite.protocol("pixels", name).decoding == "zero-noise"}  # fmt: skip
+    assert greedy == {"openvla", "openvla-oft", "simplevla"}

@@ -17,6 +17,7 @@ from faulty_suite import NAMES, Fault, FaultySuite
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vlarl_bench import pool as pools
 from vlarl_bench import registry, workers
 from vlarl_bench.errors import BenchError
 from vlarl_bench.pool import Patience, Pool
@@ -261,6 +262,33 @@ def test_a_simulator_that_does_not_repeat_itself_is_named(pilot, tmp_path):
     faults = [Fault("drift", "one", tmp_path, after=2), Fault("exit", "one", tmp_path)]
     with pytest.raises(BenchError, match=r"^faulty/one, init state 0: played again .* not deterministic$"):
         disturbed(pilot, *faults)
+
+
+def test_a_worker_closes_simulators_that_no_episode_needs(monkeypatch):
+    """A suite of many tasks is more than fits into memory."""
+    monkeypatch.setattr(pools, "MOST_OPEN", 2)
+    opened, closed = [], []
+
+    class Noted(FaultySuite):
+        def open(self, task, protocol, video=False):
+            simulator = super().open(task, protocol, video)
+            opened.append(task.name)
+            simulator.close = lambda: closed.append(task.name)
+            return simulator
+
+    worker = pools._Worker(Noted(), FAULTY_PROTOCOL, False)
+    a, b, c, d, e = (dataclasses.replace(FaultySuite.tasks[0], name=name) for name in "abcde")
+    worker.reset(0, (a, 0))
+    first = worker.reset(1, (b, 0))
+    worker.reset(2, (c, 0))
+    worker.reset(1, (d, 0))
+    assert (opened, closed) == (["a", "b", "c", "d"], [])  # each had an episode in flight when the next came
+    worker.reset(2, (a, 1))
+    worker.reset(0, (e, 0))
+    assert (closed, list(worker.simulators)) == (["b", "c"], [d, a, e])
+    outcome, _ = worker.step(1, np.zeros((1, 7), np.float32))
+    assert outcome.executed == 1  # d goes on
+    np.testing.assert_array_equal(worker.reset(1, (b, 0)).proprio, first.proprio)
 
 
 def test_nan_actions_are_the_policys_fault(pilot):

@@ -148,7 +148,8 @@ class EvalConfig:
     """Held-out initial states per task."""
     repeats: int = 1
     """Episodes per task and held-out initial state."""
-    decoding: Literal["sampled", "zero-noise"] = "sampled"
+    decoding: Literal["protocol", "sampled", "zero-noise"] = "protocol"
+    """`protocol` is what that says."""
     seed: int = 0
     workers: int = 2
     """Simulator processes; changes the speed, never the rows."""

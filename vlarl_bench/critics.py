@@ -68,7 +68,7 @@ class ValueCritic:
         the last `window` rounds."""
         self.steps, self.batch, self.window, self.generator = steps, batch, window, generator
         self.net = QEnsemble(1, features, 0, width, generator)
-        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=lr)
+        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=lr, fused=True)
         self.replay: list[tuple[Tensor, Tensor]] = []
 
     def __call__(self, features: Tensor) -> Tensor:

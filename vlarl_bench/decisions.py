@@ -92,7 +92,7 @@ def decisions(policy: Policy, rollout: Rollout) -> Decisions:
         n = len(episode.latents)
         row += range(first, first + n)
         first += n + 1
-        time += [i / rollout.max_decisions for i in range(n + 1)]
+        time += [i / rollout.max_decisions[episode.job.task.suite] for i in range(n + 1)]
         last += [False] * (n - 1) + [True]
         solved += [0.0] * (n - 1) + [float(episode.success)]
     seen = [seen for episode in episodes for seen in episode.observations]

@@ -15,7 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from . import lerobot
+from . import lerobot, registry
 from .errors import BenchError
 from .files import atomic_file, explained, sole_writer
 from .lerobot import Reader, read_table
@@ -200,14 +200,19 @@ def writing(
 def _new_record(suite: Suite, name: str, protocol: Protocol, seed: int) -> Record:
     objects = suite.object_names(name) if protocol.observation == "state" else ()
     features = lerobot.features(suite, protocol, objects)
-    return Record(name, protocol.hash, protocol.label, seed, suite.expert_version, features)
+    return Record(name, protocol.hash, protocol.label, seed, _expert_version(suite, name), features)
+
+
+def _expert_version(suite: Suite, name: str) -> int:
+    """Of the concrete suite `name`: a group's members need not share one."""
+    return (suite if suite.name == name else registry.get("suite", name)).expert_version
 
 
 def _check_same(root: Path, record: Record, suite: Suite, name: str, protocol: Protocol, seed: int) -> None:
     check_record(root, record, Task(name, "", ""), protocol)
     for what, was, now in (
         ("seed", record.seed, seed),
-        ("expert version", record.expert_version, suite.expert_version),
+        ("expert version", record.expert_version, _expert_version(suite, name)),
     ):
         if was != now:
             raise BenchError(f"{root}: made with {what} {was}, not {now}; delete it or use another folder")

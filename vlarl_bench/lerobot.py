@@ -247,12 +247,14 @@ class Reader:
 
     def _file(self, template: str, **place: Any) -> str:
         """A file's name by `data_path` or `video_path` of info.json."""
-        text = self.info.get(template)
+        text, wanted = self.info.get(template), DATA_PATH if template == "data_path" else VIDEO_PATH
         try:
-            return str(text).format(**place)
+            file = str(text).format(**place)
         except (KeyError, ValueError, IndexError, TypeError, AttributeError):
-            wanted = DATA_PATH if template == "data_path" else VIDEO_PATH
             raise self._wrong(f"{INFO}: {template}", repr(text), wanted) from None
+        if Path(file).is_absolute() or ".." in Path(file).parts:
+            raise self._wrong(f"{INFO}: {template}", f"{text!r}, which leads out of the folder", wanted)
+        return file
 
     def _read(self, file: str) -> bytes:
         path = self.root / file

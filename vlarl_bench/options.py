@@ -116,8 +116,8 @@ class Eval:
     """Held-out initial states per task."""
     repeats: int = 1
     """Episodes per task and initial state."""
-    decoding: Literal["sampled", "zero-noise"] = "sampled"
-    """Whether the policy's noise is drawn or zero; the two are never mixed in a table."""
+    decoding: Literal["protocol", "sampled", "zero-noise"] = "protocol"
+    """Whether the policy's noise is drawn or zero (tokens: drawn or the likeliest); `protocol` does as that says."""
     seed: int = 0
     """Seeds the policy's noise."""
     workers: int = 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -57,6 +57,12 @@ class Plan:
         assert self.base is not None
         key = {"unnorm_key": self.config.unnorm_key} if self.config.unnorm_key else {}
         policy = self.spec.load(self.base, **key)
+        if isinstance(self.config, RunConfig):
+            lacks = registry.get("algorithm", self.algorithm).requires - policy.capabilities
+            if lacks:
+                raise BenchError(
+                    f"base: the policy in {self.base} has no {', '.join(sorted(lacks))}, which {self.algorithm!r} needs"
+                )
         if policy.action_dim != self.suite.action_dim:
             raise BenchError(
                 f"base: the policy in {self.base} gives {policy.action_dim} numbers an action, but a robot of "
@@ -75,6 +81,28 @@ class Plan:
                 f"but protocol {self.protocol.label} shows {shown}"
             )
         return policy
+
+    def learned_from(self) -> list[int]:
+        """Initial states that the base policy was trained on, as its card says; none where it does not."""
+        if self.base is None or not _ours(self.base):
+            return []
+        found = _listed(self.base, "train_states")
+        if not all(type(state) is int for state in found):
+            raise BenchError(f"base: {self.base / 'config.json'}: train_states is {found!r}; it must list numbers")
+        return found
+
+    def check_held_out(self) -> None:
+        """Raises BenchError where the base policy learned from states that the protocol says it holds out."""
+        both = set(self.protocol.eval_states[: self.states]) & set(self.learned_from())
+        if not both or set(self.protocol.train_states) & set(self.protocol.eval_states):
+            return  # where a protocol judges on what it trains on its label says so
+        assert self.base is not None
+        trained = _listed(self.base, "tasks")
+        if known := [task.key for task in self.tasks if task.key in trained]:
+            raise BenchError(
+                f"protocol: {self.protocol.label} holds out initial states that the policy in {self.base} learned from "
+                f"({len(both)} of {self.states}, such as {min(both)} of {known[0]}); take the protocol of its training"
+            )
 
     def eval_jobs(self) -> list[Job]:
         """The held-out episodes; the same before and after."""
@@ -157,7 +185,7 @@ def plan_run(config: RunConfig) -> Plan:
     if config.tasks or base is None or not _ours(base):
         tasks = select_tasks(suite, config.tasks, count)
     else:
-        known = set(read_json(base / "config.json").get("tasks", ()))
+        known = set(_listed(base, "tasks"))
         tasks = tuple(task for task in suite.tasks if task.key in known)
         if 0 < len(tasks) < count:
             raise BenchError(
@@ -171,14 +199,17 @@ def plan_run(config: RunConfig) -> Plan:
                 "train another with --algo sft, or name tasks with --tasks to try anyway"
             )
     states, repeats = config.budget.eval_states, config.budget.eval_repeats
-    return Plan(config, config.algorithm, suite, spec, protocol, tasks, base, states, repeats)
+    plan = Plan(config, config.algorithm, suite, spec, protocol, tasks, base, states, repeats)
+    plan.check_held_out()
+    return plan
 
 
 def plan_evaluation(config: EvalConfig) -> Plan:
     """As `plan_run`, for an evaluation alone; rows carry the algorithm that made the policy."""
     suite, spec = registry.get("suite", config.suite), registry.get("policy", config.policy)
     protocol = suite.protocol(spec.observation, config.protocol)
-    protocol = dataclasses.replace(protocol, decoding=config.decoding)
+    if config.decoding != "protocol":
+        protocol = dataclasses.replace(protocol, decoding=config.decoding)
     config.check_protocol(protocol)
     _check_images(config, spec, protocol)
     base = _base_folder(config, spec, suite)
@@ -186,7 +217,9 @@ def plan_evaluation(config: EvalConfig) -> Plan:
         raise BenchError("base: 'scratch'; a policy with random weights has no vocabulary and nothing to evaluate")
     algorithm = str(read_json(base / "config.json").get("algorithm", "base"))
     tasks = select_tasks(suite, config.tasks, len(suite.tasks))
-    return Plan(config, algorithm, suite, spec, protocol, tasks, base, config.states, config.repeats)
+    plan = Plan(config, algorithm, suite, spec, protocol, tasks, base, config.states, config.repeats)
+    plan.check_held_out()
+    return plan
 
 
 def _check_images(config: RunConfig | EvalConfig, spec: PolicySpec, protocol: Protocol) -> None:
@@ -219,6 +252,14 @@ def _base_folder(config: RunConfig | EvalConfig, spec: PolicySpec, suite: Suite)
         raise BenchError(f"base: {folder / 'config.json'} does not describe a policy")
     _check_unnorm_key(config, spec, folder)
     return folder
+
+
+def _listed(base: Path, field: str) -> list[Any]:
+    """A list of the card in a policy folder; empty where it has none."""
+    found = read_json(base / "config.json").get(field, [])
+    if not isinstance(found, list):
+        raise BenchError(f"base: {base / 'config.json'}: {field} is {found!r}; it must be a list")
+    return found
 
 
 def _ours(folder: Path) -> bool:

@@ -263,6 +263,11 @@ def _same(a: Observation, b: Observation) -> bool:
     return all(x.tobytes() == y.tobytes() for x, y in pairs)
 
 
+MOST_OPEN = 10
+"""Simulators that a worker keeps open, unless more episodes than that are in flight. One with pixels takes some
+0.3 GiB, and building it anew half a second at most."""
+
+
 class _Worker:
     """The simulators of one process, one a task, shared by its slots."""
 
@@ -277,9 +282,17 @@ class _Worker:
         return getattr(self, command)(slot, given)
 
     def _open(self, task: Task) -> Any:
-        if task not in self.simulators:
-            self.simulators[task] = self.suite.open(task, self.protocol, self.video)
-        return self.simulators[task]
+        """The task's simulator. Where there are many, those that nobody has asked for longest make room."""
+        if (simulator := self.simulators.pop(task, None)) is None:
+            needed = {task for task, _ in self.snapshots.values()}
+            for other in [other for other in self.simulators if other not in needed]:
+                if len(self.simulators) < MOST_OPEN:
+                    break
+                self.simulators.pop(other).close()
+                self.owner.pop(other, None)
+            simulator = self.suite.open(task, self.protocol, self.video)
+        self.simulators[task] = simulator
+        return simulator
 
     def open(self, _slot: int, task: Task) -> None:
         self._open(task)

@@ -70,7 +70,9 @@ def replay(run: RunFolder, states: int, workers: int, progress: Progress) -> lis
                     def tell(episode: Episode, bar: Phase = bar) -> None:
                         bar.advance(episodes=1, successes=int(episode.success), steps=episode.steps)
 
-                    episodes = run_episodes(pool, policy, jobs, plan.protocol, config.slots, on_episode=tell)
+                    episodes = run_episodes(
+                        pool, policy, jobs, plan.protocol, config.slots, on_episode=tell, keep_seen=False
+                    )
                 played.append(_played(iteration, policy, episodes))
     finally:
         torch.set_num_threads(threads)

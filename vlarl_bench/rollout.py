@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -80,8 +80,8 @@ class Rollout:
     """Finished episodes, and what a learner needs to know about how they were limited."""
 
     episodes: Sequence[Episode]
-    max_decisions: int
-    """Decisions that fit into the horizon."""
+    max_decisions: Mapping[str, int]
+    """Suite -> decisions that fit into its horizon."""
 
 
 def run_episodes(
@@ -92,12 +92,14 @@ def run_episodes(
     slots: int,
     act: Act | None = None,
     on_episode: Callable[[Episode], None] | None = None,
+    keep_seen: bool = True,
 ) -> list[Episode]:
     """Runs every job and returns the episodes in the jobs' order.
 
     `slots` episodes are in flight at a time, and the policy always decides for exactly that many (empty slots repeat
     another's observation). `act` is the algorithm's way to act while collecting; without it the protocol's decoding is
-    used. `on_episode` is called as episodes finish.
+    used. `on_episode` is called as episodes finish. Without `keep_seen` a finished episode forgets its observations:
+    the images of all of them may be more than there is memory.
     """
     import torch
 
@@ -134,6 +136,8 @@ def run_episodes(
                 done[index] = episode
                 del flying[slot]
                 pool.free(slot)
+                if not keep_seen:
+                    episode.observations.clear()
                 if on_episode:
                     on_episode(episode)
     return [episode for episode in done if episode is not None]
@@ -147,6 +151,7 @@ def run_shared(
     slots: int,
     act: Act | None = None,
     on_episode: Callable[[Episode], None] | None = None,
+    keep_seen: bool = True,
 ) -> list[Episode]:
     """`run_episodes` by all processes of a run: of N each plays every N-th job, and all get every episode.
 
@@ -154,9 +159,10 @@ def run_shared(
     process's own finish, and for the others' when all have.
     """
     if world_size() == 1:
-        return run_episodes(pool, policy, jobs, protocol, slots, act, on_episode)
+        return run_episodes(pool, policy, jobs, protocol, slots, act, on_episode, keep_seen)
+    mine = jobs[rank() :: world_size()]
     try:
-        played: Any = run_episodes(pool, policy, jobs[rank() :: world_size()], protocol, slots, act, on_episode)
+        played: Any = run_episodes(pool, policy, mine, protocol, slots, act, on_episode, keep_seen)
     except Diverged as error:
         played = error
     shares = gathered(played)

@@ -199,6 +199,11 @@ def _demonstrations(plan: Plan, config: RunConfig, progress: Progress) -> tuple[
     folder, count = Path(config.demos or "demos"), config.budget.demos
     if not config.demos and rank() == 0:
         short = [task for task in plan.tasks if count_demonstrations(folder, task) < count]
+        if short and world_size() > 1:  # the others would wait for longer than a process that hangs is waited for
+            raise BenchError(
+                f"demos: {folder} has fewer than {count} of {short[0].key}; make them first, with `vlarl-bench demos "
+                f"--suite {config.suite} --mode {plan.protocol.observation} --episodes {count}`"
+            )
         if short:
             with progress.phase("expert", count * len(short), "demonstrations") as phase:
                 make_demonstrations(
@@ -283,7 +288,7 @@ def _evaluate(
             log.append(plan.row(episode, phase, iteration, checkpoint, decoding, spent))
             bar.advance(episodes=1, successes=int(episode.success), steps=episode.steps)
 
-        episodes = run_shared(pool, policy, jobs, plan.protocol, plan.config.slots, on_episode=keep)
+        episodes = run_shared(pool, policy, jobs, plan.protocol, plan.config.slots, on_episode=keep, keep_seen=False)
     invalid = sum(episode.invalid for episode in episodes)
     if invalid:
         progress.say(f"{name}: {invalid} of {sum(len(e.actions) for e in episodes)} decisions spelled no action chunk")
@@ -334,6 +339,7 @@ def _save_policy(plan: Plan, policy: Policy, out: Path, spent: Spent) -> None:
         "made_by": shlex.join(["vlarl-bench", *read_sealed(out / "manifest.json", older=True)["argv"]]),
         "algorithm": plan.algorithm,
         "protocol": plan.protocol.hash,
+        "train_states": sorted({*plan.protocol.train_states, *plan.learned_from()}),
         "code": code_version(),
         "spent": spent,
     }

@@ -99,8 +99,11 @@ def _round(
         line |= {"invalid_chunks": invalid} if invalid else {}
         spent["env_steps"] += sum(episode.steps for episode in episodes)
         spent["flops"] += _flops_of_acting(policy, algorithm, episodes, config.slots)
-        horizon = max(plan.protocol.horizon[task.suite] for task in plan.tasks)
-        data = Rollout(_rewarded(plan, config, episodes, iteration), -(-horizon // plan.protocol.execute))
+        horizon, execute = plan.protocol.horizon, plan.protocol.execute
+        data = Rollout(
+            _rewarded(plan, config, episodes, iteration),
+            {task.suite: -(-horizon[task.suite] // execute) for task in plan.tasks},
+        )
     with Meter(policy) as meter:
         line |= algorithm.update(policy, data)
     check_finite(policy)

@@ -120,9 +120,11 @@ class AlohaSimulator:
         actions = np.asarray(actions)
         if actions.ndim != 2 or actions.shape[1] != 14 or actions.dtype not in (np.float32, np.float64):
             raise BenchError(f"actions: {actions.dtype} {actions.shape}; {self.task.key} takes floats of shape (n, 14)")
-        if not (np.abs(actions) < mujoco.mjMAXVAL).all():  # false for NaN as well
-            bad = actions[~(np.abs(actions) < mujoco.mjMAXVAL)][0]
+        if not np.isfinite(actions).all():
+            bad = actions[~np.isfinite(actions)][0]
             raise BenchError(f"actions: {bad}; joint angles (rad) and gripper openings must be finite")
+        # Whatever is larger MuJoCo takes for no number; the actuators' limits are far below.
+        actions = actions.clip(-mujoco.mjMAXVAL, mujoco.mjMAXVAL)
         left, right = (unnormalize_puppet_gripper_position(actions[:, [i]]) for i in GRIPPERS)
         return np.concatenate([actions[:, :6], left, -left, actions[:, 7:13], right, -right], axis=1)
 

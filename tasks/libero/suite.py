@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from vlarl_bench.errors import BenchError
 from vlarl_bench.protocol import Protocol, check_choice, for_tuning
@@ -31,9 +31,13 @@ class _Published:
     render: int = 256
     image_size: int = 224
     resize: Literal["bilinear", "lanczos"] = "bilinear"
+    decoding: Literal["sampled", "zero-noise"] = "sampled"
+    version: int = 1
 
 
 BASES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
+_GREEDY: dict[str, Any] = {"decoding": "zero-noise", "version": 2}
+"""The likeliest token each time. Version 1 drew them, as these authors do while training only."""
 TINY_HORIZON = (200, 200, 400, 520, 400)
 # Read from each project's public code in November 2026; docs/suites/libero.md says where.
 PUBLISHED = {
@@ -41,10 +45,19 @@ PUBLISHED = {
     "lerobot": _Published((280, 280, 300, 520, 400), execute=10, render=360, image_size=360),
     "rlinf": _Published((240, 240, 320, 480, 512), execute=5, settle_steps=15, train_states=ALL_STATES, image_size=256),
     "openvla": _Published(
-        (220, 280, 300, 520, 400), execute=1, train_states=ALL_STATES, cameras=("agentview",), resize="lanczos"
+        (220, 280, 300, 520, 400),
+        execute=1,
+        train_states=ALL_STATES,
+        cameras=("agentview",),
+        resize="lanczos",
+        **_GREEDY,
     ),
-    "openvla-oft": _Published((220, 280, 300, 520, 400), execute=8, train_states=ALL_STATES, resize="lanczos"),
-    "simplevla": _Published((512,) * 5, execute=8, train_states=ALL_STATES, cameras=("agentview",), resize="lanczos"),
+    "openvla-oft": _Published(
+        (220, 280, 300, 520, 400), execute=8, train_states=ALL_STATES, resize="lanczos", **_GREEDY
+    ),
+    "simplevla": _Published(
+        (512,) * 5, execute=8, train_states=ALL_STATES, cameras=("agentview",), resize="lanczos", **_GREEDY
+    ),
 }
 
 
@@ -80,7 +93,7 @@ class LiberoSuite(Suite):
         published = PUBLISHED[name]
         return Protocol(
             name=name,
-            version=1,
+            version=published.version,
             observation="pixels",
             horizon=_horizon(published.horizon),
             settle_steps=published.settle_steps,
@@ -92,6 +105,7 @@ class LiberoSuite(Suite):
             render_size=(published.render, published.render),
             mirrored=True,
             resize=published.resize,
+            decoding=published.decoding,
         )
 
     def open(self, task: Task, protocol: Protocol, video: bool = False) -> Simulator:

@@ -7,6 +7,7 @@ import torch
 from toy import ToyFlow, two_stages
 from vlarl_bench.algorithms.dsrl import DSRL, DSRLSettings
 from vlarl_bench.algorithms.fpo import FPO, FPOSettings
+from vlarl_bench.algorithms.sft import SFT, SFTSettings
 
 from vlarl_bench.config import BUDGETS
 from vlarl_bench.errors import BenchError
@@ -197,6 +198,8 @@ def test_a_steered_base_is_refused():
     algorithm.update(policy, two_stages(policy, 8, 0, algorithm.act))
     with pytest.raises(BenchError, match="steered"):
         FPO(FPOSettings(), policy, BUDGET, 0)
+    with pytest.raises(BenchError, match="steered"):
+        SFT(SFTSettings(), policy, BUDGET, 0)
 
 
 @pytest.mark.parametrize(

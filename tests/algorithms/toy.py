@@ -200,7 +200,7 @@ def rollout(policy, reward, episodes, seed, length=1, act=None):
             episode.actions.append(sample.actions[0].float().numpy())
         episode.success = bool(reward(episode.latents[0]))
         made.append(episode)
-    return Rollout(made, max_decisions=length)
+    return Rollout(made, {"toy": length})
 
 
 SIDES = {-1.0: Task("toy", "left", "go left"), 1.0: Task("toy", "right", "go right")}
@@ -245,7 +245,7 @@ def two_stages(policy, episodes, seed, act=None, shuffled=False, group=1):
         outcomes = np.random.default_rng(seed).permutation([episode.success for episode in made])
         for episode, outcome in zip(made, outcomes, strict=True):
             episode.success = bool(outcome)
-    return Rollout(made, max_decisions=TRIES)
+    return Rollout(made, {"toy": TRIES})
 
 
 def train(algorithm, policy, rounds, episodes=64, shuffled=False):

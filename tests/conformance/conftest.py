@@ -105,7 +105,7 @@ def _recorded(name):
         Demonstration(task, e.job.init_state, True, tuple(e.observations[:-1]), np.concatenate(e.actions))
         for e in steps
     ]
-    return objects, Rollout(episodes, max_decisions=3), demonstrations
+    return objects, Rollout(episodes, {task.suite: 3}), demonstrations
 
 
 def _vocabulary(suite, objects):

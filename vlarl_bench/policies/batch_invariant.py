@@ -6,6 +6,8 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
+LARGE = 10**8
+"""Numbers of a policy from which it keeps its threads."""
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
@@ -13,14 +15,15 @@ Result = TypeVar("Result")
 def batch_invariant(method: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Makes a row's result the same to the bit wherever it stands in a batch of a given size, and beside whatever.
 
-    BLAS cuts a matrix between threads at rows of its choice, and rows at a cut round differently, so acting (anything
-    without gradients) is done by one thread. At these sizes a second one gains little; training keeps them all.
+    BLAS cuts a matrix between threads at rows of its choice, and rows at a cut round differently, so whatever needs no
+    gradients is done by one thread. With a million numbers a second one gains little there. With billions one alone
+    would take most of a minute to look once, so `LARGE` policies keep theirs, and may round by a row's place.
     """
 
     @functools.wraps(method)
     def alone(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         threads = torch.get_num_threads()
-        if torch.is_grad_enabled() or threads == 1:
+        if torch.is_grad_enabled() or threads == 1 or _large(args[0]):
             return method(*args, **kwargs)
         torch.set_num_threads(1)
         try:
@@ -29,3 +32,8 @@ def batch_invariant(method: Callable[Arguments, Result]) -> Callable[Arguments, 
             torch.set_num_threads(threads)
 
     return alone
+
+
+def _large(policy: object) -> bool:
+    assert isinstance(policy, torch.nn.Module)
+    return sum(parameter.numel() for parameter in policy.parameters()) >= LARGE

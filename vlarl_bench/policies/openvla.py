@@ -291,6 +291,7 @@ class OpenVLARegression(_OpenVLA):
     capabilities: ClassVar[frozenset[str]] = frozenset({"sft"})
 
     @torch.no_grad()
+    @batch_invariant
     def sample(self, context: Context, generators: Sequence[torch.Generator] | None) -> Sample:
         """The regressed chunk, with or without generators."""
         latent = self.action_head(self._read(context)).float()

@@ -78,7 +78,7 @@ class StochasticFlow(FlowPolicy, LikelihoodPolicy):
         entropy = std.log() + 0.5 * math.log(2 * math.pi * math.e)
         zero = torch.zeros_like(logp)
         logp, entropy = torch.where(counted, logp, zero), torch.where(counted, entropy, zero)
-        own = slice(self.action_dim)  # numbers that only pad a latent decide nothing
+        own = slice(self.action_dim)  # numbers that only pad a latent are left out of the ratio
         return LogProb(logp[..., own].flatten(2), entropy[..., own].flatten(2), counted[..., own].flatten(2))
 
     def transitions(self, context: Any, x: Tensor, first: int, noise: Noise) -> tuple[Tensor, Tensor]:
@@ -129,7 +129,7 @@ class StochasticFlow(FlowPolicy, LikelihoodPolicy):
 
     def _flow(self, context: Any, x: Tensor, t: float) -> tuple[Tensor, Tensor]:
         """Velocities [B, H, A] and their divergences [B], float64. A row is repeated for each derivative."""
-        n, size = len(x), self.chunk * self.action_dim
+        n, size = len(x), self.chunk * self.latent_dim
         copies = context.index(torch.arange(n, device=x.device).repeat_interleave(size))
         with torch.enable_grad():
             points = x.to(next(self.parameters()).dtype).repeat_interleave(size, 0)[:, None].requires_grad_()

@@ -139,10 +139,12 @@ def _some(keys: set[str]) -> str:
 
 def _card(policy: Policy, card: Mapping[str, Any], half: bool) -> str:
     size = sum(p.numel() for p in policy.parameters())
+    kinds = sorted({str(p.dtype).removeprefix("torch.") for p in policy.parameters()})
+    stored = "float16" if half else " and ".join(kinds)
     lines = [
         f"# {policy.config['policy']}",
         "",
-        f"{size:,} parameters, stored as {'float16' if half else 'float32'}.",
+        f"{size:,} parameters, stored as {stored}.",
         "",
     ]
     for key, value in card.items():
