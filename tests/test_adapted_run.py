@@ -2,34 +2,34 @@
 
 import json
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from toy_suite import installed
 
 from vlarl_bench.checkpoint import load_latest
+from vlarl_bench.cli import main
 from vlarl_bench.policies.adapt import add_lora, merge_lora
 from vlarl_bench.policies.presets import PI0_TINY
 from vlarl_bench.policies.store import content_hash
 from vlarl_bench.records import read_rows
 
-COMMAND = [str(Path(sys.executable).parent / "vlarl-bench"), "run"]
 FROZEN = "model.model.dit.layers.0"
-SMALL = ("--algo", "fpo", "--suite", "libero", "--budget", "smoke", "--budget.eval-states", "1", "--slots", "4")
+SMALL = ("--algo", "rwfm", "--suite", "toy-arm", "--tasks", "one", "--budget", "smoke", "--budget.eval-states", "1")
+SMALL += ("--algo.gradient-steps", "2", "--algo.minibatch", "8", "--threads", "1", "--workers", "1")
 
 
-def vlarl(*arguments):
-    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=600)
+@pytest.fixture(scope="module", autouse=True)
+def toy():
+    with installed():
+        yield
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A run of one round that trains adapters in two layers of three."""
     folder = tmp_path_factory.mktemp("runs") / "adapted"
-    done = vlarl(*SMALL, "--lora", 4, "--freeze", FROZEN, "--no-video", "--out", folder)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert main(["run", *SMALL, "--lora", "4", "--freeze", FROZEN, "--no-video", "--out", str(folder)]) == 0
     return folder
 
 
@@ -70,8 +70,7 @@ def test_a_resumed_run_stores_the_same(folder, tmp_path):
     shutil.rmtree(again / "policy")
     lines = (again / "episodes.jsonl").read_text().splitlines(keepends=True)
     (again / "episodes.jsonl").write_text("".join(lines[:-1]))  # the final evaluation, too, is to be done again
-    done = vlarl("--resume", again)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert main(["run", "--resume", str(again)]) == 0
     for file in ("policy/hashes.json", "episodes.jsonl"):
         assert (again / file).read_text() == (folder / file).read_text()
     assert json.loads((again / "config.json").read_text())["lora"] == 4
@@ -89,8 +88,6 @@ def test_a_resumed_run_stores_the_same(folder, tmp_path):
     ],
 )
 def test_what_cannot_be(options, line, tmp_path, capsys):
-    from vlarl_bench.cli import main
-
     assert main(["run", *SMALL, *options, "--out", str(tmp_path / "run")]) == 2
     (told,) = [row for row in capsys.readouterr().err.splitlines() if "error" in row]
     assert told.startswith(f"vlarl-bench: error: {line}")

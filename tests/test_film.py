@@ -1,22 +1,31 @@
 """Films on real LIBERO: what is in the file, and what the command says."""
 
 import imageio.v3 as imageio
+import pytest
 
-from vlarl_bench import registry
+from vlarl_bench import film, registry
 from vlarl_bench.cli import main
-from vlarl_bench.film import EVERY, SIZE
+
+SIZE, EVERY = 128, 10
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Small pictures and few of them: rendering costs more than all the rest."""
+    monkeypatch.setattr(film, "SIZE", SIZE)
+    monkeypatch.setattr(film, "EVERY", EVERY)
 
 
 def test_the_expert_s_film_shows_a_whole_success(tmp_path, capsys):
     path = tmp_path / "expert.mp4"
     assert main(["video", "--suite", "libero_object", "--expert", "--out", str(path)]) == 0
     steps = int(capsys.readouterr().out.split()[-2])
-    film = imageio.imread(path)
+    shown = imageio.imread(path)
     frames = -(-steps // EVERY)
-    assert len(film) == frames + 20 // EVERY  # and the last one for a second
-    assert film.shape[2] == SIZE
-    assert abs(film[0].astype(int) - film[frames - 1]).max() > 50, "something has moved"
-    assert (film[frames - 1] == film[-1]).mean() > 0.9
+    assert len(shown) == frames + 20 // EVERY  # and the last one for a second
+    assert shown.shape[2] == SIZE
+    assert abs(shown[0].astype(int) - shown[frames - 1]).max() > 50, "something has moved"
+    assert (shown[frames - 1] == shown[-1]).mean() > 0.9
 
 
 def test_a_policy_s_film_ends_where_its_episode_did(tmp_path, capsys):

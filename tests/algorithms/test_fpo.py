@@ -182,7 +182,8 @@ def test_critics_reach_the_discounted_return(target, members):
     """Three decisions, success at the end: Q = 0.81, 0.9, 1 for gamma 0.9, whatever the chunk (eq. 5-6)."""
     torch.manual_seed(0)
     policy = ToyFlow()
-    s = settings(gamma=0.9, critics=members, critic_steps=1500, critic_target=target, polyak=0.1, critic_width=64)
+    s = settings(gamma=0.9, critics=members, critic_steps=700, critic_lr=3e-3, critic_target=target, polyak=0.1)
+    s = dataclasses.replace(s, critic_width=64, critic_batch=48)
     algorithm = FPO(s, policy, BUDGET, 0)
     data = rollout(policy, lambda x: True, 16, 0, length=3)
     algorithm.update(policy, data)
@@ -236,7 +237,7 @@ def success_rate(policy, seed):
 )
 def test_it_learns_a_one_step_problem(changes):
     policy = ToyFlow(1)
-    algorithm = FPO(settings(lr=1e-2, minibatch=16, critic_steps=50, critic_width=64, **changes), policy, BUDGET, 0)
+    algorithm = FPO(settings(lr=1e-2, minibatch=16, critic_steps=25, critic_width=32, **changes), policy, BUDGET, 0)
     before = success_rate(policy, 999)
     for i in range(12):
         metrics = algorithm.update(policy, rollout(policy, wants, 64, i, act=algorithm.act))
@@ -258,7 +259,7 @@ def test_update_trains_the_actor_only_and_repeats_bitwise():
 
 def test_ablation_without_the_ratio_climbs_the_critic():
     policy = ToyFlow(1)
-    algorithm = FPO(settings(ratio="none", lr=1e-2, minibatch=16, critic_steps=100, critic_width=64), policy, BUDGET, 0)
+    algorithm = FPO(settings(ratio="none", lr=1e-2, minibatch=16, critic_steps=50, critic_width=32), policy, BUDGET, 0)
     before = success_rate(policy, 999)
     for i in range(10):
         metrics = algorithm.update(policy, rollout(policy, wants, 64, i))
@@ -341,7 +342,7 @@ def test_a_task_that_always_fails_is_not_pushed_away():
             dataclasses.replace(e, job=dataclasses.replace(e.job, task=other), success=False) for e in data.episodes
         ]
         only_hard = dataclasses.replace(data, episodes=[*data.episodes, *failed])
-        algorithm = FPO(settings(advantage_centre=centre), policy, BUDGET, 0)
+        algorithm = FPO(settings(advantage_centre=centre, critic_steps=50, critic_width=32), policy, BUDGET, 0)
         seen = {}
 
         def keep(*args, seen=seen):

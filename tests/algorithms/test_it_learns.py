@@ -21,7 +21,7 @@ from vlarl_bench.config import BUDGETS
 
 ROUNDS = 20
 BUDGET = dataclasses.replace(BUDGETS["smoke"], iterations=ROUNDS)
-SMALL = {"minibatch": 64, "critic_steps": 50, "critic_width": 32}
+SMALL = {"minibatch": 64, "critic_steps": 20, "critic_width": 32}
 
 
 def flow(seed, kind=ToyFlow):

@@ -182,24 +182,30 @@ class ToyChain(ToyLikelihood):
         return LogProb(logp * counted, entropy * counted, counted)
 
 
+def sampled(policy, context, generators):
+    """How a policy acts that no algorithm explores with."""
+    return policy.sample(context, generators)
+
+
 @torch.no_grad()
 def rollout(policy, reward, episodes, seed, length=1, act=None):
     """`reward(first latent [H, A]) -> bool` decides each episode of `length` decisions."""
-    made = []
-    for number in range(episodes):
-        generator = torch.Generator().manual_seed(seed * 100_000 + number)
-        episode = Episode(Job(TASK, 0, number, number))
-        for i in range(length + 1):
-            episode.observations.append(Observation("do it", np.array([i / 10], np.float32)))
-        for seen in episode.observations[:-1]:
-            context = policy.encode(policy.preprocess([seen]))
-            sample = act(policy, context, [generator]) if act else policy.sample(context, [generator])
-            episode.latents.append(sample.latent[0].float().numpy())
+    made = [Episode(Job(TASK, 0, number, number)) for number in range(episodes)]
+    generators = [torch.Generator().manual_seed(seed * 100_000 + number) for number in range(episodes)]
+    for i in range(length + 1):
+        seen = [Observation("do it", np.array([i / 10], np.float32)) for _ in made]
+        for episode, observation in zip(made, seen, strict=True):
+            episode.observations.append(observation)
+        if i == length:
+            break
+        sample = (act or sampled)(policy, policy.encode(policy.preprocess(seen)), generators)
+        for row, episode in enumerate(made):
+            episode.latents.append(sample.latent[row].float().numpy())
             if sample.trace is not None:
-                episode.traces.append(sample.trace[0].numpy())
-            episode.actions.append(sample.actions[0].float().numpy())
+                episode.traces.append(sample.trace[row].numpy())
+            episode.actions.append(sample.actions[row].float().numpy())
+    for episode in made:
         episode.success = bool(reward(episode.latents[0]))
-        made.append(episode)
     return Rollout(made, {"toy": length})
 
 
@@ -228,7 +234,7 @@ def two_stages(policy, episodes, seed, act=None, shuffled=False, group=1):
         look(number)
     for _ in range(TRIES):
         context = policy.encode(policy.preprocess([made[number].observations[-1] for number in flying]))
-        sample = (act or (lambda p, c, g: p.sample(c, g)))(policy, context, [generators[number] for number in flying])
+        sample = (act or sampled)(policy, context, [generators[number] for number in flying])
         for row, number in enumerate(flying):
             made[number].latents.append(sample.latent[row].numpy())
             made[number].actions.append(sample.actions[row, :1].numpy())

@@ -131,4 +131,4 @@ def bench():
 @pytest.fixture(scope="session")
 def budget():
     """The smallest budget that ships, with supervised work that takes a second also from pixels."""
-    return dataclasses.replace(BUDGETS["smoke"], gradient_steps=3, batch_size=8)
+    return dataclasses.replace(BUDGETS["smoke"], gradient_steps=2, batch_size=4)

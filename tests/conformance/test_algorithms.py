@@ -22,7 +22,7 @@ from .narrow import SAME
 ALGORITHMS = registry.names("algorithm")
 WARM = 3
 """Updates after which a policy has moved at the latest: critics may learn alone first."""
-SHORT = {"critic_steps": 10, "utd": 0.5, "epochs": 2, "gradient_steps": 3, "minibatch": 8}
+SHORT = {"critic_steps": 3, "utd": 0.25, "epochs": 1, "gradient_steps": 2, "minibatch": 5}
 """Settings that only cost time here, for those methods that have them; all others are at their defaults."""
 PAIRS = [(a, p) for a in ALGORITHMS for p in registry.names("policy") if registry.runs_on(a, p) and p not in SAME]
 

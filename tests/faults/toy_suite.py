@@ -5,9 +5,11 @@ import os
 import signal
 import time
 from pathlib import Path
+from unittest import mock
 
 from faulty_suite import FaultySimulator, FaultySuite
 
+from vlarl_bench import registry
 from vlarl_bench.protocol import Protocol
 from vlarl_bench.suite import Observation, Task
 
@@ -45,3 +47,11 @@ class ToySimulator(FaultySimulator):
         seen = super().observe()
         names = dict(zip(("alphabet_soup_1", "basket_1"), seen.objects.values(), strict=True))
         return Observation(seen.instruction, seen.proprio, names)
+
+
+@contextlib.contextmanager
+def installed():
+    """The suite as if it were installed, for commands in this process."""
+    suite, get = ToySuite(), registry.get
+    with mock.patch.object(registry, "get", lambda *name: suite if name == ("suite", suite.name) else get(*name)):
+        yield

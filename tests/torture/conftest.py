@@ -5,9 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 from sweeps import TOY, environment, toml, vlarl
-from toy_suite import ToySuite
+from toy_suite import installed
 
-from vlarl_bench import registry
 from vlarl_bench.records import LostLog
 from vlarl_bench.sealed import write_sealed
 
@@ -28,10 +27,8 @@ def finished(toy, tmp_path_factory):
 
 
 @pytest.fixture
-def copy(finished, tmp_path, monkeypatch):
+def copy(finished, tmp_path):
     """A copy of it to injure, with what else runs and sweeps may leave."""
-    suite, get = ToySuite(), registry.get
-    monkeypatch.setattr(registry, "get", lambda *name: suite if name == ("suite", "toy-arm") else get(*name))
     shutil.copytree(finished.parent, tmp_path / "copy")
     out = tmp_path / "copy" / finished.stem
     (run,) = (out / "runs").iterdir()
@@ -42,4 +39,5 @@ def copy(finished, tmp_path, monkeypatch):
     with LostLog(run / "lost.jsonl") as log:
         log.append({"why": "was killed by SIGKILL"})
         log.append({"why": "was stopped"})
-    return SimpleNamespace(file=tmp_path / "copy" / finished.name, out=out, run=run)
+    with installed():
+        yield SimpleNamespace(file=tmp_path / "copy" / finished.name, out=out, run=run)
