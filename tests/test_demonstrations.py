@@ -10,7 +10,7 @@ from faulty_suite import Fault, FaultySuite
 
 from vlarl_bench import demo_store, registry
 from vlarl_bench.demo_store import RECORD, writing
-from vlarl_bench.demonstrations import describe_demonstrations, make_demonstrations
+from vlarl_bench.demonstrations import describe_demonstrations, load_demonstrations, make_demonstrations
 from vlarl_bench.errors import BenchError
 from vlarl_bench.pool import Patience
 from vlarl_bench.suite import Suite
@@ -175,26 +175,43 @@ def test_what_an_interrupted_command_left_is_removed_and_a_damaged_batch_with_th
 
 
 def test_workers_make_only_what_is_missing_and_their_number_changes_nothing(tmp_path: Path) -> None:
-    protocol = dataclasses.replace(STATE, train_states=(3, 5))
+    suite = FaultySuite()
+    protocol, one, two = suite.protocol("state"), *suite.tasks[:2]
     made: list[int] = []
-    (root,) = make_demonstrations(SUITE, [TASK, OTHER], protocol, 1, tmp_path, workers=2, on_progress=made.append)
+
+    def make(tasks, number, out, workers):
+        made.clear()
+        return make_demonstrations(suite, tasks, protocol, number, out, workers=workers, on_progress=made.append)
+
+    def read(folder, task):
+        return load_demonstrations(suite, folder, (task,), protocol)
+
+    (root,) = make([one, two], 1, tmp_path, workers=2)
     assert made == [0, 0, 1, 1]
-    assert {episode.init_state for episode in load(tmp_path, (TASK, OTHER), protocol)} <= {3, 5}
     good = files(root)
     (root / "data/chunk-000/file-001.parquet").write_bytes(b"damaged")
     kept = (root / "data/chunk-000/file-000.parquet").stat().st_mtime_ns
-    made.clear()
-    make_demonstrations(SUITE, [TASK, OTHER], protocol, 1, tmp_path, workers=1, on_progress=made.append)
+    make([one, two], 1, tmp_path, workers=1)
     assert made == [1, 0, 1]
     assert (root / "data/chunk-000/file-000.parquet").stat().st_mtime_ns == kept
     assert files(root) == good
-    first = load(tmp_path, (TASK,), protocol)
-    make_demonstrations(SUITE, [TASK], protocol, 2, tmp_path, workers=1)  # more of a task: only those that are missing
-    more = load(tmp_path, (TASK,), protocol)
-    assert len(more) == 2
-    assert same(more[0], first[0])
-    make_demonstrations(SUITE, [TASK], protocol, 2, tmp_path / "at once", workers=1)
-    assert all(same(a, b) for a, b in zip(more, load(tmp_path / "at once", (TASK,), protocol), strict=True))
+    (first,) = read(tmp_path, one)
+    make([one], 2, tmp_path, workers=1)  # more of a task: only those that are missing
+    assert made == [1, 1]
+    more = read(tmp_path, one)
+    assert same(more[0], first)
+    assert [episode.init_state for episode in more] == [0, 1]
+    make([one], 2, tmp_path / "at once", workers=1)
+    assert all(same(a, b) for a, b in zip(more, read(tmp_path / "at once", one), strict=True))
+
+
+def test_a_worker_makes_demonstrations_of_libero_from_training_states(tmp_path: Path) -> None:
+    protocol = dataclasses.replace(STATE, train_states=(3, 5))
+    (root,) = make_demonstrations(SUITE, [TASK], protocol, 2, tmp_path, workers=1)
+    made = load(tmp_path, (TASK,), protocol)
+    assert len(made) == 2
+    assert {episode.init_state for episode in made} <= {3, 5}
+    assert root == tmp_path / SUITE.name
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +227,7 @@ def calm(tmp_path_factory):
 @pytest.mark.parametrize(
     ("kind", "line"),
     [
-        ("loop", "faulty/two, attempt 1: the expert's worker gave no answer within 12 s"),
+        ("sleep", "faulty/two, attempt 1: the expert's worker gave no answer within 12 s"),
         ("raise", "faulty/two, attempt 1: the expert's worker raised ArithmeticError: the arm fell off, in _strike"),
         ("SIGKILL", "faulty/two, attempt 1: the expert's worker was killed by SIGKILL"),
         ("mistake", "init state: 7; it has 0 to 3"),

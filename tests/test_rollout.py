@@ -69,10 +69,10 @@ def one(policy, short):
     return play(policy, short, workers=1)
 
 
-@pytest.mark.parametrize("workers", [2, 4])
-def test_workers_and_order_change_nothing(policy, short, one, workers):
+def test_workers_and_order_change_nothing(policy, short, one):
+    """More workers than slots; two of them are played with below."""
     order = [4, 2, 0, 3, 1]
-    more = play(policy, short, workers, order=order)
+    more = play(policy, short, workers=4, order=order)
     assert {tuple(episode.executed) for episode in one} == {(8, 8, 4)}
     assert_same(more, [one[index] for index in order])
 
@@ -157,7 +157,7 @@ FAULTS = [
     ("unpicklable", "step", "pickle local object"),
     ("raise", "reset", "(at reset)"),
     ("nan", "reset", "returned proprio = nan at [3] (at reset)"),
-    ("loop", "open", "gave no answer within 15 s (at reset)"),
+    ("sleep", "open", "gave no answer within 15 s (at reset)"),
     ("exit", "open", "ended with exit code 3 (at reset)"),
 ]
 
