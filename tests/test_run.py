@@ -29,7 +29,6 @@ SMALL = ["run", "--algo", "fpo", "--suite", "libero", *ROUNDS, "--slots", "3"]
 SMALL += ["--threads", "1", "--algo.critic-steps", "20"]
 TOY = ["run", "--algo", "rwfm", "--suite", "toy-arm", "--tasks", "one", *ROUNDS, "--slots", "3"]
 TOY += ["--threads", "1", "--algo.gradient-steps", "3", "--algo.minibatch", "8", "--no-video"]
-"""There all training episodes fail, from which `rwfm` learns, too."""
 
 
 def vlarl(*arguments, check=True):

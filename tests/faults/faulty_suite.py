@@ -96,6 +96,9 @@ class FaultySuite(Suite):
 class FaultySimulator:
     """A chaotic map pushed by the actions: any slip in what was executed shows in every later observation."""
 
+    winning = (3,)
+    """Initial states whose episodes succeed at the 17th step, whatever is done."""
+
     def __init__(self, task, faults):
         self.task, self.faults, self.spoil = task, faults, ""
         self._strike("open")
@@ -124,7 +127,7 @@ class FaultySimulator:
                 return Outcome(executed, False, broken=True)
             if self.spoil == "drift":
                 self.state[0], self.spoil = self.state[0] + 1e-4, ""
-            if self.steps == 17 and self.init_state == 3:
+            if self.steps == 17 and self.init_state in self.winning:
                 return Outcome(executed, True)
         return Outcome(99 if self.spoil == "steps" else len(actions), False)
 

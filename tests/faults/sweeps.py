@@ -67,6 +67,7 @@ def outcomes(out):
     found = {}
     for run in sorted((out / "runs").iterdir()):
         rows = [row.to_json() for row in read_rows(run / "episodes.jsonl")]
+        assert rows[0]["checkpoint"] != rows[-1]["checkpoint"], "where nothing is learned, equal weights say nothing"
         hashes = json.loads((run / "policy" / "hashes.json").read_text())
         lines = read_metrics(run / "metrics.jsonl")
         metrics = [{k: v for k, v in line.items() if k not in ("seconds", "cpu_seconds")} for line in lines]
