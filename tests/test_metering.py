@@ -99,5 +99,5 @@ def test_cpu_seconds_are_those_of_the_workers_too_while_they_live_and_after():
     """In a process that has no other children."""
     done = subprocess.run([sys.executable, "-c", MEASURED], capture_output=True, text=True, check=True, timeout=120)
     lives, after = map(float, done.stdout.split())
-    assert 0.49 < lives < 0.8
+    assert 0.45 < lives < 0.8  # half a second, less what is lost where the kernel counts in hundredths
     assert lives <= after < 1.0
