@@ -16,6 +16,7 @@ from vlarl_bench.algorithm import Algorithm
 from vlarl_bench.distributed import descend, own, shared, total
 from vlarl_bench.errors import BenchError
 from vlarl_bench.lazy import lazy_import
+from vlarl_bench.suite import windows
 
 if TYPE_CHECKING:
     import torch
@@ -50,12 +51,6 @@ class SFTSettings:
                 raise BenchError(f"algo.{name}: {getattr(self, name)}; it must be at least 0")
 
 
-def chunks(actions: np.ndarray, horizon: int) -> tuple[np.ndarray, np.ndarray]:
-    """[T, A] actions to [T, H, A] next-H-actions windows and their [T, H] masks; past the end the mask is 0."""
-    index = np.arange(len(actions))[:, None] + np.arange(horizon)
-    return actions[index.clip(max=len(actions) - 1)], (index < len(actions)).astype(np.float32)
-
-
 class SFT(Algorithm):
     """Supervised fine-tuning on demonstrations."""
 
@@ -68,8 +63,7 @@ class SFT(Algorithm):
     def __init__(self, settings: SFTSettings, policy: Policy, budget: Budget, seed: int) -> None:
         self.settings, self.budget = settings, budget
         self.generator = torch.Generator().manual_seed(seed)
-        if policy.steered:
-            raise BenchError("base: a steered policy, whose weights stay as they are; start from what it steers")
+        policy.check_trainable()
         parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]  # frozen parts stay so
         self.optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
         self.steps = self.rounds = 0
@@ -80,10 +74,10 @@ class SFT(Algorithm):
         s, budget = self.settings, self.budget
         if self._examples is None:
             seen = [seen for demonstration in data for seen in demonstration.observations]
-            windows, masks = zip(*(chunks(demonstration.actions, policy.chunk) for demonstration in data), strict=True)
+            chunks, masks = zip(*(windows(demonstration.actions, policy.chunk) for demonstration in data), strict=True)
             self._examples = (
                 policy.preprocess(seen),
-                torch.from_numpy(np.concatenate(windows)),
+                torch.from_numpy(np.concatenate(chunks)),
                 torch.from_numpy(np.concatenate(masks)),
             )
         batch, actions, mask = self._examples

@@ -30,7 +30,7 @@ NUMBERS: dict[str, tuple[float, str]] = {
     "prefix": (2.92e9, "of them PaliGemma; the rest is the action expert, which is what RL trains"),
     "tokens": (816, "tokens of the prefix: three images of 256 (one of them blank), 48 of text"),
     "chunk_tokens": (51, "tokens of the action expert: state and 50 actions"),
-    "euler": (5, "Euler steps that decode a chunk: docs/policies.md"),
+    "euler": (10, "Euler steps that decode a chunk of `pi0-base`: docs/policies.md"),
     "draws": (4, "loss draws a decision, `fpo`'s default"),
     "epochs": (4, "passes over a round, `fpo`'s default"),
     "tflops": (989, "bfloat16 TFLOP/s of a GPU without sparsity; NVIDIA's data sheet of the H100 SXM"),

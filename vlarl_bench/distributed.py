@@ -8,7 +8,6 @@ through the policy (`spread`); only the first one writes.
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import signal
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from .errors import BenchError
 from .lazy import lazy_import
+from .workers import end_with
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +38,6 @@ MOMENT = 5.0
 """Seconds in which a launcher may end a process that lost another: it knows better what happened."""
 BUCKET = 2**26
 """Bytes of gradients that are summed at a time."""
-_PR_SET_PDEATHSIG = 1
 _sharing = False
 
 
@@ -72,8 +71,8 @@ def joined() -> Iterator[None]:
     if started() == 1:
         yield
         return
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a run does not outlive its launcher
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with(os.getppid())  # a run does not outlive its launcher
     with _together():
         store, number, count = next(torch.distributed.rendezvous("env://", timeout=TIMEOUT))
         torch.distributed.init_process_group("gloo", store=store, rank=number, world_size=count, timeout=TIMEOUT)

@@ -142,7 +142,7 @@ def _version(package: str) -> str | None:
 def _package(package: str) -> Check:
     version = _version(package)
     if version is None:
-        return Check("FAIL", package, "not installed", "run: pip install vlarl-bench")
+        return Check("FAIL", package, "not installed", "run: make setup")
     return Check("ok", package, version)
 
 

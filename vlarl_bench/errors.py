@@ -11,3 +11,8 @@ class BenchError(Exception):
 
 class Diverged(BenchError):
     """Training has destroyed the policy. A run stops there, and that is its result: it is scored as it last was."""
+
+
+def install(extra: str) -> str:
+    """What to run where the packages of one of this project's extras are missing."""
+    return f"run, in the checkout: pip install -c constraints.txt -e '.[{extra}]'"

@@ -125,8 +125,7 @@ def only_actor_learns(policy: Policy) -> list[torch.nn.Parameter]:
 
     Raises BenchError for a policy that came with its noise steered: what it steers is not to change under it.
     """
-    if policy.steered:
-        raise BenchError("base: a steered policy, whose weights stay as they are; start from what it steers")
+    policy.check_trainable()
     for parameter in policy.parameters():
         parameter.requires_grad_(False)
     actor = policy.actor_parameters()

@@ -111,6 +111,13 @@ class Demonstration:
     """[T, A] float32, environment units."""
 
 
+def windows(actions: np.ndarray, chunk: int) -> tuple[np.ndarray, np.ndarray]:
+    """At each of an episode's steps [T, A] the next H actions [T, H, A], and a mask [T, H] float32: past the end the
+    last action is repeated and the mask 0."""
+    index = np.arange(len(actions))[:, None] + np.arange(chunk)
+    return actions[index.clip(max=len(actions) - 1)], (index < len(actions)).astype(np.float32)
+
+
 class Suite(ABC):
     """A set of tasks. Importing and constructing one is cheap; the simulator is imported by `open`."""
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import os
 import select
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -23,10 +21,10 @@ from .errors import BenchError
 from .files import explained
 from .sealed import read_sealed
 from .sweep_slurm import COMMAND, across, ask, job_here
+from .workers import end_with
 
 INTERRUPTED = 75
 """Exit status of a cell that was stopped and can go on (EX_TEMPFAIL)."""
-_PR_SET_PDEATHSIG = 1
 _SIGNALS = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 
 
@@ -88,13 +86,7 @@ def _listen() -> int:
 def _supervise(claim: Claim, command: Sequence[str], log: Path, signals: int) -> tuple[int, int]:
     """Runs a command to its end; returns its exit status, and the signal that asked this process to stop it (0: none).
     `signals` is what `_listen` returned."""
-    parent, watcher = os.getpid(), os.getppid()
-
-    def in_child() -> None:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # it must not outlive the holder of its claim
-        if os.getppid() != parent:
-            os._exit(1)
-
+    holder, watcher = os.getpid(), os.getppid()
     with explained(log):
         log.parent.mkdir(parents=True, exist_ok=True)
         output = log.open("ab")
@@ -105,7 +97,7 @@ def _supervise(claim: Claim, command: Sequence[str], log: Path, signals: int) ->
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            preexec_fn=in_child if sys.platform == "linux" else None,
+            preexec_fn=lambda: end_with(holder),  # it must not outlive the holder of its claim
         )
         while child.poll() is None:
             got = _next_signal(signals, BEAT)

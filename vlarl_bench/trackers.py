@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from . import registry
 from .config import RunConfig
-from .errors import BenchError
+from .errors import BenchError, install
 from .records import MetricsLog
 
 
@@ -102,7 +102,7 @@ def check_tracker(name: str) -> None:
     if name not in TRACKERS:
         raise BenchError(f"tracker: {name!r}; {registry.did_you_mean(name, TRACKERS)}")
     if importlib.util.find_spec(TRACKERS[name][0]) is None:
-        raise BenchError(f"tracker: {name!r} is not installed; run: pip install 'vlarl-bench[{name}]'")
+        raise BenchError(f"tracker: {name!r} is not installed; {install(name)}")
 
 
 class TrackedMetrics(MetricsLog):

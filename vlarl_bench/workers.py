@@ -31,6 +31,14 @@ STOPPED = 10.0
 _PR_SET_PDEATHSIG = 1
 
 
+def end_with(parent: int) -> None:
+    """Linux kills this process when `parent`, which started it, ends, also while it is stopped or in a loop."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before that call
+        os._exit(1)
+
+
 class WorkerLost(Exception):
     """A worker did not answer and is dead now; the text says why in one line."""
 
@@ -139,7 +147,9 @@ def ready(workers: Iterable[Worker]) -> list[Worker]:
 
 def _serve(pipe: Connection) -> None:
     """A worker's life: answer requests until the pipe closes or something unexpected is raised."""
-    _end_with_parent()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    end_with(parent.pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
@@ -156,15 +166,6 @@ def _serve(pipe: Connection) -> None:
                 except Exception as error:
                     pipe.send(("raised", (_last_line(error), traceback.format_exc())))
                     return  # nobody knows what state it is in
-
-
-def _end_with_parent() -> None:
-    """Linux kills this process when its parent ends, also while it is stopped or in a loop."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    parent = multiprocessing.parent_process()
-    if parent is None or not parent.is_alive():  # it ended before that call
-        os._exit(1)
 
 
 def _is_stopped(pid: int | None) -> bool:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from toy import TASK, ToyFlow
 from vlarl_bench.algorithms.pi0_fast import Pi0Fast
-from vlarl_bench.algorithms.sft import SFT, SFTSettings, chunks
+from vlarl_bench.algorithms.sft import SFT, SFTSettings
 
 from vlarl_bench import registry
 from vlarl_bench.config import BUDGETS
@@ -51,10 +51,3 @@ def test_pi0_fast_is_sft_on_the_policies_whose_tokens_are_fasts():
         BenchError, match=r"'pi0-tiny' lacks fast, .* runs on: pi0-fast-base, pi0-fast-tiny, pi0-fast-tiny-pixels;"
     ):
         registry.check_compatible("pi0-fast", "pi0-tiny")
-
-
-def test_windows_end_with_the_demonstration():
-    actions = np.arange(3, dtype=np.float32)[:, None]
-    windows, mask = chunks(actions, 2)
-    assert windows[:, :, 0].tolist() == [[0, 1], [1, 2], [2, 2]]
-    assert mask.tolist() == [[1, 1], [1, 1], [1, 0]]

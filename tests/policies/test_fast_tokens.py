@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from vlarl_bench.errors import BenchError
-from vlarl_bench.policies.fast_tokens import FastTokenizer, windows
+from vlarl_bench.policies.fast_tokens import FastTokenizer
 
 GOLDEN = json.loads((Path(__file__).parent / "fast_golden.json").read_text())
 
@@ -116,11 +116,6 @@ def test_bytes_that_are_no_character_are_no_coefficient():
     decoded, valid = found.decode([tokens[:-1] + [half], [half] * 56], 8, 7)
     assert not valid.any()
     assert np.abs(decoded).max() < 10
-
-
-def test_windows_hold_the_last_action():
-    actions = np.arange(6.0).reshape(3, 2)
-    assert windows(actions, 2).tolist() == [[[0, 1], [2, 3]], [[2, 3], [4, 5]], [[4, 5], [4, 5]]]
 
 
 def test_more_coefficients_than_tokens():

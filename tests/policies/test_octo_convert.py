@@ -173,13 +173,13 @@ def test_the_command_fails_in_one_line(tmp_path):
 def test_without_orbax_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "orbax", None)
     monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
-    with pytest.raises(BenchError, match=r'orbax-checkpoint is not installed.*"vlarl-bench\[octo\]"'):
+    with pytest.raises(BenchError, match=r"orbax-checkpoint, .* not installed.*'\.\[octo\]'"):
         octo_convert.read_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("inner", ["default", "."])
 def test_from_an_orbax_checkpoint(inner, tmp_path, monkeypatch):
-    orbax = pytest.importorskip("orbax.checkpoint", reason='reads JAX checkpoints: pip install "vlarl-bench[octo]"')
+    orbax = pytest.importorskip("orbax.checkpoint", reason='reads JAX checkpoints: pip install -e .[octo]')
     arrays, tree = parameters(), {}
     for path, array in arrays.items():
         *above, leaf = path.split("/")
@@ -201,7 +201,7 @@ def test_from_an_orbax_checkpoint(inner, tmp_path, monkeypatch):
 
 
 def test_an_empty_or_broken_checkpoint_says_so(tmp_path):
-    pytest.importorskip("orbax.checkpoint", reason='reads JAX checkpoints: pip install "vlarl-bench[octo]"')
+    pytest.importorskip("orbax.checkpoint", reason='reads JAX checkpoints: pip install -e .[octo]')
     with pytest.raises(BenchError, match="has no steps; it has none"):
         octo_convert.read_checkpoint(tmp_path)
     (tmp_path / "10" / "default").mkdir(parents=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import BenchError
+from ..errors import BenchError, install
 
 if TYPE_CHECKING:
     from .base import Policy
@@ -68,7 +68,7 @@ def add_lora(
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
-        raise BenchError("lora: needs peft, which is not installed; run: pip install 'vlarl-bench[lora]'") from None
+        raise BenchError(f"lora: needs peft, which is not installed; {install('lora')}") from None
     actor = {id(p) for p in policy.actor_parameters()}
     layers = [n for n, m in policy.named_modules() if isinstance(m, nn.Linear) and id(m.weight) in actor]
     chosen = [name for name in layers if name.rpartition(".")[2] in (targets or TRANSFORMER)]

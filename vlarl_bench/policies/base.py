@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..errors import BenchError
 from ..suite import Observation
 from .batch_invariant import batch_invariant
 from .steering import Steering
@@ -80,6 +81,11 @@ class Policy(nn.Module):
     def steered(self) -> bool:
         """Whether a steering module chooses the noise that it decodes from."""
         return self.steering is not None and self.steering.ready
+
+    def check_trainable(self) -> None:
+        """Raises BenchError if it came with its noise steered: what is steered is not to change under it."""
+        if self.steered:
+            raise BenchError("base: a steered policy, whose weights stay as they are; start from what it steers")
 
     @property
     def latent_dim(self) -> int:

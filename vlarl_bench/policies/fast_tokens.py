@@ -120,12 +120,6 @@ class FastTokenizer:
         return idct(coefficients.reshape(-1, chunk, action_dim) / self.scale, axis=1, norm="ortho"), valid
 
 
-def windows(actions: np.ndarray, chunk: int) -> np.ndarray:
-    """[T, H, A]: at each of an episode's steps [T, A] the next H actions; past the end the last one is repeated."""
-    index = np.arange(len(actions))[:, None] + np.arange(chunk)
-    return actions[index.clip(max=len(actions) - 1)]
-
-
 def _transform(chunks: np.ndarray, scale: float) -> np.ndarray:
     """[N, H A] int64 coefficients of chunks [N, H, A], time-major: all dimensions' lowest frequency first."""
     return np.around(dct(chunks, axis=1, norm="ortho") * scale).astype(np.int64).reshape(len(chunks), -1)

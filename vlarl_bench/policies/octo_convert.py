@@ -1,6 +1,6 @@
 """Turns a published Octo checkpoint (JAX, orbax) into a policy folder:
 
-    pip install "vlarl-bench[octo]"
+    pip install -c constraints.txt -e '.[octo]'
     python -m vlarl_bench.policies.octo_convert --checkpoint octo-small-1.5 --out priors/octo-small \
         --tokenizer t5-base/tokenizer.json --statistics-key bridge_dataset
 
@@ -22,7 +22,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from ..errors import BenchError
+from ..errors import BenchError, install
 from ..files import read_json_object
 from .octo import FULL_SIZE, Octo, Subwords
 from .octo_model import VIEWS, OctoArchitecture
@@ -171,9 +171,7 @@ def read_checkpoint(folder: Path, step: int | None = None) -> dict[str, np.ndarr
     try:
         import orbax.checkpoint as orbax
     except ImportError:
-        raise BenchError(
-            'orbax-checkpoint is not installed; reading JAX checkpoints needs "vlarl-bench[octo]"'
-        ) from None
+        raise BenchError(f"orbax-checkpoint, which reads JAX checkpoints, is not installed; {install('octo')}") from None
     steps = {int(path.name): path for path in folder.glob("*") if path.name.isdigit() and path.is_dir()}
     if not steps or (step is not None and step not in steps):
         raise BenchError(

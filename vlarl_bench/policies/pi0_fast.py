@@ -32,11 +32,11 @@ from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from transformers.cache_utils import DynamicCache
 
 from ..errors import BenchError
-from ..suite import Embodiment, Observation
+from ..suite import Embodiment, Observation, windows
 from .adapt import learning
 from .base import ALL, LogProb, Sample
 from .batch_invariant import batch_invariant
-from .fast_tokens import FastTokenizer, windows
+from .fast_tokens import FastTokenizer
 from .inputs import Batch, Rows, object_tokens, object_width, to_batch
 from .quantiles import Quantiles
 from .tokens import TokenPolicy, choose, likelihood, uniforms
@@ -186,7 +186,7 @@ class Pi0Fast(Quantiles, TokenPolicy):
         """Quantiles, and the FAST tokenizer from every chunk of the normalised episodes."""
         super().fit_normalisation(actions, proprio)
         scaled = (self.normalise(torch.as_tensor(episode)).float().numpy() for episode in actions)
-        chunks = np.concatenate([windows(episode, self.chunk) for episode in scaled])
+        chunks = np.concatenate([windows(episode, self.chunk)[0] for episode in scaled])
         self._use(FastTokenizer.fit(chunks, self.architecture.scale, self.architecture.action_tokens))
         self.spelled = self.spelled.to(self.device)
 

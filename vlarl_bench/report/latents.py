@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.spatial import ConvexHull, QhullError
 
-from ..errors import BenchError
+from ..errors import BenchError, install
 
 if TYPE_CHECKING:
     from ..replay import Played
@@ -147,5 +147,5 @@ def _silhouette(points: np.ndarray, labels: np.ndarray) -> float | None:
 def check_installed() -> None:
     """Raises BenchError where scikit-learn is missing: before anything is played."""
     if importlib.util.find_spec("sklearn") is None:
-        needs = "analyze: latents need scikit-learn, which is not installed; run: pip install 'vlarl-bench[analysis]'"
+        needs = f"analyze: latents need scikit-learn, which is not installed; {install('analysis')}"
         raise BenchError(f"{needs}, or add --states 0 to leave them out")
