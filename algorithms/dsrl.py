@@ -39,11 +39,12 @@ class DSRLSettings:
 
     bound: float = 1.0
     """b: every number of the noise lies in [-b, b] (authors 1 on LIBERO, 1.5 on square)."""
-    utd: float = 1.0
+    utd: float = 4.0
     """Gradient steps a collected decision, which take about as many operations as the dearest of the other methods'
     updates; authors 20."""
-    batch: int = 256
-    """Decisions a gradient step (authors)."""
+    batch: int = 64
+    """Decisions a gradient step; authors 256. A value travels back one decision a step at most: of as many operations,
+    more steps on fewer decisions are worth more."""
     capacity: int = 50_000
     """Latest decisions that replay keeps; authors 10 million."""
     gamma: float = 0.99
@@ -65,8 +66,9 @@ class DSRLSettings:
     entropy_in_target: bool = False
     """Whether entropy to come counts as value (SAC, the authors on square), or rewards alone (the authors on LIBERO).
     Where the reward is 1 and ends the episode, entropy to come soon outweighs it, and going on is worth more."""
-    target_entropy: float = 0.0
-    """Entropy that the temperature aims at: nats a number of w / b, of which log 2 is all (authors 0; SAC -1)."""
+    target_entropy: float = -0.5
+    """Entropy that the temperature aims at: nats a number of w / b, of which log 2 is all (authors on LIBERO; 0 on
+    square; SAC -1)."""
 
     def check(self) -> None:
         """Raises BenchError on a value out of range."""

@@ -24,7 +24,7 @@ from vlarl_bench.decisions import decisions
 from vlarl_bench.distributed import descend, own, spread
 from vlarl_bench.errors import BenchError
 from vlarl_bench.lazy import lazy_import
-from vlarl_bench.policy_gradient import anneal, clipped_surrogate, gae, minibatches, only_actor_learns
+from vlarl_bench.policy_gradient import anneal, clipped_surrogate, draw_times, gae, minibatches, only_actor_learns
 
 if TYPE_CHECKING:
     import torch
@@ -55,9 +55,7 @@ class FPOSettings:
     draws: int = 4
     """Stored (tau, eps) pairs a decision."""
     tau_min: float = 0.2
-    """Smallest tau drawn (1 = noise) of flow policies; the paper draws from all of [0, 1], as diffusion does here. Near
-    0 the loss asks for an eps that nothing can know, which is most of the gradient's noise, and a decoder of n Euler
-    steps never looks below 1/n."""
+    """Smallest tau drawn (1 = noise) of flow policies (`draw_times` says why); the paper draws from all of [0, 1]."""
     clip_eps: float = 0.05
     """Clip range e of eq. 4; 0 turns clipping off (ablation)."""
     ratio: Literal["difference", "scaled", "standardised", "none"] = "difference"
@@ -75,7 +73,7 @@ class FPOSettings:
     gamma: float = 0.99
     """Discount a decision (one executed chunk)."""
     gae_lambda: float = 0.3
-    """Lambda of the advantage estimator."""
+    """Lambda of the advantage estimator, of all methods with a critic; the paper names none."""
     advantage_centre: Literal["task", "batch"] = "task"
     """What the mean advantage is taken over: each task, or the batch, where a hard task is nothing but bad examples."""
     critics: int = 2
@@ -170,9 +168,7 @@ class FPO(Algorithm):
     requires = frozenset({"denoising"})
     learns_from = "rollouts"
     Settings = FPOSettings
-    search = MappingProxyType(
-        {"lr": (3e-5, 1e-4, 3e-4), "clip_eps": (0.02, 0.05, 0.1), "epochs": (2, 4, 8), "gae_lambda": (0.3, 0.95)}
-    )
+    search = MappingProxyType({"lr": (3e-5, 1e-4, 3e-4), "clip_eps": (0.02, 0.05, 0.1), "epochs": (2, 4, 8)})
 
     def __init__(self, settings: FPOSettings, policy: DenoisingPolicy, budget: Budget, seed: int) -> None:
         """Raises BenchError if the settings need a velocity and the policy has none."""
@@ -293,8 +289,7 @@ class FPO(Algorithm):
         """Eq. 4 over stored (tau, eps): the same draws score the old and the new policy, in every epoch."""
         s = self.settings
         latent, mask, n = taken.latent, taken.mask, len(taken)
-        least = s.tau_min if "flow" in policy.capabilities else 0.0
-        t = least + (1 - least) * torch.rand(n, s.draws, generator=self.generator)
+        t = draw_times(policy, (n, s.draws), s.tau_min, self.generator)
         noise = torch.randn(n, s.draws, *latent.shape[1:], generator=self.generator)
 
         losses = taken.spread(lambda i: chunk_loss(policy, taken.view(i), latent[i], mask[i], t[i], noise[i]))

@@ -22,6 +22,7 @@ from vlarl_bench.policy_gradient import (
     ascend,
     check_actor_critic,
     clipped_surrogate,
+    draw_times,
     only_actor_learns,
 )
 
@@ -66,8 +67,8 @@ class FPOCFMSettings:
     """Log-ratios beyond it count as it (FPO), with gradients as if they did not (FPO++)."""
     gamma: float = 0.99
     """Discount a decision; FPO 0.995 a step, FPO++ 0.99."""
-    gae_lambda: float = 0.95
-    """Lambda of the advantage estimator (FPO; FPO++ 0.99)."""
+    gae_lambda: float = 0.3
+    """Lambda of the advantage estimator: ours, of all methods with a critic; FPO 0.95, FPO++ 0.99."""
     target_kl: float = 1.0
     """An iteration's epochs end early beyond this divergence; FPO has no such end."""
     warmup: int = 0
@@ -123,9 +124,7 @@ class FPOCFM(Algorithm):
     requires = frozenset({"denoising"})
     learns_from = "rollouts"
     Settings = FPOCFMSettings
-    search = MappingProxyType(
-        {"lr": (3e-5, 1e-4, 3e-4), "clip_eps": (0.02, 0.05, 0.1), "epochs": (2, 4, 8), "gae_lambda": (0.3, 0.95)}
-    )
+    search = MappingProxyType({"lr": (3e-5, 1e-4, 3e-4), "clip_eps": (0.02, 0.05, 0.1), "epochs": (2, 4, 8)})
 
     def __init__(self, settings: FPOCFMSettings, policy: DenoisingPolicy, budget: Budget, seed: int) -> None:
         self.settings = settings
@@ -140,8 +139,7 @@ class FPOCFM(Algorithm):
         if advantage is None:
             return metrics
         n = len(taken)
-        least = s.tau_min if "flow" in policy.capabilities else 0.0
-        tau = least + (1 - least) * torch.rand(n, s.draws, generator=generator)
+        tau = draw_times(policy, (n, s.draws), s.tau_min, generator)
         eps = torch.randn(n, s.draws, *taken.latent.shape[1:], generator=generator)
         score = taken.spread(lambda i: self.score(policy, taken, i, tau, eps))
         with torch.no_grad():

@@ -1,9 +1,9 @@
 """RWFM: reward-weighted flow matching (Pfrommer et al., 2025, arXiv 2507.15073), and success-filtered regression.
 
-The cheapest way to learn from one's own episodes: imitate them again, the successful ones more. The loss is the one
-that flow and diffusion policies were trained with, weighed by exp(alpha R), or by R alone, which imitates successes and
-nothing else. There is no critic, no ratio and no trust region. What samples do not show cannot be learned, so chunks
-are bent while collecting.
+The cheapest way to learn from one's own episodes: imitate them again, the successful ones more. The loss is the
+kind that flow and diffusion policies were trained with, weighed by exp(alpha R), or by R alone, which imitates
+successes and nothing else. There is no critic, no ratio and no trust region. What samples do not show cannot be
+learned, so chunks are bent while collecting.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vlarl_bench.algorithm import Algorithm
 from vlarl_bench.distributed import descend, spread
 from vlarl_bench.errors import BenchError
 from vlarl_bench.lazy import lazy_import
-from vlarl_bench.policy_gradient import anneal, only_actor_learns
+from vlarl_bench.policy_gradient import anneal, draw_times, only_actor_learns
 from vlarl_bench.suite import Observation
 
 if TYPE_CHECKING:
@@ -45,6 +45,8 @@ class RWFMSettings:
     """Decisions a gradient step."""
     draws: int = 4
     """(t, noise) pairs a decision and gradient step."""
+    tau_min: float = 0.2
+    """Smallest t drawn (1 = noise) of flow policies (`draw_times` says why)."""
     weight: Literal["filtered", "exponential"] = "exponential"
     """`exponential`: exp(alpha R), R being success, 0 or 1; `filtered`: R, so failures do not count at all."""
     alpha: float = 3.0
@@ -64,6 +66,8 @@ class RWFMSettings:
         for name in ("gradient_steps", "minibatch", "draws", "window"):
             if getattr(self, name) < 1:
                 raise BenchError(f"algo.{name}: {getattr(self, name)}; it must be at least 1")
+        if not 0 <= self.tau_min < 1:
+            raise BenchError(f"algo.tau_min: {self.tau_min}; it must be in [0, 1)")
         if self.explore_size < 0:
             raise BenchError(f"algo.explore_size: {self.explore_size}; it must be at least 0")
         if not 0 <= self.alpha <= 20:
@@ -169,7 +173,7 @@ class RWFM(Algorithm):
         """[B] denoising losses of the rows i [B] at fresh draws: the mean over draws, executed steps and action
         dimensions."""
         shape = (len(i), self.settings.draws)
-        t = torch.rand(shape, generator=self.generator)
+        t = draw_times(policy, shape, self.settings.tau_min, self.generator)
         noise = torch.randn(*shape, *latent.shape[1:], generator=self.generator)
 
         def losses(mine: Tensor) -> Tensor:

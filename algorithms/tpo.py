@@ -22,7 +22,7 @@ from vlarl_bench.decisions import decisions
 from vlarl_bench.distributed import descend
 from vlarl_bench.errors import BenchError
 from vlarl_bench.lazy import lazy_import
-from vlarl_bench.policy_gradient import anneal, mixed, only_actor_learns
+from vlarl_bench.policy_gradient import anneal, draw_times, mixed, only_actor_learns
 
 if TYPE_CHECKING:
     import torch
@@ -52,17 +52,25 @@ class TPOSettings:
     """Softmax temperature of token policies while collecting, and in the likelihood."""
     draws: int = 4
     """Stored (t, noise) pairs a decision, for the surrogate of flow and diffusion policies."""
+    tau_min: float = 0.2
+    """Smallest t drawn (1 = noise) of flow policies (`draw_times` says why)."""
+    deviation: float = 0.1
+    """Standard deviation of the Gaussian under which the surrogate reads a denoising error. With `beta` 0.1 it makes
+    beta / deviation^2 = 10; Diffusion-DPO has some 90 in these units. At deviation 1 no pair is ever told apart, and
+    nothing holds the policy to the base."""
     grad_norm: float = 1.0
     """Largest gradient norm; longer gradients are scaled down to it."""
 
     def check(self) -> None:
         """Raises BenchError on a value out of range."""
-        for name in ("lr", "beta", "temperature", "grad_norm"):
+        for name in ("lr", "beta", "temperature", "deviation", "grad_norm"):
             if getattr(self, name) <= 0:
                 raise BenchError(f"algo.{name}: {getattr(self, name)}; it must be above 0")
         for name in ("epochs", "draws"):
             if getattr(self, name) < 1:
                 raise BenchError(f"algo.{name}: {getattr(self, name)}; it must be at least 1")
+        if not 0 <= self.tau_min < 1:
+            raise BenchError(f"algo.tau_min: {self.tau_min}; it must be in [0, 1)")
         if self.group_size < 2:
             raise BenchError(f"algo.group_size: {self.group_size}; it must be at least 2, or there are no pairs")
 
@@ -82,7 +90,7 @@ class TPO(Algorithm):
     requires = frozenset({"likelihood"})
     learns_from = "rollouts"
     Settings = TPOSettings
-    search = MappingProxyType({"lr": (3e-6, 1e-5, 3e-5), "beta": (0.1, 0.3, 1.0), "epochs": (2, 4, 8)})
+    search = MappingProxyType({"lr": (3e-6, 1e-5, 3e-5), "beta": (0.03, 0.1, 0.3), "epochs": (2, 4, 8)})
 
     def __init__(self, settings: TPOSettings, policy: Any, budget: Budget, seed: int) -> None:
         self.settings, self.group = settings, settings.group_size
@@ -121,7 +129,8 @@ class TPO(Algorithm):
         if not self.tokens:
             with torch.no_grad():
                 numbers = torch.cat([taken.mask[i].sum(1) * policy.action_dim for i in rows.values()])
-                metrics["cfm_loss"] = float((-2 * torch.cat([score(i) for i in rows.values()]) / numbers).mean())
+                errors = -2 * s.deviation**2 * torch.cat([score(i) for i in rows.values()])
+                metrics["cfm_loss"] = float((errors / numbers).mean())
         with self._at_reference(), torch.no_grad():
             reference = {group: score(i) for group, i in rows.items()}
         seen: dict[str, list[float]] = {"loss": [], "preferred": [], "won": [], "lost": []}
@@ -157,16 +166,16 @@ class TPO(Algorithm):
         return score
 
     def _surrogate(self, policy: DenoisingPolicy, taken: Decisions) -> Callable[[Tensor], Tensor]:
-        """[B] minus half of the squared denoising error of the executed chunks i [B], summed over their numbers and
-        averaged over draws that stay the same: up to a constant the log-density of what the network is asked to predict
-        under a Gaussian of deviation 1."""
-        n, k = len(taken), self.settings.draws
-        t = torch.rand(n, k, generator=self.generator)
+        """[B] minus half of the squared denoising error of the executed chunks i [B], over the variance, summed over
+        their numbers and averaged over draws that stay the same: up to a constant the log-density of what the network
+        is asked to predict under a Gaussian."""
+        n, k, variance = len(taken), self.settings.draws, self.settings.deviation**2
+        t = draw_times(policy, (n, k), self.settings.tau_min, self.generator)
         noise = torch.randn(n, k, *taken.latent.shape[1:], generator=self.generator)
 
         def score(i: Tensor) -> Tensor:
             error = policy.draw_loss(taken.view(i), taken.latent[i], t[i], noise[i])[..., : policy.action_dim]
-            return -0.5 * (error * taken.mask[i][:, None, :, None]).sum((2, 3)).mean(1)
+            return -0.5 / variance * (error * taken.mask[i][:, None, :, None]).sum((2, 3)).mean(1)
 
         return score
 

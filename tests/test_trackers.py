@@ -89,7 +89,5 @@ def test_an_unknown_or_absent_tracker_is_a_mistake_before_anything_begins(monkey
     with pytest.raises(BenchError, match=r"tracker: 'wandbb'; did you mean 'wandb'\?"):
         check_tracker("wandbb")
     monkeypatch.setitem(trackers.TRACKERS, "absent", ("no_such_package", None))
-    with pytest.raises(
-        BenchError, match=r"tracker: 'absent' is not installed; run, in the checkout: .*'\.\[absent\]'"
-    ):
+    with pytest.raises(BenchError, match=r"tracker: 'absent' is not installed; run, in the checkout: .*'\.\[absent\]'"):
         check_tracker("absent")

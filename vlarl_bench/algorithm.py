@@ -28,8 +28,7 @@ class Algorithm(ABC):
     Settings: ClassVar[type]
     """Frozen dataclass; each field has a default and a docstring with unit and source."""
     search: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType({})
-    """Values of settings that `vlarl-bench tune` tries, the defaults among them; every method that learns from rollouts names a
-    few."""
+    """Values of settings that `vlarl-bench tune` tries, the defaults among them. What learns from rollouts has some."""
     group: int = 1
     """Episodes that are collected from each initial state that is drawn, all from the very same one; methods that
     compare an episode with its siblings set more than 1."""

@@ -135,10 +135,20 @@ def only_actor_learns(policy: Policy) -> list[torch.nn.Parameter]:
 
 
 def anneal(optimizer: torch.optim.Optimizer, lr: float, done: int, planned: int) -> None:
-    """Sets the learning rate of the iteration after `done` of `planned`: it falls linearly from `lr` towards 0, so that
-    the last updates settle. The same for every method that learns by gradient steps on a policy's own weights."""
+    """Sets the learning rate of the iteration after `done` of `planned`: it falls linearly towards 0, so that the last
+    updates settle, from `lr`, or from a parameter group's own `initial_lr`. The same for every method that learns by
+    gradient steps on a policy's own weights."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * max(1 - done / planned, 0.0)
+        group["lr"] = group.get("initial_lr", lr) * max(1 - done / planned, 0.0)
+
+
+def draw_times(policy: Policy, shape: tuple[int, ...], tau_min: float, generator: torch.Generator) -> torch.Tensor:
+    """Uniform times at which a denoising loss is asked for (1 = noise), of flow policies none below `tau_min`.
+
+    Near 0 a flow's loss asks for a noise that nothing can know, which is most of its gradient's noise, and a decoder of
+    n Euler steps never looks below 1 / n. A diffusion policy's decoder looks everywhere."""
+    least = tau_min if "flow" in policy.capabilities else 0.0
+    return least + (1 - least) * torch.rand(*shape, generator=generator)
 
 
 def minibatches(n: int, size: int, epochs: int, generator: torch.Generator) -> Iterator[torch.Tensor]:

@@ -10,14 +10,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 from typing import Protocol as Interface
+
+import numpy as np
 
 from .errors import BenchError
 from .protocol import Protocol
-
-if TYPE_CHECKING:
-    import numpy as np
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def chain(seed):
     return ToyChain(seed, inputs=2, scale=0.1)
 
 
-IMITATION = {"lr": 1e-2, "gradient_steps": 40, "window": 2, "explore_size": 0.8}
+IMITATION = {"lr": 1e-2, "tau_min": 0.1, "gradient_steps": 40, "window": 2, "explore_size": 0.8}
 LEVEL = {"rwfm": 0.9, "rwfm-filtered": 0.9}
 """Imitating one's successes levels off at about 0.95 here: successful episodes have failed tries in them, too."""
 

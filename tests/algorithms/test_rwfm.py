@@ -54,7 +54,7 @@ def test_weights_in_closed_form(weight, alpha):
 
 
 def test_steps_never_executed_do_not_count():
-    algorithm, policy = start(draws=1)
+    algorithm, policy = start(draws=1, tau_min=0.4)
     rollout = play(algorithm, policy, [1, 1])
     (episode, *_) = [stored(e) for e in rollout.episodes]
     batch = policy.preprocess(observations(episode))
@@ -62,7 +62,7 @@ def test_steps_never_executed_do_not_count():
     everything = torch.arange(len(episode["latent"]))
     loss = algorithm._losses(policy, batch, episode["latent"], episode["mask"], everything)
     algorithm.generator.set_state(before)
-    t = torch.rand(len(loss), 1, generator=algorithm.generator)
+    t = 0.4 + 0.6 * torch.rand(len(loss), 1, generator=algorithm.generator)
     noise = torch.randn(len(loss), 1, 2, 2, generator=algorithm.generator)
     assert episode["mask"].tolist() == [[1, 0]] * len(loss)
     torch.testing.assert_close(loss, policy.draw_loss(batch, episode["latent"], t, noise)[:, 0, 0].mean(-1))

@@ -95,7 +95,7 @@ def test_first_gradient_in_closed_form():
 
 
 def test_the_surrogate_is_half_the_squared_error_at_stored_draws():
-    algorithm, policy = start(ToyFlow, beta=0.4, lr=0.0)
+    algorithm, policy = start(ToyFlow, beta=0.4, lr=0.0, deviation=0.5, tau_min=0.3)
     with torch.no_grad():
         policy.b += 0.3
     outcomes = [1, 0, 0, 1]
@@ -103,14 +103,14 @@ def test_the_surrogate_is_half_the_squared_error_at_stored_draws():
     taken = decisions(policy, rollout)
     twin = torch.Generator().manual_seed(0)  # the algorithm's own generator draws the same
     n = len(taken)
-    t, noise = torch.rand(n, 4, generator=twin), torch.randn(n, 4, 2, 2, generator=twin)
+    t, noise = 0.3 + 0.7 * torch.rand(n, 4, generator=twin), torch.randn(n, 4, 2, 2, generator=twin)
     base = ToyFlow(0, inputs=2)
     ratio, errors = [0.0] * 4, []
     for i in range(n):
         view, x = taken.view(torch.tensor([i])), taken.latent[i : i + 1]
         now, then = (p.draw_loss(view, x, t[i : i + 1], noise[i : i + 1])[0, :, 0].detach() for p in (policy, base))
         length = len(rollout.episodes[int(taken.episode[i])].latents)
-        ratio[int(taken.episode[i])] += float(-0.5 * (now.sum(1) - then.sum(1)).mean()) / length
+        ratio[int(taken.episode[i])] += float(-0.5 / 0.25 * (now.sum(1) - then.sum(1)).mean()) / length
         errors.append(now.mean().item())
     margins = [0.4 * (ratio[w] - ratio[k]) for w in (0, 3) for k in (1, 2)]
     steepest(algorithm)

@@ -179,7 +179,7 @@ def test_without_orbax_it_says_what_to_install(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("inner", ["default", "."])
 def test_from_an_orbax_checkpoint(inner, tmp_path, monkeypatch):
-    orbax = pytest.importorskip("orbax.checkpoint", reason='reads JAX checkpoints: pip install -e .[octo]')
+    orbax = pytest.importorskip("orbax.checkpoint", reason="reads JAX checkpoints: pip install -e .[octo]")
     arrays, tree = parameters(), {}
     for path, array in arrays.items():
         *above, leaf = path.split("/")
@@ -201,7 +201,7 @@ def test_from_an_orbax_checkpoint(inner, tmp_path, monkeypatch):
 
 
 def test_an_empty_or_broken_checkpoint_says_so(tmp_path):
-    pytest.importorskip("orbax.checkpoint", reason='reads JAX checkpoints: pip install -e .[octo]')
+    pytest.importorskip("orbax.checkpoint", reason="reads JAX checkpoints: pip install -e .[octo]")
     with pytest.raises(BenchError, match="has no steps; it has none"):
         octo_convert.read_checkpoint(tmp_path)
     (tmp_path / "10" / "default").mkdir(parents=True)

@@ -171,7 +171,9 @@ def read_checkpoint(folder: Path, step: int | None = None) -> dict[str, np.ndarr
     try:
         import orbax.checkpoint as orbax
     except ImportError:
-        raise BenchError(f"orbax-checkpoint, which reads JAX checkpoints, is not installed; {install('octo')}") from None
+        raise BenchError(
+            f"orbax-checkpoint, which reads JAX checkpoints, is not installed; {install('octo')}"
+        ) from None
     steps = {int(path.name): path for path in folder.glob("*") if path.name.isdigit() and path.is_dir()}
     if not steps or (step is not None and step not in steps):
         raise BenchError(
