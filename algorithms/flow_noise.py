@@ -111,7 +111,8 @@ class FlowNoise(Algorithm):
         shape = (policy.feature_dim, policy.chunk, policy.latent_dim)
         self.noise = LearnedNoise(*shape, s.noise_least, s.noise_most, s.noise_width, seed)
         noise = {"params": list(self.noise.parameters()), "initial_lr": s.noise_lr}
-        optimizer = torch.optim.Adam([{"params": only_actor_learns(policy)}, noise], lr=s.lr, fused=True)
+        groups: list[dict[str, Any]] = [{"params": only_actor_learns(policy)}, noise]
+        optimizer = torch.optim.Adam(groups, lr=s.lr, fused=True)
         self.learner = ActorCritic(s, policy, optimizer, budget, seed)
 
     def act(self, policy: StochasticFlow, context: Any, generators: Sequence[torch.Generator] | None) -> Sample:

@@ -113,9 +113,8 @@ class ReinFlow(Algorithm):
         shape = (policy.feature_dim, policy.chunk, policy.latent_dim)
         self.noise = LearnedNoise(*shape, s.noise_least, s.noise_most, s.noise_width, seed)
         noise = {"params": list(self.noise.parameters()), "initial_lr": s.noise_lr}
-        optimizer = torch.optim.AdamW(
-            [{"params": only_actor_learns(policy)}, noise], lr=s.lr, weight_decay=0.0, fused=True
-        )
+        groups: list[dict[str, Any]] = [{"params": only_actor_learns(policy)}, noise]
+        optimizer = torch.optim.AdamW(groups, lr=s.lr, weight_decay=0.0, fused=True)
         self.learner = ActorCritic(s, policy, optimizer, budget, seed)
 
     def act(self, policy: StochasticFlow, context: Any, generators: Sequence[torch.Generator] | None) -> Sample:

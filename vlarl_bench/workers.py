@@ -149,6 +149,7 @@ def _serve(pipe: Connection) -> None:
     """A worker's life: answer requests until the pipe closes or something unexpected is raised."""
     parent = multiprocessing.parent_process()
     assert parent is not None
+    assert parent.pid is not None
     end_with(parent.pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
     os.environ.setdefault("OMP_NUM_THREADS", "1")
