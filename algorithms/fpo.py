@@ -24,7 +24,15 @@ from vlarl_bench.decisions import decisions
 from vlarl_bench.distributed import descend, own, spread
 from vlarl_bench.errors import BenchError
 from vlarl_bench.lazy import lazy_import
-from vlarl_bench.policy_gradient import anneal, clipped_surrogate, draw_times, gae, minibatches, only_actor_learns
+from vlarl_bench.policy_gradient import (
+    anneal,
+    clipped_surrogate,
+    draw_times,
+    gae,
+    minibatches,
+    only_actor_learns,
+    standardise,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -210,12 +218,8 @@ class FPO(Algorithm):
         self.replay = [*self.replay, data][-s.window :]
         metrics |= self._fit_critic()
         advantage = self._advantages(data)
-        metrics |= {"advantage_std": float(advantage.std())}
-        if s.advantage_centre == "task":
-            for task in taken.task.unique():
-                advantage[taken.task == task] -= advantage[taken.task == task].mean()
-        # Floored: near 100 % (or 0 %) success the spread is noise, and dividing by it would amplify that noise.
-        advantage = (advantage - advantage.mean()) / advantage.std().clamp_min(0.05)
+        metrics |= {"advantage_std": float(advantage.std(correction=0))}
+        advantage = standardise(advantage, taken.task if s.advantage_centre == "task" else 0 * taken.task)
         if s.ratio == "none":
             return metrics | self._ascend_critic(cast("FlowPolicy", policy), taken)
         return metrics | self._ascend_surrogate(policy, taken, advantage)
@@ -265,7 +269,8 @@ class FPO(Algorithm):
             self.critic_optimizer.zero_grad()
             loss.backward()
             self.critic_optimizer.step()
-            self.target.follow(self.critic, s.polyak)
+            if s.critic_target == "td":
+                self.target.follow(self.critic, s.polyak)
         return {"critic_loss": loss.item()}
 
     def _foresight(self, data: dict[str, Tensor]) -> dict[str, float]:

@@ -19,7 +19,6 @@ from vlarl_bench.lazy import lazy_import
 from vlarl_bench.policy_gradient import (
     ActorCritic,
     Score,
-    ascend,
     check_actor_critic,
     clipped_surrogate,
     draw_times,
@@ -144,14 +143,10 @@ class FPOCFM(Algorithm):
         score = taken.spread(lambda i: self.score(policy, taken, i, tau, eps))
         with torch.no_grad():
             old = torch.cat([score(i).logp for i in torch.arange(n).split(s.minibatch)])
-        moved = ascend(
+        moved = self.learner.ascend(
             score,
             advantage,
             s.clip_eps,
-            self.learner.optimizer,
-            generator,
-            s.epochs,
-            s.minibatch,
             target_kl=s.target_kl,
             objective=lambda ratio, gain: surrogate(ratio, gain, s.objective, s.clip_eps),
             log_ratio_limit=s.log_ratio_limit,

@@ -78,22 +78,27 @@ class ReinFlowSettings:
 
     def check(self) -> None:
         """Raises BenchError on a value out of range."""
-        check_actor_critic(self)
-        if not 0 < self.noise_least <= self.noise_most < float("inf"):
-            raise BenchError(
-                f"algo.noise_least: {self.noise_least}; it must be above 0, and at most algo.noise_most, which is "
-                f"{self.noise_most} and must be finite"
-            )
-        if self.noise_lr <= 0:
-            raise BenchError(f"algo.noise_lr: {self.noise_lr}; it must be above 0")
-        if self.noise_width < 1:
-            raise BenchError(f"algo.noise_width: {self.noise_width}; it must be at least 1")
-        if self.entropy < 0:
-            raise BenchError(f"algo.entropy: {self.entropy}; it must be at least 0")
-        if self.target_kl <= 0:
-            raise BenchError(f"algo.target_kl: {self.target_kl}; it must be above 0")
-        if not 0 < self.clip_eps < 1:
-            raise BenchError(f"algo.clip_eps: {self.clip_eps}; it must be in (0, 1)")
+        check_learned_noise(self)
+
+
+def check_learned_noise(settings: Any) -> None:
+    """Raises BenchError if a setting that `ReinFlow` reads is out of range."""
+    check_actor_critic(settings)
+    if not 0 < settings.noise_least <= settings.noise_most < float("inf"):
+        raise BenchError(
+            f"algo.noise_least: {settings.noise_least}; it must be above 0, and at most algo.noise_most, which is "
+            f"{settings.noise_most} and must be finite"
+        )
+    if settings.noise_lr <= 0:
+        raise BenchError(f"algo.noise_lr: {settings.noise_lr}; it must be above 0")
+    if settings.noise_width < 1:
+        raise BenchError(f"algo.noise_width: {settings.noise_width}; it must be at least 1")
+    if settings.entropy < 0:
+        raise BenchError(f"algo.entropy: {settings.entropy}; it must be at least 0")
+    if settings.target_kl <= 0:
+        raise BenchError(f"algo.target_kl: {settings.target_kl}; it must be above 0")
+    if not 0 < settings.clip_eps < 1:
+        raise BenchError(f"algo.clip_eps: {settings.clip_eps}; it must be in (0, 1)")
 
 
 class ReinFlow(Algorithm):
@@ -106,7 +111,7 @@ class ReinFlow(Algorithm):
     Settings = ReinFlowSettings
     search = MappingProxyType({"lr": (1.5e-5, 4.5e-5, 1.5e-4), "clip_eps": (0.005, 0.01, 0.03), "epochs": (2, 4, 8)})
 
-    def __init__(self, settings: ReinFlowSettings, policy: StochasticFlow, budget: Budget, seed: int) -> None:
+    def __init__(self, settings: Any, policy: StochasticFlow, budget: Budget, seed: int) -> None:
         from vlarl_bench.policies.noise import LearnedNoise
 
         self.settings = s = settings

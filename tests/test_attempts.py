@@ -142,7 +142,8 @@ def test_done_is_final_and_a_failure_is_tried_again_only_by_who_saw_it(tmp_path)
     assert take(tmp_path, "cell", seen=0) == "it failed; --retry-failed tries again"
     claim = take(tmp_path, "cell", seen=1)
     assert claim.end("done").seconds >= lost >= 0.2  # what failed was paid for, too
-    assert take(tmp_path, "cell", seen=2) == "it is done"
+    assert take(tmp_path, "cell", seen=1) == "it is done"
+    assert take(tmp_path, "cell", seen=2).attempt.number == 3  # by who saw that its folder is gone
 
 
 def test_wall_time_adds_up_over_attempts(tmp_path):

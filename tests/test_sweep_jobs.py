@@ -76,6 +76,17 @@ def test_cells_of_a_pack_are_done_wherever_they_were_run(calm, env):
     assert "missing 2" in told
 
 
+def test_a_done_cell_whose_folder_is_gone_is_run_again(calm, env, tmp_path):
+    file, out = tmp_path / "again.toml", tmp_path / "again"
+    file.write_text(toml({**TOY, "seeds": [0]}))
+    subprocess.run(["cp", "-r", calm.with_suffix(""), out], check=True)
+    (gone, *_) = (run for run in sorted((out / "runs").iterdir()) if "seed0" in run.name)
+    subprocess.run(["rm", "-r", gone], check=True)
+    assert "missing 0" in vlarl(env, "sweep", file, "--dry-run")
+    assert "1 cell: 1 done" in vlarl(env, "sweep", file)
+    assert outcomes(out)[gone.name] == outcomes(calm.with_suffix(""))[gone.name]
+
+
 def test_one_seed_of_all_rows_runs_before_the_next():
     def cell(name, seed):
         return SimpleNamespace(name=name, seed=seed, row=SimpleNamespace(seeds=(7, 3)))

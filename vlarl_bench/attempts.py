@@ -152,14 +152,15 @@ def take(folder: Path, cell: str, seen: int, log: bool = True, job: str = "") ->
     """Begins the next attempt at a cell, or says in a few words why there is none to make.
 
     folder is the sweep's `attempts`. seen is the newest attempt that whoever asked for this one knew (0: none): a
-    cell that failed later than that is left alone. A SLURM job that was queued again takes over from itself at once.
+    cell that failed or was done later than that is left alone. A SLURM job that was queued again takes over from itself
+    at once.
     """
     path = newest_of(folder, cell)
     number, seconds = 1, 0.0
     if path is not None:
         last = read_attempt(path)
         number, seconds = last.number + 1, last.seconds
-        if last.outcome == "done":
+        if last.outcome == "done" and last.number > seen:
             return "it is done"
         if last.outcome == "failed" and last.number > seen:
             return "it failed; --retry-failed tries again"

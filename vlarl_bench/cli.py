@@ -31,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     if sys.stdout is None:  # closed by the caller, as `>&-` does
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the life of the process)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     try:
         if not _has_folder():
             raise BenchError("working directory: it has been deleted; change to one that exists")
@@ -219,16 +221,23 @@ def _video(args: list[str]) -> int:
     if "," in options.task:
         raise BenchError(f"task: {options.task!r}; one task is filmed; give one name")
     task = select_tasks(suite, (options.task,) if options.task else (), 1, "task")[0]
-    require_gl()
+    if options.out and Path(options.out).is_dir():
+        raise BenchError(f"out: {options.out} is a folder; give the film's name, such as film.mp4")
     if options.expert:
-        protocol = suite.protocol("pixels")
+        if given := [name for name in ("base", "unnorm_key") if getattr(options, name) not in ("prior", "")]:
+            raise BenchError(f"{given[0]}: {getattr(options, given[0])!r}; the expert has no weights, leave it out")
+        protocol = suite.protocol("pixels", options.protocol)
+        if not protocol.train_states:
+            raise BenchError(f"protocol: {protocol.label} has no states to learn from, and the expert plays no other")
+        require_gl()
         state = _init_state(options.init_state, protocol.train_states, protocol)
         path = options.out or f"videos/{task.suite}-{task.name}-expert-state{state}-seed{options.seed}.mp4"
         from .film import film_expert
 
-        steps = film_expert(path, suite, task, state, options.seed)
+        steps = film_expert(path, suite, protocol, task, state, options.seed)
         print(f"{path}: success in {steps} steps")
         return 0
+    require_gl()
     from .film import film_policy
     from .plan import plan_evaluation
     from .pool import Pool

@@ -43,14 +43,14 @@ def film_policy(
     return episode.success
 
 
-def film_expert(path: str | os.PathLike[str], suite: Suite, task: Task, init_state: int, seed: int) -> int:
+def film_expert(
+    path: str | os.PathLike[str], suite: Suite, protocol: Protocol, task: Task, init_state: int, seed: int
+) -> int:
     """Writes a successful expert episode as MP4 and returns its length in environment steps.
 
     Raises BenchError where the expert fails, since only its successes are ever shown.
     """
-    protocol = dataclasses.replace(
-        suite.protocol("pixels"), cameras=(suite.film_camera,), image_size=SIZE, render_size=None
-    )
+    protocol = dataclasses.replace(protocol, cameras=(suite.film_camera,), image_size=SIZE, render_size=None)
     simulator = suite.open(task, protocol, video=True)
     try:
         shown = suite.demonstrate(simulator, task, init_state, seed)

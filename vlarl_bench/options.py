@@ -169,7 +169,7 @@ class Video:
     unnorm_key: str = ""
     """Training data whose action scales to use, where a published folder has several."""
     protocol: str = "tiny"
-    """How the policy is played: tiny (this project's own) or a published protocol of the suite, such as openpi."""
+    """How it is played: tiny (this project's own) or a published protocol of the suite, such as openpi."""
     init_state: int | None = None
     """Initial state; empty takes the first held-out one, and for the expert the first to train on."""
     seed: int = 0

@@ -181,8 +181,11 @@ def plan_run(config: RunConfig) -> Plan:
     if not protocol.train_states:
         raise BenchError(f"protocol: {protocol.label} has no states to train on; it only serves `vlarl-bench eval`")
     base = _base_folder(config, spec, suite)
-    if base is None and registry.get("algorithm", config.algorithm).learns_from == "rollouts":
+    learns_from = registry.get("algorithm", config.algorithm).learns_from
+    if base is None and learns_from == "rollouts":
         raise BenchError(f"base: 'scratch'; {config.algorithm!r} learns from its own episodes and needs a prior")
+    if config.rewards != "success" and learns_from == "demonstrations":
+        raise BenchError(f"rewards: {config.rewards!r}; {config.algorithm!r} learns from demonstrations, leave it out")
     count = min(config.budget.tasks, len(suite.tasks))  # ALOHA has two, and is tried with any budget all the same
     if config.tasks or base is None or not _ours(base):
         tasks = select_tasks(suite, config.tasks, count)

@@ -39,10 +39,9 @@ class LostEpisode:
     """An attempt at an episode that ended with its worker. It is no outcome: the episode is played again."""
 
     task: Task
-    init_state: int | None
-    """None while a scene is opened, which is not yet an episode."""
+    init_state: int
     doing: str
-    """`open`, `reset`, `step`, `replay` or `film`."""
+    """`reset`, `step`, `replay` or `film`."""
     why: str
     trace: str = ""
     """The worker's traceback, if it raised."""
@@ -60,8 +59,7 @@ class LostEpisode:
         }
 
     def __str__(self) -> str:
-        state = "" if self.init_state is None else f", init state {self.init_state}"
-        return f"{self.task.key}{state}: the environment worker {self.why} (at {self.doing})"
+        return f"{self.task.key}, init state {self.init_state}: the environment worker {self.why} (at {self.doing})"
 
 
 @dataclass
@@ -177,9 +175,7 @@ class Pool:
     def _replace(self, place: int, requests: deque[_Request], lost: WorkerLost) -> None:
         """Puts a fresh worker in the place of a lost one, and asks it for everything that the lost one owed."""
         slot, doing, request = requests[0]
-        if doing == "open":
-            task, init_state = request, None
-        elif doing == "step":
+        if doing == "step":
             task, init_state = self._held[slot].task, self._held[slot].init_state
         else:
             task, init_state = request[:2]
@@ -293,9 +289,6 @@ class _Worker:
             simulator = self.suite.open(task, self.protocol, self.video)
         self.simulators[task] = simulator
         return simulator
-
-    def open(self, _slot: int, task: Task) -> None:
-        self._open(task)
 
     def reset(self, slot: int, request: tuple[Task, int]) -> Observation:
         return self.replay(slot, (*request, []))

@@ -62,7 +62,8 @@ def cores() -> int:
 
 @functools.cache
 def code_version() -> str:
-    """Package version; in a checkout also the commit, and `.dirty` if tracked files differ: `0.1.0+gd9188b8.dirty`."""
+    """Package version; in a checkout also the commit, and `.dirty` if tracked files differ: `0.1.0+gd9188b8.dirty`;
+    `+unknown` where git does not tell."""
     root = Path(__file__).resolve().parent.parent
 
     def git(*arguments: str) -> str:
@@ -77,7 +78,7 @@ def code_version() -> str:
         dirty = ".dirty" if git("status", "--porcelain", "--untracked-files=no") else ""
         return f"{__version__}+g{git('rev-parse', '--short=12', 'HEAD')}{dirty}"
     except (OSError, subprocess.SubprocessError):
-        return __version__
+        return f"{__version__}+unknown" if (root / ".git").exists() else __version__
 
 
 def make_manifest(

@@ -22,6 +22,7 @@ from . import registry
 from .checkpoint import load_latest, save_checkpoint
 from .config import EvalConfig, RunConfig
 from .distributed import check_same, from_first, rank, world_size
+from .doctor import require_gl
 from .errors import BenchError
 from .files import explained, read_json, write_text_atomic
 from .plan import NOTHING, Plan, Spent, plan_evaluation, plan_run
@@ -49,6 +50,7 @@ def run(config: RunConfig, resume: bool = False, tracker: str = "", keep: int = 
     """
     import torch
 
+    require_gl()
     config = from_first(config)
     plan = plan_run(config)
     method = registry.get("algorithm", config.algorithm)
@@ -115,6 +117,7 @@ def run(config: RunConfig, resume: bool = False, tracker: str = "", keep: int = 
 
 def evaluate(config: EvalConfig) -> Path:
     """Plays the held-out episodes with one policy and nothing else; rows have the phase `eval`."""
+    require_gl()
     plan = plan_evaluation(config)
     with ExitStack() as stack:
         out = stack.enter_context(_claimed(config, resume=False))

@@ -101,8 +101,9 @@ def _state(sweep: Sweep, cell: Cell, path: Path | None, now: float) -> State:
             return State("done", attempt)
         if not attempt.outcome and attempts.is_alive(path, attempt, now):
             return State("running", attempt, attempts.where(attempt))
-        if attempt.outcome != "done":
-            return State("interrupted", attempt, attempt.error or f"{attempts.where(attempt)} is gone")
+        if attempt.outcome == "done":
+            return State("missing", attempt, "it was done, and its folder is gone")
+        return State("interrupted", attempt, attempt.error or f"{attempts.where(attempt)} is gone")
     return State("impossible", None, cell.row.impossible) if cell.row.impossible else State("missing")
 
 

@@ -217,7 +217,7 @@ class AlohaSimulator:
 def object_poses(task: Task, init_state: int) -> np.ndarray:
     """[7 n] positions (m) and quaternions (w, x, y, z) of the task's objects, by gym-aloha's own sampler."""
     sample = sample_box_pose if task.name == "transfer_cube" else sample_insertion_pose
-    return np.concatenate(np.atleast_2d(*[sample(init_state)]))
+    return np.ravel(sample(init_state))
 
 
 @cache

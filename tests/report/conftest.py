@@ -62,7 +62,8 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         ]
         with EpisodeLog(folder / "episodes.jsonl") as log:
             log.append_all(rows)
-        resolved = {"algorithm": algorithm, "seed": seed, "out": str(folder), "base": "prior", "budget": {"tasks": 2}}
+        asked = {"states": 4} if evaluated else {"algorithm": algorithm, "budget": {"tasks": 2}}
+        resolved = {"seed": seed, "out": str(folder), "base": "prior"} | asked
         write_sealed(folder / "config.json", resolved | (config or {}))
         manifest = make_manifest(
             run=name, argv=["run"], algorithm=algorithm, policy="pi0-tiny", suite="suite", seed=seed,

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from vlarl_bench import cli
-from vlarl_bench.records import MetricsLog
+from vlarl_bench.records import STOPPED, MetricsLog
 from vlarl_bench.report.figures import (
     FIGURES,
     ablation,
@@ -23,10 +23,27 @@ from vlarl_bench.report.figures import (
 from vlarl_bench.report.methods import compared_methods, titles
 from vlarl_bench.report.rows import Rows
 from vlarl_bench.report.runs import read_runs
+from vlarl_bench.sealed import write_sealed
 
 
 def at_most(limit):
     return lambda task, state, repeat: 2 * (state - 4) + repeat < limit
+
+
+def test_a_seed_that_was_stopped_stays_where_it_ended(make_run):
+    """And does not cut the others' curves."""
+    whole = [((1, False), (2, True), (3, True)), ((1, False), (2, False), (3, True))]
+    made = [
+        make_run(f"r{i}", base=at_most(2), final=at_most(4), seed=i, train=rounds) for i, rounds in enumerate(whole)
+    ]
+    stopped = make_run("r2", base=at_most(2), final=at_most(1), seed=2, train=((1, False),))
+    write_sealed(stopped / STOPPED, {"iteration": 2, "reason": "collapsed"})
+    figure = Figure()
+    FigureCanvasAgg(figure)
+    assert learning_curves(figure, compared_methods(read_runs([*made, stopped])), "suite_a")
+    (line,) = figure.axes[0].get_lines()
+    assert line.get_xdata()[-1] == 300
+    assert line.get_ydata()[-1] == pytest.approx(200 / 3)
 
 
 @pytest.fixture

@@ -161,6 +161,8 @@ def test_tables_in_json(make_run, outcomes, tmp_path):
         ("successes", 31, "successes 31, but its runs add up to 32"),
         ("rate", 0.5, "rate 0.5, but 32/32 is 1"),
         ("seeds", [], "no seeds"),
+        ("low", "12%", "low '12%' and high"),
+        ("runs", 3, "runs is 3; it must be a list"),
     ):
         path.write_text(json.dumps({"cells": [table["cells"][0] | {name: value}]}))
         assert any(words in each for each in lint([str(path)])), name

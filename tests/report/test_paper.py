@@ -49,6 +49,39 @@ def test_methods_are_grouped_and_bases_counted_once(folders):
     assert scores(strong, "suite_a").tolist() == [[7 / 8, 7 / 8], [6 / 8, 6 / 8], [7 / 8, 7 / 8]]
 
 
+def test_random_weights_of_any_seed_are_one_start_and_other_demonstrations_another_experiment(make_run):
+    def trained(name, seed, digest):
+        folder = make_run(name, final=at_most(4), seed=seed, algorithm="sft", config={"base": "scratch"})
+        manifest = read_sealed(folder / "manifest.json") | {"demonstrations": {"digest": digest}}
+        write_sealed(folder / "manifest.json", manifest | {"base_checkpoint": f"{seed:012d}"})
+        return folder
+
+    made = [trained(f"a{seed}", seed, "one") for seed in range(3)]
+    (method,) = compared_methods(read_runs(made))
+    assert (method.seeds, method.checkpoint) == ((0, 1, 2), "scratch")
+    several = compared_methods(read_runs([*made, trained("b", 3, "two")]))
+    assert [one.seeds for one in several] == [(0, 1, 2), (3,)]
+
+
+def test_a_curve_is_of_one_suite(make_run):
+    """With both suites' tasks in one run; training episodes are of the first."""
+    both = ("suite_a/one", "suite_b/one")
+    run = make_run("r", base=at_most(2), final=at_most(4), tasks=both, train=((1, False), (2, True)))
+    areas = {record["suite"]: record["area"] for record in aggregate_table(read_runs([run])).cells if record["area"]}
+    assert set(areas) == {"suite_a"}
+
+
+def test_a_manifest_that_lacks_something_is_named(folders):
+    manifest = read_sealed(folders[0] / "manifest.json")
+    for lost, named in ((("argv",), "argv"), (("evaluation", "repeats"), "evaluation.repeats")):
+        fewer = json.loads(json.dumps(manifest))
+        inner = fewer if len(lost) == 1 else fewer[lost[0]]
+        del inner[lost[-1]]
+        write_sealed(folders[0] / "manifest.json", fewer)
+        with pytest.raises(BenchError, match=f"not a manifest of this version.*{named}"):
+            read_run(folders[0])
+
+
 def test_a_cell_over_seeds_has_students_interval_and_one_seed_wilsons(folders):
     _, strong, _ = compared_methods(read_runs(folders))
     found = cell(strong, "suite_a")

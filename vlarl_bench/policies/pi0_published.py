@@ -56,7 +56,6 @@ class PublishedPi0(PaliGemmaPolicy, Pi0):
     """pi0 at its published size behind the flow seam. Its weights are random until some are loaded."""
 
     architecture: PublishedPi0Architecture
-    capabilities = frozenset({"sft", "denoising", "flow", "likelihood", "chain", "noise"})
 
     def _build(self, name: str, architecture: Any, vocabulary: Any) -> None:
         self.name, self.architecture, self.vocabulary = name, architecture, vocabulary

@@ -6,7 +6,7 @@ import os
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -20,7 +20,6 @@ from ..stats import mean, performance_profile, seeds_estimate
 from .comparisons import change, change_text, families
 from .methods import Method, base_of, cell, compared_methods, in_order, planned_tasks, scores, suites_of, titles
 from .metrics import cpu_hours, machines_of, wall_time_curve
-from .rows import Rows
 from .runs import RunFolder, training_curve
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -95,7 +94,8 @@ def learning_curves(figure: Figure, methods: Sequence[Method], suite: str) -> bo
     axes, drawn = figure.add_subplot(), False
     for method, title, look in _looks(methods):
         runs = () if method.is_base else method.runs
-        drawn |= _mean_curve(axes, title, look, [training_curve(_rows(run, suite)) for run in runs])
+        curves = [Curve(*training_curve(run.rows_of(suite)), run.stopped is not None) for run in runs]
+        drawn |= _mean_curve(axes, title, look, curves)
     axes.set(xlabel="environment steps of training", ylabel="success while exploring (%)", ylim=(-2, 102))
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     place_legend(figure, axes)
@@ -109,8 +109,8 @@ def wall_time_curves(figure: Figure, methods: Sequence[Method], suite: str) -> b
     for method, title, look in _looks(methods):
         curves = []
         for run in () if method.is_base else method.runs:
-            seconds, rates = wall_time_curve(run, _rows(run, suite))
-            curves.append(([second / 60 for second in seconds], rates))
+            seconds, rates = wall_time_curve(run, run.rows_of(suite))
+            curves.append(Curve([second / 60 for second in seconds], rates, run.stopped is not None))
             timed += [run] if seconds else []
         drawn |= _mean_curve(axes, title, look, curves)
     axes.set(ylabel="success while exploring (%)", ylim=(-2, 102))
@@ -120,19 +120,23 @@ def wall_time_curves(figure: Figure, methods: Sequence[Method], suite: str) -> b
     return drawn
 
 
-def _rows(run: RunFolder, suite: str) -> Rows:
-    return run.rows.where(run.rows.column("suite") == suite)
+class Curve(NamedTuple):
+    """One seed's success rates."""
+
+    x: list[float]
+    rates: list[float]
+    stopped: bool
+    """Whether training ended it: from there on it stays where it was."""
 
 
-def _mean_curve(
-    axes: Axes, title: str, look: dict[str, Any], curves: Sequence[tuple[list[float], list[float]]]
-) -> bool:
-    """Draws the mean of the seeds' curves (x, success rates) where all of them have points, with its band."""
-    curves = [curve for curve in curves if curve[0]]
+def _mean_curve(axes: Axes, title: str, look: dict[str, Any], curves: Sequence[Curve]) -> bool:
+    """Draws the mean of the seeds' curves where all of them have points, or have been stopped, with its band."""
+    curves = [curve for curve in curves if curve.x]
     if not curves:
         return False
-    grid = np.linspace(max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves), 60)
-    at = np.array([np.interp(grid, x, rates) for x, rates in curves])
+    end = min([curve.x[-1] for curve in curves if not curve.stopped] or [max(curve.x[-1] for curve in curves)])
+    grid = np.linspace(min(end, max(curve.x[0] for curve in curves)), end, 60)
+    at = np.array([np.interp(grid, curve.x, curve.rates) for curve in curves])
     seeds = f"{len(curves)} seed{'s' * (len(curves) > 1)}"
     axes.plot(grid, 100 * at.mean(axis=0), label=f"{title}, {seeds}", markevery=12, markersize=4, **look)
     _band(axes, grid, [seeds_estimate(mean, each[:, None]) for each in at.T], look["color"])

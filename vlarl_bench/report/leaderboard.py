@@ -90,14 +90,14 @@ def _measured_cell(
     tasks = planned_tasks(method, suite)
     curves = []
     for run in [] if method.is_base else method.runs:
-        steps, rates = training_curve(run.rows)
+        steps, rates = training_curve(run.rows_of(suite))
         if steps:
             curve: dict[str, Any] = {
                 "seed": run.manifest["seed"],
                 "steps": steps,
                 "rates": [round(rate, 4) for rate in rates],
             }
-            seconds, _ = wall_time_curve(run, run.rows)
+            seconds, _ = wall_time_curve(run, run.rows_of(suite))
             curves.append(curve | ({"seconds": seconds} if len(seconds) == len(steps) else {}))
     return {
         "kind": "measured",

@@ -242,12 +242,17 @@ def lint_cells(where: str, cells: Any) -> list[str]:
         if isinstance(rate, float | int) and episodes and whole and abs(rate - successes / episodes) > 1e-3:
             findings.append(f"{name}: rate {rate:g}, but {successes}/{episodes} is {successes / episodes:.4g}")
         low, high = each.get("low"), each.get("high")
-        if None not in (low, high, rate) and not low - EPSILON <= rate <= high + EPSILON:
+        if not all(value is None or isinstance(value, float | int) for value in (rate, low, high)):
+            findings.append(f"{name}: rate {rate!r}, low {low!r} and high {high!r} must be numbers")
+        elif None not in (low, high, rate) and not low - EPSILON <= rate <= high + EPSILON:
             findings.append(f"{name}: rate {rate:g} lies outside its interval [{low:g}, {high:g}]")
         if not each.get("seeds"):
             findings.append(f"{name}: no seeds are named")
         for part in ("runs", "per_task"):
             members = each.get(part) or []
+            if not isinstance(members, list) or not all(isinstance(member, dict) for member in members):
+                findings.append(f"{name}: {part} is {members!r:.80}; it must be a list of objects")
+                continue
             for field in ("episodes", "successes"):
                 total = sum(member.get(field, 0) for member in members)
                 if members and total != each[field]:

@@ -85,7 +85,7 @@ def compared_methods(runs: Sequence[RunFolder]) -> list[Method]:
     for run, settings in zip(runs, settings_labels(runs), strict=True):
         name = run.manifest["algorithm"] if run.compares else "evaluation"
         for decoding in run.decodings:
-            experiment = (name, run.manifest["policy"], run.manifest["base_checkpoint"], settings, decoding,
+            experiment = (name, run.manifest["policy"], run.start, settings, decoding,
                           run.submitted_by)  # fmt: skip
             groups.setdefault(experiment, []).append(run)
     trained = [_Group(*key, tuple(_by_seed(members))) for key, members in sorted(groups.items())]

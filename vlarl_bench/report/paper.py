@@ -136,7 +136,7 @@ def aggregate_table(runs: Sequence[RunFolder], threshold: float = 0.8) -> Table:
         planned = [method for method in in_order(methods, [suite]) if cell(method, suite)["expected"]]
         present = [method for method in planned if cell(method, suite)["complete"]]
         ranks = _ranks(present, suite)
-        if until := _until(present):
+        if until := _until(present, suite):
             ends.append(f"{until:,.0f} on {suite}")
         for method in present:
             record = _aggregates(method, suite, present, threshold, until) | {"rank": ranks.get(method)}
@@ -176,9 +176,10 @@ def _ranks(methods: Sequence[Method], suite: str) -> dict[Method, list[int]]:
     return found
 
 
-def _until(methods: Sequence[Method]) -> float:
+def _until(methods: Sequence[Method], suite: str) -> float:
     """Environment steps that the training curves of all runs have, apart from those that were stopped."""
-    ends = [(run.stopped is not None, training_curve(run.rows)[0]) for m in methods if not m.is_base for run in m.runs]
+    trained = [run for method in methods if not method.is_base for run in method.runs]
+    ends = [(run.stopped is not None, training_curve(run.rows_of(suite))[0]) for run in trained]
     whole = [steps[-1] for stopped, steps in ends if steps and not stopped]
     return min(whole or [steps[-1] for _, steps in ends if steps], default=0.0)
 
@@ -199,17 +200,13 @@ def _aggregates(
     versus_base = None
     if base is not None:
         versus_base = _pair(seeds_estimate(probability_of_improvement, table, scores(base, suite)))
-    curves = [] if method.is_base else _curves(method)
-    area = seeds_estimate(mean, np.array([[area_under_curve(*curve, until)] for curve in curves])) if curves else None
-    reached = None
+    runs = () if method.is_base else method.runs
+    curves = [(run, *curve) for run in runs if (curve := training_curve(run.rows_of(suite)))[0]]
+    area = reached = None
     if curves:
-        ends = [(run, *curve) for run in method.runs if (curve := training_curve(run.rows))[0]]
-        reached = median_interval([reach(run, [0.0, *steps[:-1]], rates, threshold) for run, steps, rates in ends])
+        area = seeds_estimate(mean, np.array([[area_under_curve(steps, rates, until)] for _, steps, rates in curves]))
+        reached = median_interval([reach(run, [0.0, *steps[:-1]], rates, threshold) for run, steps, rates in curves])
     return found | {"improvement": versus_base, "area": area and _pair(area), "steps_to": reached and _pair(reached)}
-
-
-def _curves(method: Method) -> list[tuple[list[float], list[float]]]:
-    return [] if method.is_base else [curve for run in method.runs if (curve := training_curve(run.rows))[0]]
 
 
 def _pair(found: Estimate) -> dict[str, float | None]:

@@ -1,5 +1,6 @@
 """Success rates that others published: copied, never measured, and never mixed with what was."""
 
+import math
 import os
 import tomllib
 from dataclasses import dataclass, field
@@ -82,4 +83,4 @@ def _entry(entry: dict[str, Any], where: str) -> Published:
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

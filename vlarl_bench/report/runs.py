@@ -20,6 +20,11 @@ from .rows import Rows
 PLACE_AND_SPEED = frozenset({"seed", "out", "workers", "slots", "threads", "video", "demos"})
 """Entries of a config in which two runs of the same experiment may differ."""
 
+NEEDED = frozenset({"run", "argv", "algorithm", "policy", "suite", "seed", "base_checkpoint", "protocol", "evaluation",
+                    "code", "fingerprint"})  # fmt: skip
+NEEDED_OF_EVALUATION = frozenset({"tasks", "suite_tasks", "init_states", "repeats"})
+"""What reports take from manifest.json."""
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -39,6 +44,12 @@ class RunFolder:
     """Logs whose last line is unfinished and left out."""
 
     def __post_init__(self) -> None:
+        absent = {
+            *(NEEDED - self.manifest.keys()),
+            *(f"evaluation.{name}" for name in NEEDED_OF_EVALUATION - self.manifest.get("evaluation", {}).keys()),
+        }
+        if absent:
+            raise KeyError(", ".join(sorted(absent)))
         protocol, tasks = self.manifest["protocol"], set(self.manifest["evaluation"]["tasks"])
         described = Protocol(**{name: value for name, value in protocol.items() if name not in ("hash", "label")})
         if (described.hash, described.label) != (protocol["hash"], protocol["label"]):
@@ -93,10 +104,14 @@ class RunFolder:
         """The base policy's rows."""
         return self.rows.where(self.rows.column("phase") == "base")
 
+    def rows_of(self, suite: str) -> Rows:
+        """All rows of one of its suites."""
+        return self.rows.where(self.rows.column("suite") == suite)
+
     @functools.cached_property
     def compares(self) -> bool:
         """Whether this is a run (before and after) and not a lone evaluation."""
-        return not (self.rows.column("phase") == "eval").any()
+        return "states" not in self.config
 
     @functools.cached_property
     def spent(self) -> dict[str, int]:
@@ -141,9 +156,14 @@ class RunFolder:
     def settings(self) -> dict[str, Any]:
         """Everything in which runs of one experiment must agree, flat: `budget.iterations` -> 12."""
         flat = _flatten({name: value for name, value in self.config.items() if name not in PLACE_AND_SPEED})
-        if flat.get("base") != "scratch":  # a path says less than the weights found there
-            flat["base"] = self.manifest["base_checkpoint"]
-        return flat
+        given = self.manifest.get("demonstrations")
+        learned_from = {"demonstrations": given["digest"]} if given else {}
+        return flat | {"base": self.start} | learned_from  # a path says less than what was found there
+
+    @property
+    def start(self) -> str:
+        """Hash of the policy that it started from; `scratch` for random weights, which differ by seed."""
+        return "scratch" if self.config.get("base") == "scratch" else str(self.manifest["base_checkpoint"])
 
 
 def read_run(folder: str | os.PathLike[str]) -> RunFolder:
