@@ -25,6 +25,10 @@ Parsed = TypeVar("Parsed")
 
 DEFAULT_POLICY = "pi0-tiny"
 
+_SOME = tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="(required)")
+Runs = Annotated[tyro.conf.Positional[tuple[str, ...]], _SOME]
+SweepFile = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE")]
+
 
 @dataclass(frozen=True)
 class Run(Generic[Settings]):
@@ -35,13 +39,13 @@ class Run(Generic[Settings]):
     algo: str
     """Algorithm; `vlarl-bench list` shows them. With it, --help shows its settings as --algo.*"""
     suite: str
-    """Suite of tasks."""
+    """Suite of tasks; `vlarl-bench list` shows them."""
     settings: Annotated[Settings, tyro.conf.arg(name="algo")]
     budget: str = "quick"
-    """Preset: smoke (about a minute), quick (minutes) or standard (hours)."""
+    """Preset: smoke (a minute), quick (tens of minutes) or standard (hours), on two CPU cores."""
     numbers: Annotated[Budget, tyro.conf.arg(name="budget")] = BUDGETS["quick"]
     policy: str = DEFAULT_POLICY
-    """Policy to fine-tune."""
+    """Policy to fine-tune; `vlarl-bench list` shows which algorithm runs on which."""
     base: str = "prior"
     """Weights to start from: prior (shipped with the policy), scratch (random) or a policy folder."""
     unnorm_key: str = ""
@@ -53,13 +57,14 @@ class Run(Generic[Settings]):
     tasks: str = ""
     """Comma-separated task names; empty takes the first --budget.tasks that the base policy was trained on."""
     protocol: str = "tiny"
-    """How it is evaluated: tiny (this project's own) or a published protocol of the suite, such as openpi."""
+    """How it is evaluated: tiny (this project's own), tuning (tiny without its held-out states), or a published one of
+    the suite, such as openpi (docs/suites)."""
     seed: int = 0
     """Seeds the policy's noise, the algorithm and the choice of episodes."""
     workers: int = 2
     """Simulator processes; changes the speed, never the rows."""
     slots: int = 16
-    """Episodes in flight, decoded as one batch."""
+    """Episodes in flight, decoded as one batch; another number gives results that differ in rounding."""
     threads: int = 2
     """CPU threads of the learner; another number gives results that differ in rounding."""
     demos: str = ""
@@ -101,7 +106,7 @@ class Eval:
     """Evaluate a policy without training it."""
 
     suite: str
-    """Suite of tasks."""
+    """Suite of tasks; `vlarl-bench list` shows them."""
     policy: str = DEFAULT_POLICY
     """Policy to evaluate."""
     base: str = "prior"
@@ -111,7 +116,8 @@ class Eval:
     tasks: str = ""
     """Comma-separated task names; empty takes all tasks of the suite."""
     protocol: str = "tiny"
-    """How it is evaluated: tiny (this project's own) or a published protocol of the suite, such as openpi."""
+    """How it is evaluated: tiny (this project's own), tuning (tiny without its held-out states), or a published one of
+    the suite, such as openpi (docs/suites)."""
     states: int = 25
     """Held-out initial states per task."""
     repeats: int = 1
@@ -123,7 +129,7 @@ class Eval:
     workers: int = 2
     """Simulator processes; changes the speed, never the rows."""
     slots: int = 16
-    """Episodes in flight, decoded as one batch."""
+    """Episodes in flight, decoded as one batch; another number gives results that differ in rounding."""
     video: bool = False
     """Film one episode."""
     out: str = ""
@@ -135,7 +141,7 @@ class Demos:
     """Make demonstrations with the suite's scripted expert, on the initial states that training may use."""
 
     suite: str
-    """Suite of tasks."""
+    """Suite of tasks; `vlarl-bench list` shows them."""
     mode: Literal["state", "pixels"] = "state"
     """What is recorded: object poses (privileged) or camera images."""
     tasks: str = ""
@@ -157,7 +163,7 @@ class Video:
     """Film one episode of a policy, or of the scripted expert; instruction, step and outcome are drawn in."""
 
     suite: str
-    """Suite of tasks."""
+    """Suite of tasks; `vlarl-bench list` shows them."""
     task: str = ""
     """Task name; empty takes the suite's first."""
     expert: bool = False
@@ -182,7 +188,7 @@ class Video:
 class Table:
     """Print a table of runs, from their rows on disk."""
 
-    runs: tyro.conf.Positional[tuple[str, ...]]
+    runs: Runs
     """Run folders, packs, or runs of packs as PACK/NAME: one shows each task, several one line per run and suite."""
     format: Literal["text", "markdown", "csv", "latex", "json"] = "text"
     """How to print it; csv and json carry full precision, latex needs booktabs."""
@@ -201,7 +207,7 @@ class Table:
 class Figures:
     """Draw runs under one protocol: learning curves, tasks, performance profiles, gain against cost."""
 
-    runs: tyro.conf.Positional[tuple[str, ...]]
+    runs: Runs
     """Run folders, packs, or runs of packs as PACK/NAME."""
     out: str = "figures"
     """Folder that the SVG and PNG files go to."""
@@ -212,7 +218,7 @@ class Analyze:
     """Draw how the CFM objective converged, and how a run's latents moved from its base policy to its last one: the
     policies that the run kept play training states once more. Numbers go to analysis.json beside the figures."""
 
-    runs: tyro.conf.Positional[tuple[str, ...]]
+    runs: Runs
     """Run folders."""
     states: int = 8
     """Training states of each task that every policy plays; 0 plays nothing and draws convergence alone."""
@@ -226,7 +232,7 @@ class Analyze:
 class Leaderboard:
     """Write the leaderboard: one HTML page of all runs, that loads nothing from elsewhere."""
 
-    runs: tyro.conf.Positional[tuple[str, ...]] = ()
+    runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[RUN ...]")] = ()
     """Run folders, packs, or runs of packs as PACK/NAME; empty takes all in results/."""
     published: str = "results/published"
     """Folder of numbers that others published; empty leaves them out."""
@@ -239,7 +245,7 @@ class Pack:
     """Put finished runs into a pack: one folder of three files, with all rows and metrics as compressed Parquet. Every
     report reads it as it reads run folders. A run that is in the pack already is left alone."""
 
-    runs: tyro.conf.Positional[tuple[str, ...]]
+    runs: Runs
     """Run folders, or other packs."""
     out: str
     """The pack: a folder that does not exist yet, or a pack to add to, such as results/NAME."""
@@ -250,7 +256,7 @@ class Submit:
     """Check another group's runs and add them to results/, as a pack of theirs that every report shows as submitted.
     All are added or none; exit status 1 with a line for each reason. More: docs/contributing-results.md."""
 
-    runs: tyro.conf.Positional[tuple[str, ...]]
+    runs: Runs
     """Run folders or packs, finished."""
     by: str
     """Group or person whose results they are."""
@@ -268,7 +274,9 @@ class Submit:
 class Lint:
     """Say what is wrong with results: rows, tables in JSON, and numbers that others published. Exit status 1 if any."""
 
-    paths: tyro.conf.Positional[tuple[str, ...]]
+    paths: Annotated[
+        tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="PATH [PATH ...]", help_behavior_hint="(required)")
+    ]
     """Run folders and packs; .json files of `table --format json`; .toml files of published numbers, or their
     folders."""
 
@@ -279,9 +287,9 @@ class Power:
 
     `--sequential DIR...` in place of these options says where a test that may stop early would have stopped."""
 
-    first: tyro.conf.Positional[float]
+    first: Annotated[tyro.conf.Positional[float], tyro.conf.arg(metavar="RATE")]
     """One success rate, between 0 and 1."""
-    second: tyro.conf.Positional[float]
+    second: Annotated[tyro.conf.Positional[float], tyro.conf.arg(metavar="RATE")]
     """The other."""
     power: float = 0.8
     """Chance to see the difference."""
@@ -312,7 +320,7 @@ class Tune:
 
     numbers: Annotated[Budget, tyro.conf.arg(name="budget")]
     """What each trial may use."""
-    file: tyro.conf.Positional[str] = ""
+    file: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[FILE]")] = ""
     """A file that this command wrote, in place of what follows up to --out."""
     algo: tuple[str, ...] = ()
     """Algorithms; their own files say which settings are searched, over which values."""
@@ -344,7 +352,7 @@ class Tune:
 class Reproduce:
     """Run a published run again, from the same weights, and say whether it comes to the same. Exit status 1 if not."""
 
-    run: tyro.conf.Positional[str]
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """Run folder, or a run of a pack as PACK/NAME. Of a whole pack, one run is chosen at random."""
     smoke: bool = False
     """In less than a minute: whether it still runs, not whether it comes to the same."""
@@ -363,7 +371,7 @@ class Sweep:
 
     `--algo`, `--suite` and `--out` in place of a file write the file that they stand for, and go on with it."""
 
-    file: tyro.conf.Positional[str] = ""
+    file: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[FILE]")] = ""
     """Sweep file (TOML)."""
     algo: tuple[str, ...] = ()
     """Algorithms to run (without a file)."""
@@ -389,7 +397,7 @@ class Sweep:
 class Status:
     """Show the cells of a sweep: a live table in a terminal, until nothing runs any more."""
 
-    file: tyro.conf.Positional[str]
+    file: SweepFile
     """Sweep file (TOML)."""
     once: bool = False
     """Print the table once and stop; so it is without a terminal, too."""
@@ -399,7 +407,7 @@ class Status:
 class Cancel:
     """Stop the cells of a sweep that run, and take those that wait out of the queue. `sweep` goes on with them."""
 
-    file: tyro.conf.Positional[str]
+    file: SweepFile
     """Sweep file (TOML)."""
 
 
