@@ -18,8 +18,9 @@ import imageio.v3 as imageio
 import pytest
 from toy_suite import installed
 
-from vlarl_bench import film, training
+from vlarl_bench import film, run, training
 from vlarl_bench.cli import main
+from vlarl_bench.errors import Diverged
 from vlarl_bench.records import LostLog, read_metrics, read_rows
 from vlarl_bench.sealed import read_sealed, write_sealed
 
@@ -72,6 +73,29 @@ def calm(toy, tmp_path_factory):
     vlarl(*TOY, "--out", folder)
     assert len({row.checkpoint for row in read_rows(folder / "episodes.jsonl")}) == 4  # each round has learned
     return folder
+
+
+def test_a_policy_that_breaks_down_when_it_is_judged_is_scored_as_it_was_a_round_before(calm, tmp_path, monkeypatch):
+    """Also if it is killed in the midst of that."""
+    folder, judged, before = tmp_path / "broken", [], read_rows(calm / "episodes.jsonl")
+    played = run.run_shared
+
+    def broken(pool, policy, jobs, *rest, **options):
+        judged.append(len(jobs))
+        if len(judged) == 2:  # base, final
+            raise Diverged("the policy decided on actions that are not finite")
+        if len(judged) == 3:
+            raise KeyboardInterrupt
+        return played(pool, policy, jobs, *rest, **options)
+
+    monkeypatch.setattr(run, "run_shared", broken)
+    assert vlarl(*TOY, "--out", folder, check=False).returncode == 130
+    vlarl("run", "--resume", folder)
+    assert read_sealed(folder / "stopped.json")["iteration"] == 3
+    final = [row for row in read_rows(folder / "episodes.jsonl") if row.phase == "final"]
+    acted = {row.checkpoint for row in before if (row.phase, row.iteration) == ("train", 3)}
+    assert {(row.iteration, row.checkpoint) for row in final} == {(2, *acted)}
+    assert "stopped in round 3" in (folder / "table.md").read_text()
 
 
 def test_a_run_leaves_everything(whole):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -19,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import registry
-from .checkpoint import load_latest, save_checkpoint
+from .checkpoint import load_checkpoint, load_latest, save_checkpoint
 from .config import EvalConfig, RunConfig
 from .distributed import check_same, from_first, rank, world_size
 from .doctor import require_gl
-from .errors import BenchError
+from .errors import BenchError, Diverged
 from .files import explained, read_json, write_text_atomic
 from .plan import NOTHING, Plan, Spent, plan_evaluation, plan_run
 from .pool import LostEpisode, Pool
@@ -95,15 +96,23 @@ def run(config: RunConfig, resume: bool = False, tracker: str = "", keep: int = 
             policy.load_state_dict(restored.state["policy"])
             algorithm.load_state_dict(restored.state["algorithm"])
             check_same("the newest checkpoint", str(done))
-        if from_first((out / STOPPED).exists()):
+        # With an older checkpoint than its last round's, it must come to that end again.
+        if from_first((out / STOPPED).exists()) and done == len(metrics.lines):
             read_sealed(out / STOPPED, older=True)
         else:
+            if rank() == 0:
+                (out / STOPPED).unlink(missing_ok=True)
             log.rewind(done)
             metrics.rewind(done)
             train(plan, config, policy, algorithm, demonstrations, done, pool, log, metrics, progress, keep)
         done, spent = len(metrics.lines), spent_so_far(metrics)
         _merge(policy)
-        _evaluate(plan, "final", done, policy, pool, log, progress, spent)
+        try:
+            _evaluate(plan, "final", done, policy, pool, log, progress, spent)
+        except Diverged as error:  # the last update left weights that are finite and decide on what is not
+            policy = _without_last_round(plan, config, demonstrations, done, error, log, metrics, progress)
+            done, spent = len(metrics.lines), spent_so_far(metrics)
+            _evaluate(plan, "final", done, policy, pool, log, progress, spent)
         if rank():
             return out
         _save_policy(plan, policy, out, spent)
@@ -249,6 +258,35 @@ def adapt(policy: Policy, config: RunConfig) -> None:
         add_lora(policy, config.lora, seed=config.seed)
     if not policy.actor_parameters():
         raise BenchError(f"freeze: {', '.join(config.freeze)}; nothing is left that an algorithm may train")
+
+
+def _without_last_round(
+    plan: Plan,
+    config: RunConfig,
+    demonstrations: Sequence[Demonstration] | None,
+    done: int,
+    error: Diverged,
+    log: EpisodeLog,
+    metrics: TrackedMetrics,
+    progress: Progress,
+) -> Policy:
+    """The policy of the checkpoint before the last round's, and the run marked as stopped in that round, as if it had
+    been found then. Raises `error` where there is no such checkpoint."""
+    folder = Path(config.out) / "checkpoints"
+    earlier = folder / f"{done - 1:06d}"
+    if from_first((Path(config.out) / STOPPED).exists() or not earlier.is_dir()):
+        raise error
+    progress.say(f"stopped in round {done}: {error}; it is scored as it was before")
+    policy = _first_policy(plan, demonstrations)
+    adapt(policy, config)
+    policy.load_state_dict(load_checkpoint(earlier)[1]["policy"])
+    _merge(policy)
+    if rank() == 0:  # in an order in which a kill at any point leaves what resuming goes on from
+        shutil.rmtree(folder / f"{done:06d}")
+        write_sealed(Path(config.out) / STOPPED, {"iteration": done, "reason": str(error)})
+    log.rewind(done - 1)
+    metrics.rewind(done - 1)
+    return policy
 
 
 def _merge(policy: Policy) -> None:
