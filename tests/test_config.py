@@ -133,11 +133,6 @@ def test_budgets_grow():
     assert all(a <= b <= c for a, b, c in zip(smoke, quick, standard, strict=True))
 
 
-def test_a_budget_knows_its_name_until_a_number_changes():
-    assert [budget.name for budget in BUDGETS.values()] == ["smoke", "quick", "standard"]
-    assert replace(BUDGETS["quick"], iterations=5).name == "custom"
-
-
 def test_more_held_out_states_than_the_protocol_has():
     protocol = Protocol("t", 1, "state", {}, 10, 8, train_states=(0,), eval_states=(1, 2))
     replace(BUDGETS["smoke"], eval_states=2).check_protocol(protocol)

@@ -45,11 +45,6 @@ class Budget:
         for field in dataclasses.fields(self):
             _at_least(1, f"budget.{field.name}", getattr(self, field.name))
 
-    @property
-    def name(self) -> str:
-        """The preset that has these numbers, else `custom`."""
-        return next((name for name, preset in BUDGETS.items() if preset == self), "custom")
-
     def check_protocol(self, protocol: Protocol) -> None:
         """Raises BenchError if the budget asks for more held-out states than the protocol has."""
         if self.eval_states > len(protocol.eval_states):

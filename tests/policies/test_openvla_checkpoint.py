@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vlarl_bench.errors import BenchError
-from vlarl_bench.policies.openvla_checkpoint import load_published, pick_statistics
+from vlarl_bench.policies.openvla_checkpoint import load_published
 from vlarl_bench.policies.presets import OPENVLA_7B
+from vlarl_bench.policies.shards import pick_statistics
 from vlarl_bench.policies.store import content_hash, save_policy
 from vlarl_bench.suite import Observation
 

@@ -18,7 +18,7 @@ from ..files import read_json_object
 from .openvla import OpenVLA, OpenVLARegression, assemble
 from .openvla_inputs import EMPTY_TOKEN, Prompts
 from .openvla_model import OpenVLAArchitecture, Tower
-from .shards import keys_in, read_tensors, shards
+from .shards import keys_in, pick_statistics, read_tensors, shards
 
 PUBLISHED: Mapping[str, Any] = {
     "observation": "pixels",
@@ -98,21 +98,6 @@ def load_published(
     llama = policy.network.language_model.model
     llama.rotary_emb = type(llama.rotary_emb)(llama.config)  # its frequencies are computed, not stored
     return policy
-
-
-def pick_statistics(stats: Any, unnorm_key: str | None) -> Mapping[str, Any]:
-    """The statistics of one dataset. Raises BenchError that lists what there is."""
-    if not isinstance(stats, dict) or not stats:
-        raise BenchError("norm_stats: neither dataset_statistics.json nor config.json has any")
-    there = ", ".join(sorted(stats))
-    if unnorm_key is None and len(stats) > 1:
-        raise BenchError(f"unnorm_key: the checkpoint was trained on several datasets; choose one of {there}")
-    keys = list(stats) if unnorm_key is None else [unnorm_key, f"{unnorm_key}_no_noops"]
-    for key in keys:
-        if key in stats:
-            chosen: Mapping[str, Any] = stats[key]
-            return chosen
-    raise BenchError(f"unnorm_key: {unnorm_key!r}; the checkpoint has {there}")
 
 
 def _scales(stats: Mapping[str, Any], policy: OpenVLA | OpenVLARegression) -> dict[str, Tensor]:

@@ -19,10 +19,9 @@ from torch import Tensor
 
 from ..errors import BenchError
 from ..files import read_json_object
-from .openvla_checkpoint import pick_statistics
 from .paligemma import PaliGemmaPrompts
 from .pi0_published import PublishedPi0, PublishedPi0Architecture
-from .shards import keys_in, read_tensors, shards
+from .shards import keys_in, pick_statistics, read_tensors, shards
 
 EXPERT = "paligemma_with_expert."
 NAMES = (

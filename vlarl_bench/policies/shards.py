@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -70,3 +71,18 @@ def read_tensors(
                 if where[stored[name]] == file:
                     tensors[name] = opened.get_tensor(stored[name]).to(tensor.dtype)
     return tensors
+
+
+def pick_statistics(stats: Any, unnorm_key: str | None) -> Mapping[str, Any]:
+    """The statistics of one dataset. Raises BenchError that lists what there is."""
+    if not isinstance(stats, dict) or not stats:
+        raise BenchError("norm_stats: neither dataset_statistics.json nor config.json has any")
+    there = ", ".join(sorted(stats))
+    if unnorm_key is None and len(stats) > 1:
+        raise BenchError(f"unnorm_key: the checkpoint was trained on several datasets; choose one of {there}")
+    keys = list(stats) if unnorm_key is None else [unnorm_key, f"{unnorm_key}_no_noops"]
+    for key in keys:
+        if key in stats:
+            chosen: Mapping[str, Any] = stats[key]
+            return chosen
+    raise BenchError(f"unnorm_key: {unnorm_key!r}; the checkpoint has {there}")
