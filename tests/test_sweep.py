@@ -51,6 +51,12 @@ def test_a_sweep_is_the_product_of_its_axes_less_what_is_excluded():
     assert [cell.config.settings.critics for cell in sweep.cells if cell.row.ablation == "one-critic"] == [1] * 5
 
 
+def test_an_ablation_may_change_how_it_is_run():
+    sweep = plan(ablations={"control": {"run": {"rewards": "shuffled"}}})
+    found = {cell.row.ablation: cell.config.rewards for cell in sweep.cells}
+    assert found == {"default": "success", "control": "shuffled"}
+
+
 def test_later_overrides_win_over_ablations_settings_and_presets():
     sweep = plan(
         seeds=[0, 1],
@@ -118,8 +124,8 @@ def test_what_cannot_run_says_why():
         ({"settings": {"fpo": {"lr": -1}}}, "cell fpo pi0-tiny libero_object: algo.lr: -1.0;"),
         ({"settings": {"dppo": {}}}, "settings.dppo: not in algorithms; did you mean 'fpo'?"),
         ({"ablations": {"default": {"settings": {}}}}, "ablations.default: the name 'default' is taken"),
-        ({"ablations": {"a": {"settings": {}}}}, "ablations.a.settings: {}; it must change something"),
-        ({"ablations": {"a": {}}}, "ablations.a.settings: missing"),
+        ({"ablations": {"a": {"settings": {}}}}, "ablations.a: it changes nothing; give settings, or options of run"),
+        ({"ablations": {"a": {"run": {"reward": "shuffled"}}}}, "ablations.a.run.reward: unknown field;"),
         ({"ablations": {"a": {"settings": {"x": 1}}}}, "ablations.a.settings.x: unknown field;"),
         ({"exclude": [{}]}, "exclude[0]: {}; it would leave out every cell"),
         ({"exclude": [{"seeds": [0]}]}, "exclude: no cell is left"),

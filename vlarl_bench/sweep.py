@@ -76,10 +76,12 @@ class Options:
 
 @dataclass(frozen=True)
 class Ablation:
-    """Settings that depart from the default, under a name."""
+    """What departs from the default, under a name: settings, or options of the run such as `rewards`."""
 
-    settings: Any
+    settings: Any = dataclasses.field(default_factory=dict)
     """Setting -> value."""
+    run: Any = dataclasses.field(default_factory=dict)
+    """`Options`."""
     algorithms: tuple[str, ...] = ()
     """Whose settings they are; empty means every algorithm of the sweep."""
 
@@ -309,10 +311,11 @@ def _row(
     algorithm, policy, suite, name = axes
     kind = registry.get("algorithm", algorithm).Settings
     settings = _changed(kind, {}, file.settings.get(algorithm, {}), f"settings.{algorithm}", axes)
-    if ablation is not None:
-        settings = _changed(kind, settings, ablation.settings, f"ablations.{name}.settings", axes)
     budget = _budget(file.budget)
     options = _filled(Options, file.run, "run")
+    if ablation is not None:
+        settings = _changed(kind, settings, ablation.settings, f"ablations.{name}.settings", axes)
+        options = _filled(Options, {**options, **ablation.run}, f"ablations.{name}.run")
     resources = _filled(Resources, file.resources, "resources")
     for where, change in changes:
         settings = _changed(kind, settings, change.settings, f"{where}.settings", axes)
@@ -370,8 +373,9 @@ def _ablations(file: SweepFile) -> dict[str, Ablation]:
             if algorithm not in file.algorithms:
                 near = registry.did_you_mean(algorithm, file.algorithms)
                 raise BenchError(f"{where}.algorithms: {algorithm!r} is not in algorithms; {near}")
-        if not _table(ablation.settings, f"{where}.settings"):
-            raise BenchError(f"{where}.settings: {{}}; it must change something")
+        changes = [_table(getattr(ablation, field), f"{where}.{field}") for field in ("settings", "run")]
+        if not any(changes):
+            raise BenchError(f"{where}: it changes nothing; give settings, or options of run")
         found[name] = ablation
     return found
 
