@@ -39,12 +39,11 @@ class DSRLSettings:
 
     bound: float = 1.0
     """b: every number of the noise lies in [-b, b] (authors 1 on LIBERO, 1.5 on square)."""
-    utd: float = 4.0
+    utd: float = 1.0
     """Gradient steps a collected decision, which take about as many operations as the dearest of the other methods'
     updates; authors 20."""
-    batch: int = 64
-    """Decisions a gradient step; authors 256. A value travels back one decision a step at most: of as many operations,
-    more steps on fewer decisions are worth more."""
+    batch: int = 256
+    """Decisions a gradient step (authors)."""
     capacity: int = 50_000
     """Latest decisions that replay keeps; authors 10 million."""
     gamma: float = 0.99
@@ -59,8 +58,10 @@ class DSRLSettings:
     """Critic learning rate (Adam, authors)."""
     critic_width: int = 256
     """Hidden width of each critic."""
-    polyak: float = 0.005
-    """Step of the target critics towards the critics after each gradient step (authors)."""
+    critic_norm: bool = True
+    """Whether critics' layers are normalised (authors on LIBERO; not in SAC). Without it they run away."""
+    polyak: float = 0.02
+    """Step of the target critics towards the critics after each gradient step; authors 0.005, with 20 times as many."""
     temperature: float = 0.01
     """Entropy temperature at the start; authors 1, with rewards of -1 a step. From then on it is learned."""
     entropy_in_target: bool = False
@@ -107,8 +108,8 @@ class DSRL(Algorithm):
         self.optimizer = torch.optim.Adam(only_actor_learns(policy), lr=s.lr, fused=True)
         shape = (policy.feature_dim + 1, policy.chunk * policy.latent_dim)
         self.target_entropy = s.target_entropy * shape[1]
-        self.critic = QEnsemble(s.critics, *shape, s.critic_width, self.generator)
-        self.target = QEnsemble(s.critics, *shape, s.critic_width, self.generator)
+        self.critic = QEnsemble(s.critics, *shape, s.critic_width, self.generator, s.critic_norm)
+        self.target = QEnsemble(s.critics, *shape, s.critic_width, self.generator, s.critic_norm)
         self.target.load_state_dict(self.critic.state_dict())
         self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=s.critic_lr, fused=True)
         self.log_temperature = torch.tensor(s.temperature).log().requires_grad_()

@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 
-from vlarl_bench.critics import ValueCritic
+from vlarl_bench.critics import QEnsemble, ValueCritic
 
 
 def critic(steps=300, window=4, seed=0):
@@ -51,3 +51,15 @@ def test_it_resumes_bitwise():
     resumed.generator.set_state(straight.generator.get_state())  # the algorithm's, which stores it
     assert straight.fit(*states(seed=1)) == resumed.fit(*states(seed=1))
     assert torch.equal(straight(states()[0]), resumed(states()[0]))
+
+
+def test_a_normalised_critic_stays_bounded_where_it_has_no_data():
+    """Far from all data the other one grows with the distance."""
+    far = [10.0**k * torch.ones(1, 4) for k in (1, 3)]
+    for norm, grows in ((False, True), (True, False)):
+        ensemble = QEnsemble(2, 3, 4, 8, torch.Generator().manual_seed(0), norm)
+        ensemble.standardise(torch.randn(9, 3, generator=torch.Generator().manual_seed(1)))
+        for member in ensemble.members:
+            torch.nn.init.ones_(member[1].weight)
+        near, away = (ensemble(torch.zeros(1, 3), chunk).abs().max().item() for chunk in far)
+        assert (away > 10 * near) == grows

@@ -21,7 +21,11 @@ class QEnsemble(nn.Module):
     of their features. The last layer starts at zero: an untrained critic says 0 everywhere instead of noise.
     """
 
-    def __init__(self, members: int, features: int, chunk: int, width: int, generator: torch.Generator) -> None:
+    def __init__(
+        self, members: int, features: int, chunk: int, width: int, generator: torch.Generator, norm: bool = False
+    ) -> None:
+        """With `norm` each hidden layer is normalised (Ba et al., 2016), so that a critic that learns from its own
+        values cannot run away where it has no data (Ball et al., 2023, sec. 4.2)."""
         super().__init__()
         self.mean: Tensor
         self.std: Tensor
@@ -30,7 +34,10 @@ class QEnsemble(nn.Module):
         inputs = features + chunk
         self.members = nn.ModuleList()
         for _ in range(members):
-            net = nn.Sequential(nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+            hidden = [
+                (nn.Linear(n, width), *([nn.LayerNorm(width)] if norm else []), nn.SiLU()) for n in (inputs, width)
+            ]
+            net = nn.Sequential(*(layer for layers in hidden for layer in layers))
             for layer in net:
                 if isinstance(layer, nn.Linear):
                     nn.init.kaiming_uniform_(layer.weight, a=5**0.5, generator=generator)
