@@ -4,46 +4,35 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 
 from vlarl_bench import attempts
 from vlarl_bench.attempts import Claim, is_alive, newest, read_attempt, take
 from vlarl_bench.errors import BenchError
-from vlarl_bench.records import EpisodeLog, EpisodeRow, read_rows
+from vlarl_bench.records import read_rows
 from vlarl_bench.sealed import write_sealed
 
 fork = multiprocessing.get_context("fork")
 
 
-def contend(folder, barrier, answers):
-    barrier.wait()
-    taken = take(folder, "cell", seen=0)
-    answers.put((os.getpid(), isinstance(taken, Claim)))
-    barrier.wait()  # the holder lives until all have tried
-
-
-def processes(number, target, *arguments):
-    """Starts processes that meet at a barrier."""
-    barrier = fork.Barrier(number, timeout=60)  # the others must not wait for ever for one that failed
-    found = [fork.Process(target=target, args=(*arguments[:1], barrier, *arguments[1:])) for _ in range(number)]
-    for process in found:
-        process.start()
-    return found
+def crowd(*arguments):
+    """What each of 64 processes was told."""
+    command = [sys.executable, Path(__file__).parent / "faults" / "crowd.py", *map(str, arguments)]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout)
 
 
 @pytest.mark.torture
 def test_of_64_processes_one_gets_the_cell_and_again_when_it_is_dead(tmp_path, record_property):
     for number in (1, 2):
-        answers = fork.SimpleQueue()
-        crowd = processes(64, contend, tmp_path, answers)
-        told = [answers.get() for _ in crowd]
-        for process in crowd:
-            process.join(60)
+        told = crowd("claim", tmp_path)
         winners = [pid for pid, won in told if won]
-        assert len(winners) == 1
+        assert (len(told), len(winners)) == (64, 1)
         (path,) = newest(tmp_path).values()
         attempt = read_attempt(path)
         assert (attempt.pid, attempt.number, attempt.outcome) == (*winners, number, "")
@@ -170,40 +159,12 @@ def test_every_flipped_byte_and_every_truncation_is_named(tmp_path):
         read_attempt(tmp_path / "other.0001.json")
 
 
-ROW = {
-    **{"run": "r", "phase": "base", "iteration": 0, "algorithm": "a", "policy": "p", "checkpoint": "c", "suite": "s"},
-    **{"task": "t", "init_state": 0, "repeat": 0, "seed": 0, "decoding": "sampled", "observation": "state"},
-    **{"success": True, "steps": 3, "return": 1.0, "protocol": "p", "fingerprint": "f", "code": "c"},
-    **{"env_steps": 0, "gradient_steps": 0, "flops": 0},
-}
-
-
-def append(folder, barrier, answers, shared):
-    barrier.wait()
-    name = "shared" if shared else str(os.getpid())
-    try:
-        with EpisodeLog(folder / name / "episodes.jsonl") as log:
-            for repeat in range(20):
-                log.append(EpisodeRow.from_json({**ROW, "run": str(os.getpid()), "repeat": repeat}))
-            barrier.wait()
-        answers.put("")
-    except BenchError as error:
-        answers.put(str(error))
-        barrier.wait()
-    except Exception as error:  # whoever waits for the answer must get one
-        answers.put(repr(error))
-        raise
-
-
 @pytest.mark.torture
 @pytest.mark.parametrize("shared", [False, True])
 def test_64_processes_append_rows_at_once_and_none_is_lost_or_torn(tmp_path, shared, record_property):
     """Each cell has a file of its own. Where 64 are after one, one writes it and the others are told."""
-    answers = fork.SimpleQueue()
-    crowd = processes(64, append, tmp_path, answers, shared)
-    told = [answers.get() for _ in crowd]
-    for process in crowd:
-        process.join(60)
+    told = crowd("append", tmp_path, *(["shared"] if shared else []))
+    assert len(told) == 64
     files = list(tmp_path.glob("*/episodes.jsonl"))
     rows = [row for file in files for row in read_rows(file)]
     writers = [error for error in told if not error]

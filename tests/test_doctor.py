@@ -14,7 +14,8 @@ def no_gl_libraries(tmp_path, monkeypatch):
     for name in ("libOSMesa.so", "libOSMesa.so.6", "libOSMesa.so.8", "libEGL.so", "libEGL.so.1"):
         (tmp_path / name).touch()
     monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
-    monkeypatch.delenv("MUJOCO_GL", raising=False)
+    for name in ("MUJOCO_GL", doctor.DRAWN):
+        monkeypatch.delenv(name, raising=False)
     doctor.gl_error.cache_clear()
     yield
     doctor.gl_error.cache_clear()
@@ -24,6 +25,21 @@ def test_without_gl_the_line_to_run_is_given(no_gl_libraries):
     with pytest.raises(BenchError, match=r"^no GL library: .*apt-get install -y libosmesa6$"):
         doctor.require_gl()
     assert "MUJOCO_GL" not in os.environ
+
+
+def test_what_has_drawn_is_not_tried_again_but_on_another_machine(monkeypatch):
+    tried = []
+    monkeypatch.setattr(doctor, "gl_error", lambda backend: tried.append(backend) or "")
+    monkeypatch.setenv("MUJOCO_GL", "osmesa")
+    monkeypatch.delenv(doctor.DRAWN, raising=False)
+    doctor.require_gl()
+    doctor.require_gl()
+    assert tried == ["osmesa"]
+    monkeypatch.setenv("MUJOCO_GL", "egl")
+    doctor.require_gl()
+    monkeypatch.setenv(doctor.DRAWN, "egl on elsewhere")
+    doctor.require_gl()
+    assert tried == ["osmesa", "egl", "egl"]
 
 
 def test_a_busy_machine_is_not_taken_for_one_without_gl(monkeypatch):

@@ -74,22 +74,27 @@ def checks() -> Iterator[Check]:
 def require_gl() -> str:
     """Makes sure that pictures can be rendered, before anything heavy starts; returns the back end.
 
-    Sets MUJOCO_GL if it is unset: EGL with an NVIDIA GPU, else OSMesa, whichever of them works.
+    Sets MUJOCO_GL if it is unset: EGL with an NVIDIA GPU, else OSMesa, whichever of them works. What one process has
+    tried, those that it starts need not.
 
     Raises:
         BenchError: with the line that installs what is missing.
     """
     chosen = os.environ.get("MUJOCO_GL", "")
+    if chosen and os.environ.get(DRAWN) == f"{chosen} on {platform.node()}":
+        return chosen
     if chosen:
         reason = gl_error(chosen)
         if reason:
             fix = _install(chosen) if chosen in GL_PACKAGES else "unset it, or use osmesa or egl"
             raise BenchError(f"MUJOCO_GL: {chosen!r} cannot render here ({reason}); {fix}")
+        os.environ[DRAWN] = f"{chosen} on {platform.node()}"
         return chosen
     for backend in ("egl", "osmesa") if _gpu_name() else ("osmesa", "egl"):
         reason = gl_error(backend)
         if not reason:
             os.environ["MUJOCO_GL"] = backend
+            os.environ[DRAWN] = f"{backend} on {platform.node()}"
             return backend
         if reason == TIMED_OUT:
             raise BenchError(f"GL: drawing one picture with {backend} {reason}; this machine is too busy, try again")
@@ -97,6 +102,8 @@ def require_gl() -> str:
 
 
 TIMED_OUT = "took over 180 seconds"
+DRAWN = "VLARL_BENCH_GL"
+"""Variable in which a process tells those that it starts with which back end, and where, it has drawn a picture."""
 
 
 @cache

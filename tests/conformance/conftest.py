@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import json
+import subprocess
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +30,7 @@ class Bench:
     protocol: Any
     policy: Any
     rollout: Any
-    """Four episodes of three decisions, two from each of two initial states; of each two one counts as a success, so
+    """Four episodes of two decisions, two from each of two initial states; of each two one counts as a success, so
     there is something to learn. Another policy may have acted in them: `data` is for what must be the policy's own."""
     demonstrations: Any
     """Two of 12 environment steps."""
@@ -35,7 +38,7 @@ class Bench:
     @property
     def observations(self):
         """Four different ones."""
-        return [episode.observations[i] for i, episode in enumerate(self.rollout.episodes)]
+        return [episode.observations[i % len(episode.observations)] for i, episode in enumerate(self.rollout.episodes)]
 
     def data(self, algorithm, policy):
         """What the algorithm's `update` is given: where it learns from rollouts, the recorded episodes as if `policy`
@@ -92,7 +95,7 @@ def _recorded(name):
     suite, protocol = stage(spec)
     task = suite.tasks[0]
     jobs = [Job(task, protocol.train_states[i // 2], i % 2, episode_seed(0, i)) for i in range(4)]
-    short = dataclasses.replace(protocol, horizon={task.suite: 3 * protocol.execute})
+    short = dataclasses.replace(protocol, horizon={task.suite: 2 * protocol.execute})
     single = dataclasses.replace(protocol, horizon={task.suite: 12}, execute=1)
     with Pool(suite, protocol, workers=1) as pool:
         objects = pool.call("reset", {0: (task, protocol.train_states[0])})[0].objects
@@ -105,7 +108,7 @@ def _recorded(name):
         Demonstration(task, e.job.init_state, True, tuple(e.observations[:-1]), np.concatenate(e.actions))
         for e in steps
     ]
-    return objects, Rollout(episodes, {task.suite: 3}), demonstrations
+    return objects, Rollout(episodes, {task.suite: 2}), demonstrations
 
 
 def _vocabulary(suite, objects):
@@ -132,3 +135,31 @@ def bench():
 def budget():
     """The smallest budget that ships, with supervised work that takes a second also from pixels."""
     return dataclasses.replace(BUDGETS["smoke"], gradient_steps=2, batch_size=4)
+
+
+LISTED = """
+import json, sys, types
+from vlarl_bench import registry
+heavy = ("torch", "transformers", "mujoco", "robosuite", "libero", "gymnasium", "scipy", "matplotlib")
+found = {}
+for name in registry.names(KIND):
+    what = registry.get(KIND, name)
+    (what.Settings() if KIND == "algorithm" else what.tasks if KIND == "suite" else what.summary)
+    found[name] = [m for m in heavy if type(sys.modules.get(m)) is types.ModuleType]
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="session")
+def imported():
+    """`imported(kind)`: for each plug-in of that kind the heavy modules that are loaded once it, after those before it,
+    has been named and described. `vlarl-bench list` must stay instant; what is imported lazily is not yet a plain
+    module."""
+
+    @functools.cache
+    def found(kind):
+        code = LISTED.replace("KIND", repr(kind))
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        return json.loads(done.stdout)
+
+    return found
