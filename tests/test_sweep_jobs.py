@@ -10,7 +10,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from sweeps import COMMAND, TOY, environment, history, outcomes, toml, vlarl
+from sweeps import COMMAND, TOY, environment, here, history, outcomes, toml, vlarl
 
 from vlarl_bench import sweep_jobs
 from vlarl_bench.cli import main
@@ -28,7 +28,7 @@ def calm(env, tmp_path_factory):
     """An undisturbed sweep of two seeds."""
     file = tmp_path_factory.mktemp("calm") / "calm.toml"
     file.write_text(toml({**TOY, "seeds": [0, 1], "parallel": 2}))
-    assert "2 cells: 2 missing" in vlarl(env, "sweep", file, "--dry-run")
+    assert "2 cells: 2 missing" in here("sweep", file, "--dry-run")
     assert not file.with_suffix("").exists()  # a plan leaves nothing behind
     assert "2 cells: 2 done" in vlarl(env, "sweep", file)
     return file
@@ -57,33 +57,33 @@ def test_a_done_sweep_is_left_alone_and_tells_what_more_would_cost(calm, env):
     assert history(calm.with_suffix("")) == before
     more = calm.with_name("more.toml")
     more.write_text(toml({**TOY, "seeds": [0, 1, 2, 3], "out": "calm"}))
-    told = vlarl(env, "sweep", more, "--dry-run")
+    told = here("sweep", more, "--dry-run")
     assert "done 0-1" in told
     assert "missing 2-3" in told
     seconds = sum(attempt.seconds for attempt in before.values()) / 2
     assert f"2 cells to run: about {2 * seconds / 3600:.3g} h" in told
 
 
-def test_cells_of_a_pack_are_done_wherever_they_were_run(calm, env):
+def test_cells_of_a_pack_are_done_wherever_they_were_run(calm):
     elsewhere = calm.with_name("elsewhere.toml")
     elsewhere.write_text(toml({**TOY, "seeds": [0, 1, 2], "packed": "packed"}))
-    assert "3 cells: 3 missing" in vlarl(env, "sweep", elsewhere, "--dry-run")
+    assert "3 cells: 3 missing" in here("sweep", elsewhere, "--dry-run")
     for run in (calm.with_suffix("") / "runs").iterdir():
         subprocess.run(["cp", "-r", run, calm.with_name(f"renamed-{run.name}")], check=True)
-    vlarl(env, "pack", *sorted(calm.parent.glob("renamed-*")), "--out", calm.with_name("packed"))
-    told = vlarl(env, "sweep", elsewhere, "--dry-run")
+    here("pack", *sorted(calm.parent.glob("renamed-*")), "--out", calm.with_name("packed"))
+    told = here("sweep", elsewhere, "--dry-run")
     assert "done 0-1" in told
     assert "missing 2" in told
 
 
-def test_a_done_cell_whose_folder_is_gone_is_run_again(calm, env, tmp_path):
+def test_a_done_cell_whose_folder_is_gone_is_run_again(calm, tmp_path):
     file, out = tmp_path / "again.toml", tmp_path / "again"
     file.write_text(toml({**TOY, "seeds": [0]}))
     subprocess.run(["cp", "-r", calm.with_suffix(""), out], check=True)
     (gone, *_) = (run for run in sorted((out / "runs").iterdir()) if "seed0" in run.name)
     subprocess.run(["rm", "-r", gone], check=True)
-    assert "missing 0" in vlarl(env, "sweep", file, "--dry-run")
-    assert "1 cell: 1 done" in vlarl(env, "sweep", file)
+    assert "missing 0" in here("sweep", file, "--dry-run")
+    assert "1 cell: 1 done" in here("sweep", file, "--executor", "debug")
     assert outcomes(out)[gone.name] == outcomes(calm.with_suffix(""))[gone.name]
 
 
@@ -97,7 +97,7 @@ def test_one_seed_of_all_rows_runs_before_the_next():
     assert [(found.name, found.seed) for found, _ in chosen] == [("a", 7), ("a", 3), ("b", 3)]
 
 
-def test_the_manifest_names_a_command_that_asks_for_the_same_run(calm, env):
+def test_the_manifest_names_a_command_that_asks_for_the_same_run(calm):
     out = calm.with_suffix("")
     (run, *_) = sorted((out / "runs").iterdir())
     argv = json.loads((run / "manifest.json").read_text())["argv"]
@@ -115,9 +115,9 @@ def test_a_killed_run_is_failed_with_its_log_and_a_retry_ends_as_if_nothing_was(
     line = f"failed: {failed.cell}: the run was killed by SIGKILL: out of memory?; log: {out / failed.log}"
     assert line in " ".join(told.split())
     assert (out / failed.log).is_file()
-    assert line in " ".join(vlarl(env, "status", file).split())
+    assert line in " ".join(here("status", file).split())
     vlarl(env, "sweep", file, status=1)  # without --retry-failed it stays so
-    assert "1 cell: 1 done" in vlarl(env, "sweep", file, "--retry-failed")
+    assert "1 cell: 1 done" in here("sweep", file, "--retry-failed", "--executor", "debug")
     assert outcomes(out).items() < outcomes(calm.with_suffix("")).items()
 
 
@@ -131,14 +131,14 @@ def test_kill_9_of_all_of_it_then_the_same_command_goes_on(calm, env, tmp_path):
     (holder,) = [attempt.pid for attempt in history(out).values()]
     os.kill(holder, signal.SIGKILL)
     sweep.wait()
-    told = vlarl(env, "status", file)
+    told = here("status", file)
     assert "interrupted 1" in told
     assert f"process {holder} on" in told
-    assert "1 cell: 1 done" in vlarl(env, "sweep", file)
+    assert "1 cell: 1 done" in here("sweep", file, "--executor", "debug")
     assert outcomes(out).items() < outcomes(calm.with_suffix("")).items()
     assert [attempt.number for attempt in history(out).values()] == [2]
     file.write_text(toml({**TOY, "seeds": [2]}))
-    assert f"besides: 1 cells in {out} that the file no longer names" in vlarl(env, "status", file)
+    assert f"besides: 1 cells in {out} that the file no longer names" in here("status", file)
 
 
 def test_a_pause_is_no_signal():
@@ -227,8 +227,8 @@ def test_two_people_on_one_sweep_and_cancel(calm, env, tmp_path):
     slow.touch()
     both = [start({**env, "TOY_SLOW": str(slow)}, file) for _ in range(2)]
     wait_until(lambda: checkpointed(out, 2))
-    assert "2 cells: 2 running" in vlarl(env, "status", file, "--once")
-    told = vlarl(env, "cancel", file)
+    assert "2 cells: 2 running" in here("status", file, "--once")
+    told = here("cancel", file)
     assert told.count(": stopped") == 2
     for process in both:
         assert process.wait(60) == 0
@@ -237,10 +237,10 @@ def test_two_people_on_one_sweep_and_cancel(calm, env, tmp_path):
     both = [start(env, file) for _ in range(2)]
     for process in both:
         assert process.wait(300) == 0
-    assert "2 cells: 2 done" in vlarl(env, "status", file)
+    assert "2 cells: 2 done" in here("status", file)
     assert [attempt.number for attempt in history(out).values()] == [2, 2]  # nobody ran a cell twice
     assert outcomes(out) == outcomes(calm.with_suffix(""))
-    assert vlarl(env, "cancel", file).strip() == "nothing runs or waits"
+    assert here("cancel", file).strip() == "nothing runs or waits"
 
 
 def test_what_was_altered_in_a_sweeps_folder_is_named_and_never_run(calm, env, tmp_path):
@@ -268,7 +268,7 @@ def test_what_was_altered_in_a_sweeps_folder_is_named_and_never_run(calm, env, t
     assert done.returncode == 2
     assert f"{path}: damaged" in done.stderr
     path.write_text(content)
-    assert "1 cell: 1 done" in vlarl(env, "sweep", file, "--retry-failed")
+    assert "1 cell: 1 done" in here("sweep", file, "--retry-failed", "--executor", "debug")
     assert not (tmp_path / "owned").exists()
 
 
@@ -291,11 +291,11 @@ def test_options_write_the_file_that_they_stand_for_and_go_on_with_it(tmp_path, 
 
 
 @pytest.mark.torture
-def test_executor_debug_ends_with_the_same_rows(calm, env, tmp_path):
+def test_executor_debug_ends_with_the_same_rows(calm, tmp_path):
     pytest.importorskip("tensorboard")
     file = tmp_path / "here.toml"
     file.write_text(toml({**TOY, "seeds": [0], "tracker": "tensorboard"}))
-    assert "1 cell: 1 done" in vlarl(env, "sweep", file, "--executor", "debug")
+    assert "1 cell: 1 done" in here("sweep", file, "--executor", "debug")
     assert list(tmp_path.glob("here/runs/*/tensorboard/events.*"))
     assert outcomes(tmp_path / "here").items() < outcomes(calm.with_suffix("")).items()
 

@@ -1,12 +1,17 @@
 """Sweeps of toy cells, for tests of what surrounds them."""
 
+import contextlib
+import io
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+from toy_suite import installed
+
 from vlarl_bench.attempts import newest, read_attempt
+from vlarl_bench.cli import main
 from vlarl_bench.records import read_metrics, read_rows
 
 HERE = Path(__file__).parent
@@ -60,6 +65,15 @@ def vlarl(env, *arguments, status=0):
     done = subprocess.run([*COMMAND, *map(str, arguments)], env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == status, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stderr if status == 2 else done.stdout
+
+
+def here(*arguments, status=0):
+    """The same in this process, which has torch already."""
+    out, err = io.StringIO(), io.StringIO()
+    with installed(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        returned = main([str(argument) for argument in arguments])
+    assert returned == status, out.getvalue()[-2000:] + err.getvalue()[-2000:]
+    return err.getvalue() if status == 2 else out.getvalue()
 
 
 def outcomes(out):
