@@ -333,7 +333,7 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
         "    suite = FaultySuite(Fault('loop', 'one', folder, 'open'), Fault('SIGSTOP', 'two', folder, 'open'))\n"
         "    pool = Pool(suite, suite.protocol('state'), 3)\n"
         "    print(*pool.pids, flush=True)\n"
-        "    pool.call('open', {0: suite.tasks[0], 1: suite.tasks[1], 2: suite.tasks[2]})\n"
+        "    pool.call('reset', {0: (suite.tasks[0], 0), 1: (suite.tasks[1], 0), 2: (suite.tasks[2], 0)})\n"
     )
     parent = subprocess.Popen(
         [sys.executable, str(script)],

@@ -17,8 +17,7 @@ INSTRUCTION = "pick up the alphabet soup and place it in the basket"
 
 
 class ToySuite(FaultySuite):
-    """A training chunk takes up to 4 s while there is a file `TOY_SLOW`; and where there is a file `TOY_KILL`, it kills
-    the run."""
+    """A chunk takes 2 s while there is a file `TOY_SLOW`; and where there is a file `TOY_KILL`, it kills the run."""
 
     name = "toy-arm"
     summary = "a chaotic map"
@@ -39,9 +38,8 @@ class ToySimulator(FaultySimulator):
     winning = (1, 3)  # of two to train on one, so that there is something to learn
 
     def step(self, actions):
-        until = time.monotonic() + 4 * (self.init_state in (0, 1))
-        while time.monotonic() < until and Path(os.environ.get("TOY_SLOW", "none")).exists():
-            time.sleep(0.05)
+        if Path(os.environ.get("TOY_SLOW", "none")).exists():
+            time.sleep(2)
         with contextlib.suppress(FileNotFoundError):
             Path(os.environ.get("TOY_KILL", "none")).unlink()  # by one of several simulators, whose run it then kills
             os.kill(os.getppid(), signal.SIGKILL)
