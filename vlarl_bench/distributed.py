@@ -72,7 +72,7 @@ def joined() -> Iterator[None]:
         yield
         return
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        end_with(os.getppid())  # a run does not outlive its launcher
+        end_with(os.getppid())  # a run does not outlive its launcher, as long as that is there by now
     with _together():
         store, number, count = next(torch.distributed.rendezvous("env://", timeout=TIMEOUT))
         torch.distributed.init_process_group("gloo", store=store, rank=number, world_size=count, timeout=TIMEOUT)

@@ -91,8 +91,8 @@ def _write(
 def captioned(frame: np.ndarray, instruction: str, when: str, success: bool, step: int) -> np.ndarray:
     """Adds a strip above a [H, W, 3] uint8 frame: instruction, which policy, environment step and how it ends.
 
-    when: for example "before (base)". Returns [H + strip, W, 3] with even sides. The
-    strip's height depends only on the width and the instruction, so all frames of a film agree.
+    when: for example "before (base)". Returns [H + strip, W, 3] with even sides. The strip's height depends only on the
+    width and the instruction, so all frames of a film agree.
     """
     height, width = frame.shape[:2]
     size = max(11, width // 20)
