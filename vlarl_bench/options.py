@@ -192,10 +192,10 @@ class Table:
     """Run folders, packs, or runs of packs as PACK/NAME: one shows each task, several one line per run and suite."""
     format: Literal["text", "markdown", "csv", "latex", "json"] = "text"
     """How to print it; csv and json carry full precision, latex needs booktabs."""
-    layout: Literal["runs", "paper", "aggregate", "cost"] = "runs"
-    """runs: a line per run, or per task of one; paper: methods down, suites across; aggregate: mean, IQM, optimality
-    gap, chance to improve, ranks and sample efficiency over seeds and tasks; cost: steps, operations and CPU hours to a
-    success rate in training."""
+    layout: Literal["runs", "gains", "paper", "aggregate", "cost"] = "runs"
+    """runs: a line per run, or per task of one; gains: a line per method, before and after; paper: methods down, suites
+    across; aggregate: mean, IQM, optimality gap, chance to improve, ranks and sample efficiency over seeds and tasks;
+    cost: steps, operations and CPU hours to a success rate in training."""
     published: str = ""
     """Folder of numbers that others published, such as results/published: shown below the measured ones of a paper
     layout, never mixed with them."""

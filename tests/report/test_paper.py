@@ -217,7 +217,7 @@ def test_csv_is_flat(folders):
 
 def test_commands(folders, capsys):
     paths = [str(folder) for folder in folders]
-    for layout in ("paper", "aggregate"):
+    for layout in ("gains", "paper", "aggregate"):
         for form in ("text", "markdown", "csv", "latex", "json"):
             assert cli.main(["table", *paths, "--layout", layout, "--format", form]) == 0
             out = capsys.readouterr().out

@@ -19,6 +19,7 @@ def table(args: list[str]) -> int:
     if not 0 < options.threshold <= 1:
         raise BenchError(f"threshold: {options.threshold:g}; it must be above 0 and at most 1, such as 0.8")
     from .cost import cost_table
+    from .gains import gains_table
     from .paper import aggregate_table, paper_table
     from .published import read_published
     from .render import print_table, to_csv, to_json, to_latex, to_markdown
@@ -32,6 +33,8 @@ def table(args: list[str]) -> int:
         table = aggregate_table(runs, options.threshold)
     elif options.layout == "cost":
         table = cost_table(runs, options.threshold)
+    elif options.layout == "gains":
+        table = gains_table(runs)
     else:
         table = comparison_table(runs[0]) if len(runs) == 1 else summary_table(runs)
     if options.format == "text":

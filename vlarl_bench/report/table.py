@@ -210,8 +210,12 @@ def _score_texts(record: Record, compares: bool) -> tuple[str, ...]:
     change = f"{100 * record['difference']:+.1f}" + ("" if record["complete"] else " INCOMPLETE")
     if record["difference_low"] is not None:
         change += f" [{100 * record['difference_low']:+.1f}, {100 * record['difference_high']:+.1f}]"
-    p = record["p_value"]
-    return base, after, change, "-" if p is None else "<0.0001" if p < 1e-4 else f"{p:.4f}"
+    return base, after, change, p_text(record["p_value"])
+
+
+def p_text(p: float | None) -> str:
+    """A p value, or a dash where nothing was tested."""
+    return "-" if p is None else "<0.0001" if p < 1e-4 else f"{p:.4f}"
 
 
 def _score_text(record: Record, prefix: str, expected: int) -> str:

@@ -1,0 +1,52 @@
+"""What each method gained over the policy that it began with, a line each: the answer in short."""
+
+from collections.abc import Sequence
+
+from ..errors import BenchError
+from .comparisons import change, change_text, separation
+from .methods import Method, base_of, cell, compared_methods, in_order, suites_of
+from .paper import SEPARATED
+from .runs import RunFolder
+from .table import Record, Table, p_text, protocol_notes
+
+
+def gains_table(runs: Sequence[RunFolder]) -> Table:
+    """Rows are methods on one suite, columns their success before and after and the difference. Raises BenchError if
+    there are no runs."""
+    if not runs:
+        raise BenchError("runs: none given; name at least one run folder")
+    methods, lines, records = compared_methods(runs), [], []
+    for suite in suites_of(methods):
+        tests = separation(methods, suite).p
+        for method in in_order(methods, [suite]):
+            base, shown = base_of(method, methods), cell(method, suite)
+            if base is None or not shown["expected"]:
+                continue
+            gain, p = change(method, base, suite), float(tests[methods.index(method), methods.index(base)])
+            before, of = _counts(base, method, suite)
+            record: Record = {
+                "algorithm": method.name, "policy": method.policy, "settings": method.settings, "suite": suite,
+                **{name: shown[name] for name in ("seeds", "expected", "episodes", "successes", "complete")},
+                "base_episodes": of, "base_successes": before, "gain": gain, "p_holm": p if p == p else None,
+            }  # fmt: skip
+            records.append(record)
+            counts = [f"{n}/{m} {100 * n / m:.0f}%" if m else "not run"
+                      for n, m in ((before, of), (shown["successes"], shown["episodes"]))]  # fmt: skip
+            seeds = str(len(method.seeds))
+            lines.append(
+                (suite, method.label, method.policy, seeds, *counts, change_text(gain), p_text(record["p_holm"]))
+            )
+    columns = ("suite", "method", "policy", "seeds", "before", "after", "gain, pp [95%]", "p")
+    notes = (
+        *protocol_notes(runs),
+        "Before: the base policy on the episodes that it shares with the method. Gain: the mean change on these; 95% "
+        "interval over seeds (Student's t), with one seed over initial states.",
+        f"p: of the comparison with the base policy. {SEPARATED}",
+    )
+    return Table("What each method gained", notes, columns, tuple(lines), 0, tuple(records), tuple(records))
+
+
+def _counts(base: Method, method: Method, suite: str) -> tuple[int, int]:
+    """The base policy's successes on the episodes that both played, and how many these are."""
+    outcomes = base.results[base.played(suite) & method.played(suite)]
+    return int(outcomes.sum()), len(outcomes)
