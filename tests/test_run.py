@@ -22,6 +22,7 @@ from vlarl_bench import film, run, training
 from vlarl_bench.cli import main
 from vlarl_bench.errors import Diverged
 from vlarl_bench.records import LostLog, read_metrics, read_rows
+from vlarl_bench.report.runs import read_run
 from vlarl_bench.sealed import read_sealed, write_sealed
 
 COMMAND = [str(Path(sys.executable).parent / "vlarl-bench")]
@@ -278,6 +279,10 @@ def test_a_finished_policy_can_be_evaluated_and_tabled(whole, tmp_path, monkeypa
         final.seed,
         final.checkpoint,
     )
+    run, evaluated = (json.loads((f / "manifest.json").read_text()) for f in (folder, out))
+    assert evaluated["trained"]["base_checkpoint"] == run["base_checkpoint"] != evaluated["base_checkpoint"]
+    assert evaluated["seed"] == evaluated["trained"]["seed"] == run["seed"]  # by default
+    assert read_run(out).settings() == read_run(folder).settings() and read_run(out).method == "fpo"
     assert len(imageio.imread(out / "eval.mp4")) == -(-row.steps // 10) + 1 + 2
     assert "fpo" in vlarl("table", folder, "--format", "markdown").stdout
 

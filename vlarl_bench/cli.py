@@ -152,13 +152,22 @@ def _eval(args: list[str]) -> int:
     from .options import Eval, parse
 
     options = parse(Eval, args, "vlarl-bench eval")
-    out = options.out or _fresh("eval", options.policy, options.suite, f"seed{options.seed}")
-    config = EvalConfig(**{**vars(options), "tasks": _split(options.tasks), "out": out})
+    seed = options.seed if options.seed is not None else _seed_of(Path(options.base))
+    out = options.out or _fresh("eval", options.policy, options.suite, f"seed{seed}")
+    config = EvalConfig(**{**vars(options), "seed": seed, "tasks": _split(options.tasks), "out": out})
     _check(config.suite, config.tasks)
     from .run import evaluate
 
     evaluate(config)
     return 0
+
+
+def _seed_of(base: Path) -> int:
+    """The seed of the run that fine-tuned a policy, so that seeds stay apart and meet their base policy's; else 0."""
+    from .plan import trained_from
+
+    trained = trained_from(base) if (base / "config.json").is_file() else None
+    return int(trained["seed"]) if trained else 0
 
 
 def _reproduce(args: list[str]) -> int:

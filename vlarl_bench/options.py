@@ -124,8 +124,8 @@ class Eval:
     """Episodes per task and initial state."""
     decoding: Literal["protocol", "sampled", "zero-noise"] = "protocol"
     """Whether the policy's noise is drawn or zero (tokens: drawn or the likeliest); `protocol` does as that says."""
-    seed: int = 0
-    """Seeds the policy's noise."""
+    seed: int | None = None
+    """Seeds the policy's noise; by default that of the run which fine-tuned it, and 0 for others."""
     workers: int = 2
     """Simulator processes; changes the speed, never the rows."""
     slots: int = 16

@@ -91,6 +91,12 @@ class Plan:
             raise BenchError(f"base: {self.base / 'config.json'}: train_states is {found!r}; it must list numbers")
         return found
 
+    @property
+    def trained(self) -> dict[str, Any] | None:
+        """Of a base policy that a run fine-tuned: the `base_checkpoint` that this began with, its `seed`, and its
+        `settings`, flat; None for one that came from random weights, or of which nothing is known."""
+        return None if self.base is None else trained_from(self.base)
+
     def check_held_out(self) -> None:
         """Raises BenchError where the base policy learned from states that the protocol says it holds out."""
         if self.config.protocol == "tuning":
@@ -265,6 +271,17 @@ def _listed(base: Path, field: str) -> list[Any]:
     if not isinstance(found, list):
         raise BenchError(f"base: {base / 'config.json'}: {field} is {found!r}; it must be a list")
     return found
+
+
+def trained_from(folder: Path) -> dict[str, Any] | None:
+    """What the card of a policy folder says of how it was fine-tuned (`Plan.trained`)."""
+    found = read_json(folder / "config.json").get("trained") if _ours(folder) else None
+    if found is None:
+        return None
+    kinds = {"base_checkpoint": str, "seed": int, "settings": dict}
+    if not isinstance(found, dict) or any(type(found.get(name)) is not kind for name, kind in kinds.items()):
+        raise BenchError(f"base: {folder / 'config.json'}: trained must have {', '.join(kinds)}, as a run writes them")
+    return None if found["base_checkpoint"] == "scratch" else found
 
 
 def _ours(folder: Path) -> bool:

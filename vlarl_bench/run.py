@@ -354,6 +354,7 @@ def _write_manifest(plan: Plan, policy: Policy, out: Path, demonstrations: dict[
         init_states=plan.protocol.eval_states[: plan.states],
         repeats=plan.repeats,
         demonstrations=demonstrations,
+        trained=plan.trained if isinstance(config, EvalConfig) else None,
     )
     if not (out / "manifest.json").exists():
         write_sealed(out / "manifest.json", manifest)
@@ -374,7 +375,9 @@ def _write_manifest(plan: Plan, policy: Policy, out: Path, demonstrations: dict[
 
 def _save_policy(plan: Plan, policy: Policy, out: Path, spent: Spent) -> None:
     from .policies.store import save_policy
+    from .report.runs import read_run
 
+    run = read_run(out)
     card = {
         "tasks": [task.key for task in plan.tasks],
         "made_by": shlex.join(["vlarl-bench", *read_sealed(out / "manifest.json", older=True)["argv"]]),
@@ -383,6 +386,7 @@ def _save_policy(plan: Plan, policy: Policy, out: Path, spent: Spent) -> None:
         "train_states": sorted({*plan.protocol.train_states, *plan.learned_from()}),
         "code": code_version(),
         "spent": spent,
+        "trained": {"base_checkpoint": run.start, "seed": run.manifest["seed"], "settings": run.settings()},
     }
     save_policy(out / "policy", policy, card)
 

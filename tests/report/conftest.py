@@ -32,6 +32,7 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         tasks: tuple[str, ...] = TASKS,
         protocol: Protocol = PROTOCOL,
         config: dict[str, Any] | None = None,
+        trained: dict[str, Any] | None = None,
         **fields: Any,
     ) -> Path:
         folder = tmp_path / name
@@ -62,13 +63,13 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         ]
         with EpisodeLog(folder / "episodes.jsonl") as log:
             log.append_all(rows)
-        asked = {"states": 4} if evaluated else {"algorithm": algorithm, "budget": {"tasks": 2}}
+        asked = {"states": 4, "repeats": 2} if evaluated else {"algorithm": algorithm, "budget": {"tasks": 2}}
         resolved = {"seed": seed, "out": str(folder), "base": "prior"} | asked
         write_sealed(folder / "config.json", resolved | (config or {}))
         manifest = make_manifest(
             run=name, argv=["run"], algorithm=algorithm, policy="pi0-tiny", suite="suite", seed=seed,
             base_checkpoint="0" * 12, protocol=protocol, tasks=tasks, suite_tasks=20,
-            init_states=protocol.eval_states, repeats=2,
+            init_states=protocol.eval_states, repeats=2, trained=trained,
         )  # fmt: skip
         write_sealed(folder / "manifest.json", manifest)
         return folder

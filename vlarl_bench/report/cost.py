@@ -9,7 +9,7 @@ import numpy as np
 from ..errors import BenchError
 from ..stats import steps_to
 from .comparisons import change, change_text
-from .methods import Method, base_of, cell, compared_methods, in_order, suites_of
+from .methods import base_of, cell, compared_methods, in_order, suites_of
 from .metrics import metrics_of
 from .runs import RunFolder, training_curve
 from .table import Record, Table, protocol_notes
@@ -36,11 +36,12 @@ def cost_table(runs: Sequence[RunFolder], threshold: float = 0.8) -> Table:
     for suite in suites_of(methods):
         for method in in_order(methods, [suite]):
             shown = cell(method, suite)
-            if method.is_base or not shown["expected"] or not any(metrics_of(run) for run in method.runs):
+            trained = [run for run in method.runs if run.compares and suite in run.suites]
+            if method.is_base or not shown["expected"] or not any(metrics_of(run) for run in trained):
                 continue
             base = base_of(method, methods)
             gain = change(method, base, suite) if base is not None else None
-            paid = {name: _paid(method, suite, name, threshold) for name in CURRENCIES}
+            paid = {name: _paid(trained, suite, name, threshold) for name in CURRENCIES}
             record: Record = {
                 "algorithm": method.name, "policy": method.policy, "settings": method.settings, "suite": suite,
                 **{name: shown[name] for name in ("seeds", "expected", "episodes", "successes", "complete")},
@@ -61,22 +62,22 @@ def cost_table(runs: Sequence[RunFolder], threshold: float = 0.8) -> Table:
     return Table("What a gain costs", notes, columns, tuple(lines), 0, tuple(records), tuple(records))
 
 
-def _paid(method: Method, suite: str, name: str, threshold: float) -> dict[str, Any] | None:
+def _paid(runs: Sequence[RunFolder], suite: str, name: str, threshold: float) -> dict[str, Any] | None:
     """Medians over the runs of one currency: `whole`, and `reached`, None where too few got there, 0 where it was so
     before training, and absent where training plays no episodes; None where a run does not say."""
     whole, reached = [], []
-    for run in method.runs:
+    for run in runs:
         told = {line["iteration"]: line.get(name) for line in metrics_of(run)}
         spent = {iteration: float(value) for iteration, value in told.items() if value is not None}
         if not spent or len(spent) < len(told):
             return None
         whole.append(spent[max(spent)])
-        trained = run.rows.where((run.rows.column("phase") == "train") & (run.rows.column("suite") == suite))
-        rounds = [int(i) for i in np.unique(trained.column("iteration"))]
+        played = run.rows.where((run.rows.column("phase") == "train") & (run.rows.column("suite") == suite))
+        rounds = [int(i) for i in np.unique(played.column("iteration"))]
         before = {i: spent.get(i - 1) for i in rounds} | {i: 0.0 for i in rounds[:1]}  # a round's policy cost so much
-        curve = [(x, y) for x, y in zip(before.values(), training_curve(trained)[1], strict=True) if x is not None]
+        curve = [(x, y) for x, y in zip(before.values(), training_curve(played)[1], strict=True) if x is not None]
         reached.append(reach(run, [x for x, _ in curve], [rate for _, rate in curve], threshold))
-    if not any(run.spent["train_episodes"] for run in method.runs):
+    if not any(run.spent["train_episodes"] for run in runs):
         return {"whole": float(np.median(whole))}
     middle = float(np.median(reached))
     return {"whole": float(np.median(whole)), "reached": middle if math.isfinite(middle) else None}

@@ -15,7 +15,7 @@ from ..files import write_text_atomic
 from .comparisons import best, change
 from .lint import lint_methods, lint_published, lint_run
 from .method_pages import link, method_pages
-from .methods import Method, base_of, cell, compared_methods, planned_tasks, suites_of
+from .methods import Method, base_of, cell, compared_methods, planned_tasks, suites_of, untrained
 from .metrics import wall_time_curve
 from .paper import SEPARATED, budget_text
 from .published import Published
@@ -85,11 +85,12 @@ def _measured_cells(methods: Sequence[Method], single: bool, site: Path | None) 
 def _measured_cell(
     method: Method, suite: str, base: Method | None, is_best: bool, single: bool, site: Path | None
 ) -> dict[str, Any]:
-    manifest = method.runs[0].manifest
+    runs = [run for run in method.runs if suite in run.suites]
+    manifest = runs[0].manifest
     shown = cell(method, suite)
     tasks = planned_tasks(method, suite)
     curves = []
-    for run in [] if method.is_base else method.runs:
+    for run in [] if method.is_base else runs:
         steps, rates = training_curve(run.rows_of(suite))
         if steps:
             curve: dict[str, Any] = {
@@ -117,7 +118,7 @@ def _measured_cell(
         "steps": method.budget()["env_steps"],
         "curves": curves,
         "tasks": [_task(method, base, suite, task, single) for task in tasks],
-        "runs": [_run(run, method, suite, site) for run in method.runs],
+        "runs": [_run(run, method, suite, site) for run in runs],
     }  # fmt: skip
 
 
@@ -147,9 +148,9 @@ def _task(method: Method, base: Method | None, suite: str, task: str, single: bo
 
 
 def _run(run: RunFolder, method: Method, suite: str, site: Path | None) -> dict[str, Any]:
-    rows = run.base if method.is_base else run.evaluated
+    rows = untrained(run) if method.is_base else run.evaluated
     successes = rows.column("success")[rows.column("suite") == suite]
-    films = ("before",) if method.is_base else ("before", "after", "eval")
+    films = ("before",) if method.is_base and run.compares else ("before", "after", "eval")
     there = [name for name in films if site is not None and (run.folder / f"{name}.mp4").is_file()]
     return {
         "films": {name: link(run.folder / f"{name}.mp4", site) for name in there if site is not None},

@@ -17,7 +17,7 @@ NOTES = Path("docs/methods")
 
 def method_pages(runs: Sequence[RunFolder], site: Path | None) -> list[dict[str, Any]]:
     """One entry for each registered algorithm, and for each that runs name and nobody registered here; by name."""
-    known = {*registry.names("algorithm"), *(run.manifest["algorithm"] for run in runs if run.compares)}
+    known = {*registry.names("algorithm"), *(run.method for run in runs if run.method)}
     return [_page(name, [run for run in runs if run.manifest["algorithm"] == name], site) for name in sorted(known)]
 
 

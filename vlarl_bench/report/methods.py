@@ -11,6 +11,7 @@ import pandas as pd
 
 from ..errors import BenchError
 from ..stats import mean, seeds_estimate, wilson_interval
+from .rows import Rows
 from .runs import RunFolder
 from .table import settings_labels, submitter
 
@@ -59,16 +60,16 @@ class Method:
     @property
     def is_control(self) -> bool:
         """Whether it was made not to learn, to show what learning adds."""
-        return not self.is_base and any(run.config.get("rewards") == "shuffled" for run in self.runs)
+        return not self.is_base and any(run.is_control for run in self.runs)
 
     def budget(self) -> dict[str, float]:
         """What the average run spent on training: episodes and environment steps, counted from rows, and what the
-        rows say of gradient steps and FLOPs."""
-        spent = {
-            name: sum(run.spent[name] for run in self.runs) / len(self.runs) for name in ("train_episodes", "env_steps")
-        }
+        rows say of gradient steps and FLOPs. Where there are only evaluations of what was trained, they tell the rest,
+        and the episodes are 0."""
+        runs = [run for run in self.runs if run.compares] or self.runs
+        spent = {name: sum(run.spent[name] for run in runs) / len(runs) for name in ("train_episodes", "env_steps")}
         for name in ("gradient_steps", "flops"):
-            last = [run.spent[name] for run in self.runs]
+            last = [run.spent[name] for run in runs]
             if any(last):
                 spent[name] = float(np.mean(last))
         return dict.fromkeys(spent, 0.0) if self.is_base else spent
@@ -83,30 +84,55 @@ def compared_methods(runs: Sequence[RunFolder]) -> list[Method]:
     the same experiment."""
     groups: dict[tuple[str, str, str, str, str, str], list[RunFolder]] = {}
     for run, settings in zip(runs, settings_labels(runs), strict=True):
-        name = run.manifest["algorithm"] if run.compares else "evaluation"
-        for decoding in run.decodings:
-            experiment = (name, run.manifest["policy"], run.start, settings, decoding,
-                          run.submitted_by)  # fmt: skip
+        for decoding in run.decodings if run.method else ():
+            experiment = (run.method, run.manifest["policy"], run.start, settings, decoding, run.submitted_by)
             groups.setdefault(experiment, []).append(run)
     trained = [_Group(*key, tuple(_by_seed(members))) for key, members in sorted(groups.items())]
     for group in trained:
-        for one, two in itertools.pairwise(group.runs):
-            if one.manifest["seed"] == two.manifest["seed"]:
+        for one, two in itertools.combinations(group.runs, 2):
+            if one.manifest["seed"] == two.manifest["seed"] and {*one.suites} & {*two.suites}:
                 raise BenchError(
                     f"{one.folder} and {two.folder} are seed {one.manifest['seed']} of the same experiment; give one"
                 )
-    bases: dict[tuple[str, str, str, str, str], list[RunFolder]] = {}
+    bases: dict[tuple[str, str, str, str], list[RunFolder]] = {}
     for run in runs:
-        judged = ", ".join(sorted(run.manifest["evaluation"]["tasks"]))
-        for decoding in set(run.base.column("decoding")):
-            key = (run.manifest["policy"], run.manifest["base_checkpoint"], judged, decoding, run.submitted_by)
+        for decoding in set(untrained(run).column("decoding")):
+            key = (run.manifest["policy"], run.manifest["base_checkpoint"], decoding, run.submitted_by)
             bases.setdefault(key, []).append(run)
-    several = len({key[2] for key in bases}) > 1
-    untrained = [
-        _Group(BASE, policy, checkpoint, f"tasks=[{judged}]" if several else "", decoding, by, tuple(_by_seed(members)))
-        for (policy, checkpoint, judged, decoding, by), members in sorted(bases.items())
-    ]
-    return _methods(untrained + trained)
+    bare = []
+    for (policy, checkpoint, decoding, by), members in sorted(bases.items()):
+        alike = _judged_alike(members)
+        for same in alike:
+            judged = ", ".join(sorted({key for run in same for key in run.manifest["evaluation"]["tasks"]}))
+            settings = f"tasks=[{judged}]" if len(alike) > 1 else ""
+            bare.append(_Group(BASE, policy, checkpoint, settings, decoding, by, tuple(_by_seed(same))))
+    return _methods(bare + trained)
+
+
+def untrained(run: RunFolder) -> Rows:
+    """What a policy played before anything fine-tuned it: the first rows of a run, or those of an evaluation."""
+    return run.base if run.method else run.evaluated
+
+
+def _judged_alike(runs: Iterable[RunFolder]) -> list[list[RunFolder]]:
+    """Runs of one policy, together where no suite has them judged on different tasks."""
+    groups: list[tuple[dict[str, set[str]], list[RunFolder]]] = []
+    for run in sorted(runs, key=lambda run: sorted(run.manifest["evaluation"]["tasks"])):
+        tasks = judged_on(run)
+        for known, members in groups:
+            if all(known.get(suite, keys) == keys for suite, keys in tasks.items()):
+                known |= tasks
+                members.append(run)
+                break
+        else:
+            groups.append((tasks, [run]))
+    return [members for _, members in groups]
+
+
+def judged_on(run: RunFolder) -> dict[str, set[str]]:
+    """The tasks of each suite that a run owes episodes of."""
+    keys = run.manifest["evaluation"]["tasks"]
+    return {suite: {key for key in keys if key.startswith(f"{suite}/")} for suite in run.suites}
 
 
 class _Group(NamedTuple):
@@ -154,7 +180,7 @@ def scored(group: _Group | Method) -> pd.DataFrame:
     """The scored rows of all runs of a method, in their order: EPISODE and `success`."""
     found = []
     for run in group.runs:
-        rows = run.base if group.name == BASE else run.evaluated
+        rows = untrained(run) if group.name == BASE else run.evaluated
         rows = rows.where(rows.column("decoding") == group.decoding)
         columns = {name: rows.column(name) for name in (*EPISODE[1:], "success")}
         found.append(pd.DataFrame({"seed": np.full(len(rows), run.manifest["seed"])} | columns))
@@ -163,12 +189,18 @@ def scored(group: _Group | Method) -> pd.DataFrame:
 
 def base_of(method: Method, methods: Iterable[Method]) -> Method | None:
     """The base policy that a method began with, judged on the same tasks."""
-    mine = {run.folder for run in method.runs}
+    start, suites = _start(method), {suite for run in method.runs for suite in run.suites}
     for other in methods:
-        same = (other.policy, other.checkpoint, other.decoding) == (method.policy, method.checkpoint, method.decoding)
-        if other.is_base and not method.is_base and same and mine & {run.folder for run in other.runs}:
+        if method.is_base or not other.is_base or _start(other) != start:
+            continue
+        shares = any(suites & {*run.suites} for run in other.runs)
+        if shares and len(_judged_alike([*method.runs, *other.runs])) == 1:
             return other
     return None
+
+
+def _start(method: Method) -> tuple[str, ...]:
+    return method.policy, method.checkpoint, method.decoding, method.submitted_by
 
 
 def titles(methods: Sequence[Method]) -> dict[Method, str]:
@@ -220,7 +252,8 @@ def planned_episodes(method: Method, suite: str, seeds: Collection[int] | None =
     for run in method.runs:
         plan = run.manifest["evaluation"]
         tasks = sum(key.startswith(f"{suite}/") for key in plan["tasks"])
-        owed[run.manifest["seed"]] = tasks * len(plan["init_states"]) * plan["repeats"]
+        here = tasks * len(plan["init_states"]) * plan["repeats"]
+        owed[run.manifest["seed"]] = max(here, owed.get(run.manifest["seed"], 0))
     return sum(n for seed, n in owed.items() if seeds is None or seed in seeds)
 
 

@@ -115,9 +115,10 @@ def budget_text(method: Method) -> str:
     parts = []
     if spent["train_episodes"]:
         parts.append(f"{spent['train_episodes']:,.0f} episodes, {spent['env_steps']:,.0f} steps")
-    elif not method.is_base and method.runs[0].compares:
-        budget = method.runs[0].config.get("budget", {})
-        parts.append(f"{budget.get('demos', '?')} demonstrations a task")
+    elif spent["env_steps"]:
+        parts.append(f"{spent['env_steps']:,.0f} steps")
+    elif not method.is_base:
+        parts.append(f"{method.runs[0].settings().get('budget.demos', '?')} demonstrations a task")
     if spent.get("gradient_steps"):
         parts.append(f"{spent['gradient_steps']:,.0f} gradient steps")
     if spent.get("flops"):

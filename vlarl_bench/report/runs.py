@@ -23,6 +23,7 @@ PLACE_AND_SPEED = frozenset({"seed", "out", "workers", "slots", "threads", "vide
 NEEDED = frozenset({"run", "argv", "algorithm", "policy", "suite", "seed", "base_checkpoint", "protocol", "evaluation",
                     "code", "fingerprint"})  # fmt: skip
 NEEDED_OF_EVALUATION = frozenset({"tasks", "suite_tasks", "init_states", "repeats"})
+NEEDED_OF_TRAINED = frozenset({"base_checkpoint", "seed", "settings"})
 """What reports take from manifest.json."""
 
 
@@ -47,6 +48,7 @@ class RunFolder:
         absent = {
             *(NEEDED - self.manifest.keys()),
             *(f"evaluation.{name}" for name in NEEDED_OF_EVALUATION - self.manifest.get("evaluation", {}).keys()),
+            *(f"trained.{name}" for name in (NEEDED_OF_TRAINED - {**self.trained}.keys() if self.trained else ())),
         }
         if absent:
             raise KeyError(", ".join(sorted(absent)))
@@ -114,20 +116,38 @@ class RunFolder:
         return "states" not in self.config
 
     @functools.cached_property
+    def trained(self) -> dict[str, Any] | None:
+        """Of an evaluation of a policy that a run fine-tuned: that run's `base_checkpoint`, `seed` and `settings`."""
+        found: dict[str, Any] | None = self.manifest.get("trained")
+        return found
+
+    @property
+    def method(self) -> str:
+        """The algorithm that made the scored policy from the one it began with; empty where nothing was fine-tuned."""
+        return self.manifest["algorithm"] if self.compares or self.trained else ""
+
+    @functools.cached_property
     def spent(self) -> dict[str, int]:
         """What training took: episodes and environment steps, counted from rows, and what the rows say of gradient
-        steps and FLOPs."""
+        steps and FLOPs. An evaluation has no rows of training: the scored ones tell its steps."""
         train = self.rows.column("phase") == "train"
-        counted = {"train_episodes": int(train.sum()), "env_steps": int(self.rows.column("steps")[train].sum())}
-        return counted | {name: int(self.rows.column(name).max(initial=0)) for name in ("gradient_steps", "flops")}
+        told = {name: int(self.rows.column(name).max(initial=0)) for name in ("env_steps", "gradient_steps", "flops")}
+        counted = {"env_steps": int(self.rows.column("steps")[train].sum())} if self.compares else {}
+        return {"train_episodes": int(train.sum()), **told, **counted}
+
+    @property
+    def is_control(self) -> bool:
+        """Whether it was made not to learn."""
+        settings = self.trained["settings"] if self.trained else self.config
+        return settings.get("rewards") == "shuffled"
 
     @property
     def title(self) -> str:
         """What was run; a control says that it is one."""
         m = self.manifest
-        control = ", CONTROL: rewards shuffled" if self.config.get("rewards") == "shuffled" else ""
-        what = f"{m['algorithm']} on" if self.compares else "evaluation of"
-        return f"{what} {m['policy']}, {m['suite']}, seed {m['seed']}{control}"
+        control = ", CONTROL: rewards shuffled" if self.is_control else ""
+        what = ("" if self.compares else "evaluation of ") + (f"{self.method} on " if self.method else "")
+        return f"{what}{m['policy']}, {m['suite']}, seed {m['seed']}{control}"
 
     @property
     def decodings(self) -> list[str]:
@@ -154,7 +174,12 @@ class RunFolder:
         return list(dict.fromkeys(task.split("/")[0] for task in self.manifest["evaluation"]["tasks"]))
 
     def settings(self) -> dict[str, Any]:
-        """Everything in which runs of one experiment must agree, flat: `budget.iterations` -> 12."""
+        """Everything in which runs of one experiment must agree, flat: `budget.iterations` -> 12. Of an evaluation of
+        a fine-tuned policy, what that was trained with, as if it had been judged so at once."""
+        if self.trained:
+            judged = {"protocol": "protocol", "budget.eval_states": "states", "budget.eval_repeats": "repeats"}
+            here = {name: self.config[was] for name, was in judged.items() if was in self.config}
+            return {**self.trained["settings"], **here}
         flat = _flatten({name: value for name, value in self.config.items() if name not in PLACE_AND_SPEED})
         given = self.manifest.get("demonstrations")
         learned_from = {"demonstrations": given["digest"]} if given else {}
@@ -163,6 +188,8 @@ class RunFolder:
     @property
     def start(self) -> str:
         """Hash of the policy that it started from; `scratch` for random weights, which differ by seed."""
+        if self.trained:
+            return str(self.trained["base_checkpoint"])
         return "scratch" if self.config.get("base") == "scratch" else str(self.manifest["base_checkpoint"])
 
 

@@ -72,15 +72,15 @@ def summary_table(runs: Sequence[RunFolder]) -> Table:
     """
     if not runs:
         raise BenchError("runs: none given; name at least one run folder")
-    groups: dict[tuple[str, str, str, str, str, str, str], list[Record]] = {}
+    groups: dict[tuple[str, str, str, str, str, str], list[Record]] = {}
     seen: dict[tuple[Any, ...], RunFolder] = {}
     for run, settings in zip(runs, settings_labels(runs), strict=True):
         for suite in run.suites:
             for decoding in run.decodings:
                 keys = [key for key in run.manifest["evaluation"]["tasks"] if key.startswith(f"{suite}/")]
                 record = _record(run, keys, decoding) | {"suite": suite, "settings": settings}
-                phase = "run" if run.compares else "eval"
-                experiment = (record["algorithm"], record["policy"], suite, settings, decoding, phase, run.submitted_by)
+                name = run.method if run.compares else f"{run.method} (evaluation)".strip()
+                experiment = (name, record["policy"], suite, settings, decoding, run.submitted_by)
                 groups.setdefault(experiment, []).append(record)
                 other = seen.setdefault((experiment, record["seed"]), run)
                 if other is not run:
@@ -100,7 +100,7 @@ def summary_table(runs: Sequence[RunFolder]) -> Table:
         for record in members + ([cell] if len(members) > 1 else []):
             seed = str(record["seed"]) if "seed" in record else f"all {len(members)} seeds"
             line: tuple[str, ...] = (
-                (record["algorithm"] if group[5] == "run" else "(evaluation)") + submitter(group[6]),
+                group[0] + submitter(group[5]),
                 record["policy"],
                 record["suite"],
             )
@@ -237,7 +237,7 @@ def _coverage(record: Record) -> str:
 def settings_labels(runs: Sequence[RunFolder]) -> list[str]:
     """For each run, the settings in which it differs from other runs of the same algorithm and policy."""
     flats = [run.settings() for run in runs]
-    families = [(run.manifest["algorithm"], run.manifest["policy"], run.compares, run.submitted_by) for run in runs]
+    families = [(run.method, run.manifest["policy"], run.submitted_by) for run in runs]
     labels = []
     for family, flat in zip(families, flats, strict=True):
         kin = [other for other, theirs in zip(flats, families, strict=True) if theirs == family]

@@ -1,0 +1,86 @@
+"""Evaluations of policies that runs fine-tuned, beside evaluations of what they began with, as lines of comparisons."""
+
+import pytest
+
+from vlarl_bench import cli
+from vlarl_bench.errors import BenchError
+from vlarl_bench.report.gains import gains_table
+from vlarl_bench.report.lint import lint_runs
+from vlarl_bench.report.paper import paper_table
+from vlarl_bench.report.runs import read_run, read_runs
+
+BASE = "0" * 12
+ELSEWHERE = ("suite_b/one", "suite_b/two")
+
+
+@pytest.fixture
+def evaluate(make_run, outcomes):
+    """Writes an evaluation of the prior, or of what a run made of it."""
+
+    def make(name, seed, success="always", tasks=ELSEWHERE, algorithm="fpo", trained=True, **settings):
+        flat = {"algorithm": algorithm, "base": BASE, "budget.demos": 3, **settings}
+        lineage = {"base_checkpoint": BASE, "seed": seed, "settings": flat}
+        return make_run(name, evaluated=outcomes[success], seed=seed, tasks=tasks, algorithm=algorithm,
+                        trained=lineage if trained else None, env_steps=900 if trained else 0)  # fmt: skip
+
+    return make
+
+
+def test_they_are_seeds_of_their_method_and_pair_with_the_priors(evaluate):
+    folders = [evaluate(f"fpo{seed}", seed) for seed in range(3)]
+    folders += [evaluate(f"prior{seed}", seed, "half", algorithm="sft", trained=False) for seed in range(4)]
+    (record,) = gains_table(read_runs(folders)).records
+    assert record["algorithm"] == "fpo" and record["seeds"] == [0, 1, 2] and record["suite"] == "suite_b"
+    assert (record["base_successes"], record["base_episodes"]) == (24, 48)  # of seeds 0 to 2
+    assert (record["successes"], record["episodes"], record["gain"]["value"]) == (48, 48, 0.5)
+    base, fpo = paper_table(read_runs(folders)).lines
+    assert base[0] == "base policy" and base[2] == "none" and fpo[2] == "900 steps"
+
+
+def test_several_suites_are_one_line_with_one_base_policy(evaluate):
+    other = ("suite_a/one",)
+    folders = [evaluate(f"fpo{seed}-{len(on)}", seed, tasks=on) for seed in (0, 1) for on in (ELSEWHERE, other)]
+    folders += [evaluate(f"prior-{len(on)}", 0, "half", on, trained=False) for on in (ELSEWHERE, other)]
+    table = paper_table(read_runs(folders))
+    assert [line[0] for line in table.lines] == ["base policy", "fpo"]
+    assert [(cell["episodes"], cell["expected"]) for cell in table.cells] == [(8, 8), (16, 16), (16, 16), (32, 32)]
+
+
+def test_beside_the_runs_that_made_them(evaluate, make_run, outcomes):
+    run = make_run("run", base=outcomes["half"], final=outcomes["always"], train=((1, True),) * 3,
+                   config={"budget": {"demos": 3, "eval_states": 4, "eval_repeats": 2}})  # fmt: skip
+    settings = {name: value for name, value in read_run(run).settings().items() if name != "base"}
+    folders = [run, evaluate("fpo", 0, **settings), evaluate("prior", 0, "half", trained=False)]
+    base, fpo = paper_table(read_runs(folders)).lines
+    assert base[0] == "base policy" and fpo[0] == "fpo"
+    assert fpo[2] == "3 episodes, 300 steps"  # of the run, which has them
+    with pytest.raises(BenchError, match="same experiment; give one"):
+        paper_table(read_runs([*folders, evaluate("again", 0, tasks=("suite_a/pick_it_up",), **settings)]))
+
+
+def test_settings_tell_them_apart_and_a_control_is_one(evaluate):
+    folders = [evaluate("a", 0, rewards="success"), evaluate("b", 0, "never", rewards="shuffled"),
+               evaluate("prior", 0, "half", trained=False)]  # fmt: skip
+    assert [line[1] for line in gains_table(read_runs(folders)).lines] == [
+        "fpo (rewards=success)", "fpo CONTROL (rewards=shuffled)"]  # fmt: skip
+    assert "fpo on pi0-tiny" in read_run(folders[0]).title and "CONTROL" in read_run(folders[1]).title
+
+
+def test_without_the_prior_there_is_no_gain(evaluate, capsys):
+    folder = evaluate("fpo", 0)
+    assert gains_table(read_runs([folder])).lines == ()
+    assert cli.main(["table", str(folder), str(evaluate("other", 1)), "--format", "markdown"]) == 0
+    assert "| fpo (evaluation) | pi0-tiny | suite_b | 0 |" in capsys.readouterr().out
+
+
+def test_few_seeds_are_found_by_lint(evaluate):
+    found = lint_runs(read_runs([evaluate("fpo", 0), evaluate("prior", 0, "half", trained=False)]))
+    assert any("1 training seed(s)" in each and "fpo" in each for each in found)
+
+
+def test_a_manifest_that_does_not_say_where_it_came_from(make_run, outcomes):
+    folder = make_run("r", evaluated=outcomes["half"], trained={"seed": 0})
+    with pytest.raises(BenchError, match=r"not a manifest.*trained\.base_checkpoint, trained\.settings"):
+        read_run(folder)
+    with pytest.raises(BenchError, match="not a manifest of this version"):
+        read_run(make_run("s", evaluated=outcomes["half"], trained={1: 2}))
