@@ -54,15 +54,23 @@ def read_entries(path: Path) -> list[Entry]:
     metrics = read_metrics(path / "metrics.jsonl") if (path / "metrics.jsonl").exists() else []
     name = path.resolve().name
     manifest = run.manifest | {"argv": _placed(run.manifest["argv"], name)}
-    return [make_entry(name, manifest, run.config | {"out": name}, run.stopped, run.rows, metrics)]
+    config = {k: _anywhere(v) if k == "base" else v for k, v in run.config.items()} | {"out": name}
+    return [make_entry(name, manifest, config, run.stopped, run.rows, metrics)]
 
 
 def _placed(argv: Sequence[str], name: str) -> list[str]:
-    """The command with `--out NAME`: where a run lay on its machine is nobody's business."""
-    placed = list(argv)
+    """The command with `--out NAME`, and a base policy by the end of its path: where things lay on a machine is
+    nobody's business."""
+    placed, change = list(argv), {"--out": lambda _: name, "--base": _anywhere}
     for i, argument in enumerate(placed):
-        if argument.startswith("--out="):
-            placed[i] = f"--out={name}"
-        elif i and placed[i - 1] == "--out":
-            placed[i] = name
+        option, equals, value = argument.partition("=")
+        if equals and option in change:
+            placed[i] = f"{option}={change[option](value)}"
+        elif i and placed[i - 1] in change:
+            placed[i] = change[placed[i - 1]](argument)
     return placed
+
+
+def _anywhere(base: str) -> str:
+    """A path from the root as its last two names; others as they are."""
+    return "/".join(Path(base).parts[-2:]) if Path(base).is_absolute() else base
