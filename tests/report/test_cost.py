@@ -43,7 +43,7 @@ def test_costs_are_medians_over_seeds_of_the_whole_and_of_the_way_to_the_thresho
 
 def test_the_gain_has_its_interval(make_run):
     (text,) = cost_table(read_runs([run(make_run, "a0", 0)])).lines
-    assert text[4].startswith("+50.0 [+")
+    assert text[5].startswith("+50.0 [+")
 
 
 def test_a_run_that_was_stopped_reached_nothing(make_run):
@@ -55,7 +55,7 @@ def test_a_run_that_was_stopped_reached_nothing(make_run):
 
 def test_missing_episodes_are_marked(make_run, tmp_path):
     table = cost_table(read_runs([run(make_run, "a0", 0, skip=(4,))]))
-    assert table.lines[0][4] == "+50.0 INCOMPLETE"
+    assert table.lines[0][5] == "+50.0 INCOMPLETE"
     (tmp_path / "cost.json").write_text(to_json(table))
     assert lint([str(tmp_path / "cost.json")]) == []
 

@@ -192,6 +192,15 @@ def test_policies_are_named_where_there_are_several(folders):
     assert "strong" in titles(compared_methods(runs)).values()
 
 
+def test_figures_with_intervals_say_what_these_resample(folders, other):
+    runs = timed([*folders, other])
+    for draw, words in ((learning_curves, "training seeds"), (wall_time_curves, "training seeds"),
+                        (profiles, "training seeds"), (pareto, "initial states"), (gains, "initial states"),
+                        (ablation, "initial states")):  # fmt: skip
+        label = drawn(draw, runs).get_xlabel()
+        assert "95% interval" in label and words in label
+
+
 def test_gain_stands_against_cost(folders):
     strong, weak = drawn(pareto, folders).containers
     assert strong.lines[0].get_xydata().tolist() == [[400, 100 * (15 / 16 - 1 / 4)]]

@@ -57,7 +57,7 @@ def test_training_rows_never_count(make_run, outcomes):
     with_them = make_run("b", base=outcomes["half"], final=outcomes["half"], train=((1, True),) * 8)
     a, b = (comparison_table(read_run(folder)) for folder in (without, with_them))
     assert a.lines == b.lines
-    assert a.notes == b.notes
+    assert a.notes[:-1] == b.notes[:-1]  # the last says what training took
 
 
 @pytest.mark.parametrize("skipped", [1, 4])
@@ -89,7 +89,7 @@ def test_an_evaluation_alone_has_no_base(make_run, outcomes):
     assert table.columns == ("task", "pi0-tiny")
     assert table.records[-1]["successes"] == 8
     assert table.records[-1]["complete"]
-    assert summary_table([run]).lines[0][5:] == ("-", "8/16 50% [28, 72]", "-", "-")
+    assert summary_table([run]).lines[0][6:] == ("-", "8/16 50% [28, 72]", "-", "-")
 
 
 def test_decodings_are_kept_apart(make_run, outcomes):
@@ -118,7 +118,7 @@ def seeds(make_run, outcomes, **more):
 
 def test_seeds_are_listed_and_summed_up(make_run, outcomes):
     table = summary_table(read_runs(seeds(make_run, outcomes)))
-    assert [line[3] for line in table.lines] == ["0", "1", "2", "all 3 seeds"]
+    assert [line[4] for line in table.lines] == ["0", "1", "2", "all 3 seeds"]
     (cell,) = table.cells
     assert (cell["seeds"], cell["episodes"], cell["successes"]) == ([0, 1, 2], 48, 12 + 16 + 8)
     assert (cell["base_episodes"], cell["base_successes"]) == (48, 24)
@@ -126,14 +126,34 @@ def test_seeds_are_listed_and_summed_up(make_run, outcomes):
     half = 4.302653 * 0.25 / 3**0.5
     assert cell["difference_low"] == pytest.approx(0.25 - half, abs=1e-6)
     assert len(cell["runs"]) == 3
+    assert cell["difference_resamples"] == "seeds" and cell["low"] is cell["resamples"] is None
+    assert {(run["resamples"], run["difference_resamples"]) for run in cell["runs"]} == {("episodes", "initial states")}
 
 
 def test_seeds_of_which_one_lacks_episodes_have_no_interval_together(make_run, outcomes):
     folders = seeds(make_run, outcomes)
     part = make_run("part", base=outcomes["half"], final=outcomes["always"], seed=3, skip=(4,))
     table = summary_table(read_runs([*folders, part]))
-    assert table.lines[-1][3] == "all 4 seeds" and table.lines[-1][-2].endswith(" INCOMPLETE")
+    assert table.lines[-1][4] == "all 4 seeds" and table.lines[-1][-2].endswith(" INCOMPLETE")
     assert table.cells[0]["difference_low"] is table.cells[0]["p_value"] is None
+
+
+def test_what_training_took_stands_beside_the_score(make_run, outcomes):
+    rounds = (((1, True), (1, False)), ((1, True),))
+    made = [make_run(f"r{i}", base=outcomes["half"], final=outcomes["half"], seed=i, train=each, gradient_steps=5)
+            for i, each in enumerate(rounds)]  # fmt: skip
+    table = summary_table(read_runs(made))
+    assert [line[3] for line in table.lines] == ["200 / 5", "100 / 5", "150 / 5"]
+    assert (table.cells[0]["env_steps"], table.cells[0]["train_episodes"]) == (150, 1.5)
+    note = comparison_table(read_run(made[0])).notes[-1]
+    assert note == f"Base policy pi0-tiny {'0' * 12}. Training: 2 episodes, 200 steps, 5 gradient steps."
+
+
+def test_another_base_policy_is_another_experiment(make_run, outcomes):
+    """As after a prior was trained anew: its runs are no seeds of the older one's."""
+    made = [make_run(f"r{i}", base=outcomes["half"], final=outcomes["always"], seed=i) for i in range(2)]
+    write_sealed(made[1] / "manifest.json", read_sealed(made[1] / "manifest.json") | {"base_checkpoint": "1" * 12})
+    assert [cell["seeds"] for cell in summary_table(read_runs(made)).cells] == [[0], [1]]
 
 
 def test_other_settings_are_another_experiment(make_run, outcomes):
@@ -154,7 +174,7 @@ def test_a_narrow_terminal_says_what_is_the_same_once_and_keeps_p(make_run, outc
     screen.isatty = lambda: True
     print_table(summary_table(read_runs(seeds(make_run, outcomes))), screen)
     text = re.sub(r"\x1b\[[0-9;]*m", "", screen.getvalue())
-    assert "policy: pi0-tiny, in every line." in text and " 0.0078 " in text
+    assert f"base policy: pi0-tiny {'0' * 12}, in every line." in text and " 0.0078 " in text
     assert max(map(len, text.splitlines()[:20])) <= 80
 
 

@@ -42,19 +42,30 @@ def cost_table(runs: Sequence[RunFolder], threshold: float = 0.8) -> Table:
             base = base_of(method, methods)
             gain = change(method, base, suite) if base is not None else None
             paid = {name: _paid(trained, suite, name, threshold) for name in CURRENCIES}
+            names = ("algorithm", "policy", "base_checkpoint", "settings", "suite", "protocol", "decoding", "seeds",
+                     "expected", "episodes", "successes", "complete")  # fmt: skip
             record: Record = {
-                "algorithm": method.name, "policy": method.policy, "settings": method.settings, "suite": suite,
-                **{name: shown[name] for name in ("seeds", "expected", "episodes", "successes", "complete")},
+                **{name: shown[name] for name in names},
                 "gain": gain, "threshold": threshold, **paid,
             }  # fmt: skip
             records.append(record)
             texts = [_text(paid[name], scale) for name, (_, scale) in CURRENCIES.items()]
-            lines.append((suite, method.label, method.policy, str(len(method.seeds)), change_text(gain), *texts))
-    columns = ("suite", "method", "policy", "seeds", "gain, pp [95%]", *(heading for heading, _ in CURRENCIES.values()))
+            counts = f"{shown['successes']}/{shown['episodes']}"
+            policy = f"{method.policy} {method.checkpoint}"
+            lines.append((suite, method.label, policy, str(len(method.seeds)), counts, change_text(gain), *texts))
+    columns = (
+        "suite",
+        "method",
+        "base policy",
+        "seeds",
+        "successes",
+        "gain, pp [95%]",
+        *(heading for heading, _ in CURRENCIES.values()),
+    )
     notes = (
         *protocol_notes(runs),
-        "Gain: change against the base policy on held-out initial states; 95% interval over seeds (Student's t), with "
-        "one seed over initial states.",
+        "Gain: change against the base policy on held-out initial states; 95% interval resamples seeds (Student's t), "
+        "with one seed initial states.",
         f"Costs are those of training, medians over seeds: until {threshold:.0%} succeeded, of the whole run. Until "
         f"then: {REACHED}. A critic's gradient steps count like an actor's, and collecting like updating.",
         "CPU hours are those of all cores, for training alone; they depend on the machine, and older runs have none.",

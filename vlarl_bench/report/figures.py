@@ -6,7 +6,7 @@ import os
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -37,6 +37,9 @@ SAVED: dict[str, dict[str, Any]] = {
     "svg": {"metadata": {"Date": None}},
     "png": {"dpi": 150, "metadata": {"Software": ""}},
 }
+BAND = "band: 95% interval, resamples training seeds (Student's t); of one seed none"
+BARS = "bars: 95% interval over training seeds, of one seed over initial states"
+"""What a figure says of its intervals, below its axis."""
 Draw = Callable[[Figure, Sequence[Method], str], bool]
 
 
@@ -96,7 +99,7 @@ def learning_curves(figure: Figure, methods: Sequence[Method], suite: str) -> bo
         runs = () if method.is_base else method.runs
         curves = [Curve(*training_curve(run.rows_of(suite)), run.stopped is not None) for run in runs]
         drawn |= _mean_curve(axes, title, look, curves)
-    axes.set(xlabel="environment steps of training", ylabel="success while exploring (%)", ylim=(-2, 102))
+    axes.set(xlabel=f"environment steps of training\n{BAND}", ylabel="success while exploring (%)", ylim=(-2, 102))
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     place_legend(figure, axes)
     return drawn
@@ -115,7 +118,7 @@ def wall_time_curves(figure: Figure, methods: Sequence[Method], suite: str) -> b
         drawn |= _mean_curve(axes, title, look, curves)
     axes.set(ylabel="success while exploring (%)", ylim=(-2, 102))
     where = f"minutes of training, collecting and updating, on {'; '.join(machines_of(timed))}; these depend on"
-    axes.set_xlabel(textwrap.fill(f"{where} the machine and on what else it did", 90))
+    axes.set_xlabel(textwrap.fill(f"{where} the machine and on what else it did", 90) + f"\n{BAND}")
     place_legend(figure, axes)
     return drawn
 
@@ -143,10 +146,12 @@ def _mean_curve(axes: Axes, title: str, look: dict[str, Any], curves: Sequence[C
     return True
 
 
-def _band(axes: Axes, x: np.ndarray, estimates: Sequence[Any], colour: str) -> None:
+def _band(
+    axes: Axes, x: np.ndarray, estimates: Sequence[Any], colour: str, step: Literal["post"] | None = None
+) -> None:
     low = np.array([np.nan if e.low is None else 100 * e.low for e in estimates])
     high = np.array([np.nan if e.high is None else 100 * e.high for e in estimates])
-    axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+    axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0, step=step)
 
 
 def place_legend(figure: Figure, axes: Axes) -> None:
@@ -198,8 +203,9 @@ def profiles(figure: Figure, methods: Sequence[Method], suite: str) -> bool:
         axes.step(
             100 * thresholds, 100 * each.mean(axis=0), where="post", label=title, markevery=10, markersize=4, **look
         )
-        _band(axes, 100 * thresholds, [seeds_estimate(mean, column[:, None]) for column in each.T], look["color"])
-    axes.set(xlabel="success rate τ (%)", ylabel="runs and tasks above τ (%)", xlim=(0, 100), ylim=(-2, 102))
+        _band(axes, 100 * thresholds, [seeds_estimate(mean, column[:, None]) for column in each.T], look["color"],
+              step="post")  # fmt: skip
+    axes.set(xlabel=f"success rate τ (%)\n{BAND}", ylabel="runs and tasks above τ (%)", xlim=(0, 100), ylim=(-2, 102))
     place_legend(figure, axes)
     return bool(scored)
 
@@ -239,7 +245,7 @@ def pareto(figure: Figure, methods: Sequence[Method], suite: str, cost: str = "e
                 axes.annotate(methods[family[0]].policy, front[-1], (4, 6), textcoords="offset points", fontsize=7)
     axes.plot([0], [0], marker="s", color="0.4", linestyle="none", label="base policy")
     axes.axhline(0, color="0.4", linewidth=0.8)
-    axes.set(xlabel=COSTS[cost], ylabel="change against base (points)")
+    axes.set(xlabel=f"{COSTS[cost]}\n{BARS}", ylabel="change against base (points)")
     whole_numbers = cost in ("env_steps", "gradient_steps")
     axes.xaxis.set_major_formatter((lambda x, _: f"{x:,.0f}") if whole_numbers else (lambda x, _: f"{x:.3g}"))
     axes.set_xlim(-0.02 * (axes.dataLim.x1 or 1), 1.06 * (axes.dataLim.x1 or 1))
@@ -313,8 +319,8 @@ def _bars(figure: Figure, methods: Sequence[Method], suite: str, groups: Sequenc
     axes.set_yticks(list(name), list(name.values()), fontsize=8)
     axes.invert_yaxis()
     axes.axvline(0, color="0.4", linewidth=0.8)
-    axes.set_xlabel("change against the base policy (points); beside it 95% interval, seeds, successes/episodes\n"
-                    "interval over seeds, of one seed over initial states", fontsize=8)  # fmt: skip
+    axes.set_xlabel(f"change against the base policy (points); beside it interval, seeds, successes/episodes\n{BARS}",
+                    fontsize=8)  # fmt: skip
     return bool(name)
 
 

@@ -269,6 +269,7 @@ def cell(method: Method, suite: str) -> dict[str, Any]:
         "base_checkpoint": method.checkpoint,
         "settings": method.settings,
         "suite": suite,
+        "protocol": method.runs[0].manifest["protocol"]["hash"],
         "decoding": method.decoding,
         "submitted": method.runs[0].submitted,
         "seeds": list(method.seeds),

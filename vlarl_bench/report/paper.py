@@ -25,7 +25,7 @@ from .methods import Method, base_of, cell, compared_methods, in_order, scores, 
 from .published import Published
 from .render import BEST
 from .runs import RunFolder, training_curve
-from .table import Record, Table, protocol_notes
+from .table import TRAINING, Record, Table, protocol_notes, spent_text, training_text
 
 
 def paper_table(runs: Sequence[RunFolder], published: Sequence[Published] = ()) -> Table:
@@ -111,19 +111,7 @@ def _cell_text(found: Record) -> str:
 
 def budget_text(method: Method) -> str:
     """What one run of the method spent on training, in short."""
-    spent = method.budget()
-    parts = []
-    if spent["train_episodes"]:
-        parts.append(f"{spent['train_episodes']:,.0f} episodes, {spent['env_steps']:,.0f} steps")
-    elif spent["env_steps"]:
-        parts.append(f"{spent['env_steps']:,.0f} steps")
-    elif not method.is_base:
-        parts.append(f"{method.runs[0].settings().get('budget.demos', '?')} demonstrations a task")
-    if spent.get("gradient_steps"):
-        parts.append(f"{spent['gradient_steps']:,.0f} gradient steps")
-    if spent.get("flops"):
-        parts.append(f"{spent['flops']:.1e} FLOPs")
-    return ", ".join(parts) or "none"
+    return "none" if method.is_base else spent_text(method.budget(), method.runs[0])
 
 
 def aggregate_table(runs: Sequence[RunFolder], threshold: float = 0.8) -> Table:
@@ -145,12 +133,13 @@ def aggregate_table(runs: Sequence[RunFolder], threshold: float = 0.8) -> Table:
             rank = "-" if method not in ranks else "-".join(map(str, dict.fromkeys(ranks[method])))
             texts = [_estimate_text(record[name], 100) for name in ("mean", "iqm", "optimality_gap")]
             texts += [_estimate_text(record["improvement"], 100), rank, _estimate_text(record["area"], 100)]
-            lines.append((suite, method.label, method.policy, *texts, _steps_text(record["steps_to"])))
+            lines.append((*_head(method, suite), *texts, _steps_text(record["steps_to"])))
         for method in planned:
             if method not in present:
-                lines.append((suite, method.label, method.policy, *["INCOMPLETE"] * 7))
-    columns = ("suite", "method", "policy", "mean, %", "IQM, %", "optimality gap, pp", "better than its base, %",
-               "rank", "training curve, %", f"steps to {threshold:.0%} in training")  # fmt: skip
+                lines.append((*_head(method, suite), *["INCOMPLETE"] * 7))
+    columns = ("suite", "method", "base policy", TRAINING, "seeds", "successes", "mean, %", "IQM, %",
+               "optimality gap, pp", "better than its base, %", "rank", "training curve, %",
+               f"steps to {threshold:.0%} in training")  # fmt: skip
     notes = (
         *protocol_notes(runs),
         "Intervals (95%) resample training seeds: Student's t with each seed left out in turn; tasks and initial "
@@ -165,6 +154,14 @@ def aggregate_table(runs: Sequence[RunFolder], threshold: float = 0.8) -> Table:
         "counting as infinite.",
     )
     return Table("Aggregates over seeds and tasks", notes, columns, tuple(lines), 0, tuple(records), tuple(records))
+
+
+def _head(method: Method, suite: str) -> tuple[str, ...]:
+    """What stands before the numbers: who, from which policy, on what budget and by how many episodes."""
+    shown = cell(method, suite)
+    budget = "none" if method.is_base else training_text({"gradient_steps": 0.0} | method.budget())
+    counts = f"{shown['successes']}/{shown['episodes']}"
+    return suite, method.label, f"{method.policy} {method.checkpoint}", budget, str(len(method.seeds)), counts
 
 
 def _ranks(methods: Sequence[Method], suite: str) -> dict[Method, list[int]]:
@@ -191,12 +188,10 @@ def _aggregates(
     table = scores(method, suite)
     base = base_of(method, methods)
     estimators: dict[str, Callable[..., np.ndarray]] = {"mean": mean, "iqm": iqm, "optimality_gap": optimality_gap}
-    found: dict[str, Any] = {
-        "algorithm": method.name, "policy": method.policy, "settings": method.settings, "suite": suite,
-        "seeds": list(method.seeds), "tasks": table.shape[1],
-        "episodes": int(method.played(suite).sum()),
-        "successes": int(method.results[method.played(suite)].sum()),
-    }  # fmt: skip
+    names = ("algorithm", "policy", "base_checkpoint", "settings", "suite", "protocol", "decoding", "seeds", "tasks",
+             "episodes", "successes")  # fmt: skip
+    shown = cell(method, suite)
+    found: dict[str, Any] = {name: shown[name] for name in names} | method.budget() | {"resamples": "seeds"}
     found |= {name: _pair(seeds_estimate(estimator, table)) for name, estimator in estimators.items()}
     versus_base = None
     if base is not None:

@@ -114,6 +114,10 @@ def print_table(table: Table, file: TextIO | None = None) -> None:
         same = [i for i in shown if len({line[i] for line in table.lines}) == 1]
         shown = [i for i in shown if i not in same]
         notes = [*(f"{table.columns[i]}: {table.lines[0][i]}, in every line." for i in same), *notes]
+    if not console.is_terminal:
+        console.width = max(
+            console.width, sum(_width([table.columns[i], *(line[i] for line in table.lines)]) for i in shown)
+        )
     drawing = Drawing(title=Text(table.title, "bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for i in shown:
         cells = [table.columns[i], *(line[i] for line in table.lines)]

@@ -1,7 +1,7 @@
 """Tables as pure functions of rows: what a run gained on each task, and several runs side by side."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +61,10 @@ def comparison_table(run: RunFolder) -> Table:
             tasks = [_record(run, [key], decoding) | {"task": key.split("/", 1)[1]} for key in mine]
             cells.append(_cell([_record(run, mine, decoding)]) | {"per_task": tasks})
     compared = ("base", name, "change, pp [95%]", "p") if run.compares else (name,)
-    return Table(run.title, _notes([run], records), ("task", *compared), tuple(lines), 1, tuple(records), tuple(cells))
+    notes = _notes([run], records)
+    if run.compares:
+        notes += (f"Base policy {run.manifest['policy']} {run.start}. Training: {spent_text(run.spent, run)}.",)
+    return Table(run.title, notes, ("task", *compared), tuple(lines), 1, tuple(records), tuple(cells))
 
 
 def summary_table(runs: Sequence[RunFolder]) -> Table:
@@ -72,7 +75,7 @@ def summary_table(runs: Sequence[RunFolder]) -> Table:
     """
     if not runs:
         raise BenchError("runs: none given; name at least one run folder")
-    groups: dict[tuple[str, str, str, str, str, str], list[Record]] = {}
+    groups: dict[tuple[str, ...], list[Record]] = {}
     seen: dict[tuple[Any, ...], RunFolder] = {}
     for run, settings in zip(runs, settings_labels(runs), strict=True):
         for suite in run.suites:
@@ -80,7 +83,8 @@ def summary_table(runs: Sequence[RunFolder]) -> Table:
                 keys = [key for key in run.manifest["evaluation"]["tasks"] if key.startswith(f"{suite}/")]
                 record = _record(run, keys, decoding) | {"suite": suite, "settings": settings}
                 name = run.method if run.compares else f"{run.method} (evaluation)".strip()
-                experiment = (name, record["policy"], suite, settings, decoding, run.submitted_by)
+                start = f"{record['policy']} {run.start}"
+                experiment = (name, start, suite, settings, decoding, run.submitted_by)
                 groups.setdefault(experiment, []).append(record)
                 other = seen.setdefault((experiment, record["seed"]), run)
                 if other is not run:
@@ -101,20 +105,20 @@ def summary_table(runs: Sequence[RunFolder]) -> Table:
             seed = str(record["seed"]) if "seed" in record else f"all {len(members)} seeds"
             line: tuple[str, ...] = (
                 group[0] + submitter(group[5]),
-                record["policy"],
+                group[1],
                 record["suite"],
             )
             line += (group[3] or "-",) if several_settings else ()
             line += (group[4],) if several_decodings else ()
-            lines.append((*line, seed, _coverage(record), *_score_texts(record, True)))
+            lines.append((*line, training_text(record), seed, _coverage(record), *_score_texts(record, True)))
             records.append(record)
-    columns: tuple[str, ...] = ("algorithm", "policy", "suite")
+    columns: tuple[str, ...] = ("algorithm", "base policy", "suite")
     columns += ("settings",) if several_settings else ()
     columns += ("decoding",) if several_decodings else ()
-    columns += ("seed", "tasks", "base", "score", "change, pp [95%]", "p")
+    columns += (TRAINING, "seed", "tasks", "base", "score", "change, pp [95%]", "p")
     notes = _notes(runs, records)
     if any(len(members) > 1 for members in groups.values()):
-        notes += ("All seeds: the mean change with Student's t interval and p over training seeds; its unit is a run.",)
+        notes += ("All seeds: the mean change with 95% interval and p, which resample training seeds (Student's t).",)
     return Table(f"{len(runs)} runs" if len(runs) > 1 else "1 run", notes, columns, tuple(lines), 0, tuple(records),
                  tuple(cells))  # fmt: skip
 
@@ -136,13 +140,15 @@ def _record(run: RunFolder, keys: Sequence[str], decoding: str) -> Record:
     }  # fmt: skip
     change: Record = dataclasses.asdict(paired_result(base, after))
     change |= {"difference_low": change.pop("low"), "difference_high": change.pop("high")}
+    change["difference_resamples"] = "initial states"
     base_expected = len(owed) if run.compares and run.config.get("base") != "scratch" else 0
     complete = owed <= after.keys() and (base_expected == 0 or owed <= base.keys())
     if not complete:
-        change |= dict.fromkeys(("difference_low", "difference_high", "p_value", "mcnemar_p"))
+        change |= dict.fromkeys(("difference_low", "difference_high", "difference_resamples", "p_value", "mcnemar_p"))
     return {
         "algorithm": run.manifest["algorithm"],
         "policy": run.manifest["policy"],
+        "base_checkpoint": run.start,
         "asked_suite": run.manifest["suite"],
         "suite": ", ".join(dict.fromkeys(key.split("/")[0] for key in keys)),
         "seed": run.manifest["seed"],
@@ -155,6 +161,7 @@ def _record(run: RunFolder, keys: Sequence[str], decoding: str) -> Record:
         **_score(after, len(owed)),
         **{f"base_{name}": value for name, value in _score(base, base_expected).items()},
         **(change if change["n_pairs"] else dict.fromkeys(change)),
+        **run.spent,
         "protocol": run.manifest["protocol"]["hash"],
         "run": run.folder.name,
         "submitted": run.submitted,
@@ -171,8 +178,10 @@ def _outcomes(rows: Rows, keys: Sequence[str], decoding: str) -> dict[Episode, b
 def _score(outcomes: dict[Episode, bool], expected: int) -> Record:
     """Counts and rate, with Wilson's interval where no episode is missing."""
     n, successes = len(outcomes), sum(outcomes.values())
-    low, high = wilson_interval(successes, n) if n and n >= expected else (None, None)
-    return {"episodes": n, "successes": successes, "rate": successes / n if n else None, "low": low, "high": high}
+    whole = bool(n) and n >= expected
+    low, high = wilson_interval(successes, n) if whole else (None, None)
+    return {"episodes": n, "successes": successes, "rate": successes / n if n else None, "low": low, "high": high,
+            "resamples": "episodes" if whole else None}  # fmt: skip
 
 
 def _cell(members: list[Record]) -> Record:
@@ -187,16 +196,21 @@ def _cell(members: list[Record]) -> Record:
     for name in ("rate", "base_rate"):
         rates = [record[name] for record in members if record[name] is not None]
         cell[name] = float(np.mean(rates)) if rates else None
-    cell |= dict.fromkeys(("low", "high", "base_low", "base_high"))
+    for name in ("train_episodes", "env_steps", "gradient_steps", "flops"):
+        cell[name] = sum(record[name] for record in members) / len(members)
+    cell |= dict.fromkeys(("low", "high", "resamples", "base_low", "base_high", "base_resamples"))
     cell["complete"] = all(record["complete"] for record in members)
     changes = [record["difference"] for record in members if record["difference"] is not None]
     pairs = [record for record in members if record["n_pairs"]]
     cell |= {name: sum(record[name] for record in pairs) for name in ("n_pairs", "gained", "lost")}
-    cell |= dict.fromkeys(("n_clusters", "difference_low", "difference_high", "p_value", "mcnemar_p"))
+    cell |= dict.fromkeys(
+        ("n_clusters", "difference_low", "difference_high", "difference_resamples", "p_value", "mcnemar_p")
+    )
     cell["difference"] = float(np.mean(changes)) if changes else None
     over_seeds = seeds_interval(changes)
     if over_seeds and cell["complete"]:
         cell["difference_low"], cell["difference_high"], cell["p_value"] = over_seeds
+        cell["difference_resamples"] = "seeds"
     return cell
 
 
@@ -234,6 +248,30 @@ def _coverage(record: Record) -> str:
     return f"{record['tasks']} of {record['suite_tasks']}{group}"
 
 
+TRAINING = "steps / gradient steps"
+
+
+def training_text(spent: Mapping[str, float]) -> str:
+    """`109,389 / 3,453`, below the heading `TRAINING`."""
+    return f"{spent['env_steps']:,.0f} / {spent['gradient_steps']:,.0f}"
+
+
+def spent_text(spent: Mapping[str, float], run: RunFolder) -> str:
+    """What training took, in words; `run` is one of those that spent it."""
+    parts = []
+    if spent["train_episodes"]:
+        parts.append(f"{spent['train_episodes']:,.0f} episodes, {spent['env_steps']:,.0f} steps")
+    elif spent["env_steps"]:
+        parts.append(f"{spent['env_steps']:,.0f} steps")
+    elif run.method:
+        parts.append(f"{run.settings().get('budget.demos', '?')} demonstrations a task")
+    if spent.get("gradient_steps"):
+        parts.append(f"{spent['gradient_steps']:,.0f} gradient steps")
+    if spent.get("flops"):
+        parts.append(f"{spent['flops']:.1e} FLOPs")
+    return ", ".join(parts) or "none"
+
+
 def settings_labels(runs: Sequence[RunFolder]) -> list[str]:
     """For each run, the settings in which it differs from other runs of the same algorithm and policy."""
     flats = [run.settings() for run in runs]
@@ -260,8 +298,8 @@ def _notes(runs: Sequence[RunFolder], records: Sequence[Record]) -> tuple[str, .
     notes = [
         what,
         how,
-        "Scores: successes/episodes and Wilson 95% interval. Change: paired by initial state and repeat, 95% interval "
-        "and two-sided p (exact sign-flip test) with the initial state as the independent unit.",
+        "Scores: successes/episodes and 95% interval, which resamples episodes (Wilson). Change: paired by initial "
+        "state and repeat; 95% interval and two-sided p (exact sign-flip test) resample initial states.",
         *machines,
     ]
     if not all(record["complete"] for record in records):
