@@ -187,13 +187,18 @@ def _lint_published_claims(entries: Sequence[Published]) -> list[str]:
             first, second = ranked[:2]
             high, low = first.scores[suite] / 100, second.scores[suite] / 100
             played = min(first.episodes or 0, second.episodes or 0)
+            rival = second.method if first.base_policy == second.base_policy else _from(second)
             if 0 < low < high < 1 and (needed := episodes_needed(low, high)) > played:
                 findings.append(
-                    f"{first.where}: {suite}: {100 * high:g} against {100 * low:g} of {second.method} is too small a "
+                    f"{first.where}: {suite}: {100 * high:g} against {100 * low:g} of {rival} is too small a "
                     f"difference for {played:,} episodes: it takes {needed:,} of each to see it 4 times in 5 between "
                     "these two policies, and more where training seeds differ"
                 )
     return findings
+
+
+def _from(entry: Published) -> str:
+    return f"{entry.method} from {entry.base_policy}"
 
 
 def impossible(score: float, episodes: int | None) -> str:
@@ -246,8 +251,11 @@ def lint_cells(where: str, cells: Any) -> list[str]:
             findings.append(f"{name}: rate {rate!r}, low {low!r} and high {high!r} must be numbers")
         elif None not in (low, high, rate) and not low - EPSILON <= rate <= high + EPSILON:
             findings.append(f"{name}: rate {rate:g} lies outside its interval [{low:g}, {high:g}]")
-        if not each.get("seeds"):
+        seeds = each.get("seeds")
+        if not seeds:
             findings.append(f"{name}: no seeds are named")
+        elif each.get("best") and isinstance(seeds, list) and len(seeds) < FEW_SEEDS:
+            findings.append(f"{name}: called best with {len(seeds)} training seed(s); a claim takes {FEW_SEEDS}")
         for part in ("runs", "per_task"):
             members = each.get(part) or []
             if not isinstance(members, list) or not all(isinstance(member, dict) for member in members):
@@ -260,4 +268,19 @@ def lint_cells(where: str, cells: Any) -> list[str]:
     protocols = {each["protocol"] for each in cells if each.get("protocol")}
     if len(protocols) > 1:
         findings.append(f"{where}: mixed protocols, whose scores do not compare: {', '.join(sorted(protocols))}")
-    return findings
+    return findings + _lint_cell_budgets(where, cells)
+
+
+def _lint_cell_budgets(where: str, cells: Sequence[dict[str, Any]]) -> list[str]:
+    """Cells of one suite and base policy that say how many training episodes they had, and differ in it."""
+    groups: dict[tuple[str, ...], dict[float, list[str]]] = {}
+    for each in cells:
+        spent = each.get("train_episodes")
+        if isinstance(spent, int | float) and spent > 0:
+            same = tuple(str(each.get(field)) for field in ("suite", "policy", "base_checkpoint"))
+            groups.setdefault(same, {}).setdefault(spent, []).append(str(each.get("algorithm")))
+    return [
+        f"{where}: {suite}, {policy}: unequal budgets, train episodes a run: "
+        f"{min(of):,.0f} of {_listed(of[min(of)])}; {max(of):,.0f} of {_listed(of[max(of)])}"
+        for (suite, policy, _), of in groups.items() if len(of) > 1
+    ]  # fmt: skip
