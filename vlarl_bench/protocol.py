@@ -68,13 +68,17 @@ class Protocol:
         return f"{self.name}@{self.version} ({', '.join(remarks)})"
 
 
+TUNING = "-tuning"
+"""How the names of protocols for choosing settings end."""
+
+
 def for_tuning(protocol: Protocol) -> Protocol:
     """The same protocol without its held-out states: settings are chosen on the last two fifths of the training states
     after learning from the first three."""
     cut = 3 * len(protocol.train_states) // 5
     return dataclasses.replace(
         protocol,
-        name=f"{protocol.name}-tuning",
+        name=f"{protocol.name}{TUNING}",
         train_states=protocol.train_states[:cut],
         eval_states=protocol.train_states[cut:],
     )

@@ -254,18 +254,23 @@ def test_sorting(visit):
 
 def test_suites_and_protocols_stand_apart_and_only_clear_changes_are_coloured(browser, runs, make_run, tmp_path):
     longer = Protocol("tiny-state", 2, "state", {"suite_a": 400}, 10, 8, (0, 1), (4, 5))
+    trial = Protocol("tiny-state-tuning", 2, "state", {"suite_a": 400}, 10, 8, (0, 1), (4, 5))
     same = make_run("same", base=at_most(1), final=at_most(1), algorithm="same")
     other = make_run("other", base=at_most(1), final=at_most(3), algorithm="strong", protocol=longer)
     part = make_run("part", base=at_most(1), final=at_most(8), algorithm="part", protocol=longer, skip=(4,))
+    trials = [
+        make_run(f"trial{i}", base=at_most(1), final=at_most(8), algorithm=f"t{i}", protocol=trial) for i in range(9)
+    ]
     path = tmp_path / "groups.html"
-    path.write_text(make_page([*runs, *map(read_run, (same, other, part))], []), encoding="utf-8")
+    path.write_text(make_page([*runs, *map(read_run, (same, other, part, *trials))], []), encoding="utf-8")
     page = browser.new_page()
     page.goto(path.as_uri())
     heads = page.locator("#table tr.group").all_inner_texts()
     assert [head.split(" (")[0] for head in heads] == [
-        f"Measured here: suite_a, protocol tiny-state@{n}" for n in (1, 2)
+        *(f"Measured here: suite_a, protocol tiny-state@{n}" for n in (1, 2)),
+        "Trials to choose settings, on training states: suite_a, protocol tiny-state-tuning@2",  # last, though the most
     ]
-    assert methods(page)[:2] == ["strong", "weak"] and methods(page)[4:] == ["part", "strong", "base policy"]
+    assert methods(page)[:2] == ["strong", "weak"] and methods(page)[4:7] == ["part", "strong", "base policy"]
 
     def change(method):
         return page.locator("#table tr[data-id]", has=page.locator(f"text=/^{method}$/")).first.locator("td").nth(2)
@@ -275,7 +280,7 @@ def test_suites_and_protocols_stand_apart_and_only_clear_changes_are_coloured(br
     assert change("part").locator(".up, .down").count() == 0
     assert "incomplete: no interval" in change("part").inner_text()
     page.locator("#table button.open", has_text="part").click()
-    assert "points; episodes are missing: no interval" in page.locator("dialog[open]").inner_text()
+    assert "points; no interval: episodes are missing" in page.locator("dialog[open]").inner_text()
     page.close()
 
 
@@ -299,7 +304,15 @@ def test_a_cell_opens_by_keyboard_and_by_link(visit, tmp_path):
     page.keyboard.press("Enter")
     dialog = page.locator("dialog[open]")
     text = dialog.inner_text()
-    for words in ("strong, suite_a", "60 successes of 64", "pick it up", "Seed 3", "vlarl-bench run", "tiny-state@1"):
+    for words in (
+        "strong, suite_a",
+        "]: 95%, resamples seeds; p = 0.0002",
+        "60 successes of 64",
+        "pick it up",
+        "Seed 3",
+        "vlarl-bench run",
+        "tiny-state@1",
+    ):
         assert words in text
     assert [svg.locator("path.seed").count() for svg in dialog.locator("svg").all()] == [4, 4]  # steps, wall time
     assert "depend on the machine" in text

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..files import write_text_atomic
+from ..protocol import TUNING
 from .comparisons import best, change
 from .lint import lint_methods, lint_published, lint_run
 from .method_pages import link, method_pages
@@ -34,7 +35,8 @@ NOTES = (
     "A change is coloured where its interval, which speaks of this one comparison, excludes 0.",
     "Best: separated above every other measured score from the same base policy on the same suite, tasks and protocol, "
     f"controls aside: p < 0.05. {SEPARATED}",
-    "Scores under different protocols do not compare, nor do scores on different tasks of a suite.",
+    "Scores under different protocols do not compare, nor do scores on different tasks of a suite. Trials in which "
+    "settings were chosen, on training states, stand below all others.",
 )
 
 
@@ -109,6 +111,7 @@ def _measured_cell(
         "policy": f"{method.policy} {method.checkpoint}",
         "suite": suite,
         "protocol": manifest["protocol"]["label"],
+        "tuning": manifest["protocol"]["name"].endswith(TUNING),
         "coverage": f"{len(tasks)} of {manifest['evaluation']['suite_tasks']} tasks of {manifest['suite']}",
         **{name: shown[name] for name in ("settings", "decoding", "seeds", "episodes", "successes", "expected",
                                           "submitted", "complete", "rate", "low", "high", "resamples")},

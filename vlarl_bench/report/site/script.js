@@ -59,9 +59,10 @@ function writeAddress(opened = {}) {
 }
 
 // What compares stands together: measured scores of one suite under one protocol.
-const group = (cell) => (cell.kind === "measured" ? `Measured here: ${cell.suite}, protocol ${cell.protocol}`
+const group = (cell) => (cell.kind === "measured"
+  ? `${cell.tuning ? "Trials to choose settings, on training states" : "Measured here"}: ${cell.suite}, protocol ${cell.protocol}`
   : "Copied: printed by others, measured by nobody here");
-const sizes = {}; // the group with the most scores comes first
+const sizes = {}; // the group with the most scores comes first, but trials last
 for (const cell of data.cells) sizes[group(cell)] = (sizes[group(cell)] ?? 0) + 1;
 
 function shown() {
@@ -75,6 +76,7 @@ function shown() {
   const column = COLUMNS.find((c) => c.key === state.sort), sign = state.order === "ascending" ? 1 : -1;
   return kept.sort((a, b) => {
     if (a.kind !== b.kind) return a.kind === "measured" ? -1 : 1; // never one among the other
+    if (a.tuning !== b.tuning) return a.tuning ? 1 : -1;
     if (group(a) !== group(b)) return sizes[group(b)] - sizes[group(a)] || (group(a) < group(b) ? -1 : 1);
     const x = column.of(a), y = column.of(b);
     if (x === null || y === null) return (x === null) - (y === null); // what is missing comes last either way
@@ -126,6 +128,7 @@ function score(cell) {
   if (cell.rate === null) return [element("span", { class: "tag warning" }, cell.expected ? "not run" : "none")];
   const line = element("div", { class: "score" }, element("b", {}, percent(cell.rate)), "%",
     cell.low === null ? "" : ` [${percent(cell.low)}, ${percent(cell.high)}]`);
+  const over = cell.low === null ? "" : `; interval over ${cell.resamples}`;
   const meter = element("div", { class: "meter", "aria-hidden": "true" });
   if (cell.low !== null) {
     const band = element("i");
@@ -137,7 +140,7 @@ function score(cell) {
   mark.style.left = `${100 * cell.rate}%`;
   meter.append(mark);
   const counts = cell.kind === "copied" ? "as printed" :
-    `${cell.successes}/${cell.episodes} episodes, ${cell.seeds.length} seed${cell.seeds.length > 1 ? "s" : ""}`;
+    `${cell.successes}/${cell.episodes} episodes, ${cell.seeds.length} seed${cell.seeds.length > 1 ? "s" : ""}${over}`;
   return [line, meter, element("small", {}, counts),
     cell.best ? element("span", { class: "tag measured" }, "best, separated") : null,
     cell.complete === false ? element("span", { class: "tag warning" }, `incomplete: ${cell.episodes} of ${cell.expected}`) : null];
@@ -149,8 +152,9 @@ function change(cell) {
   const clear = low === null ? "" : low > 0 ? "up" : high < 0 ? "down" : ""; // coloured where the interval excludes 0
   return [
     element("span", { class: clear }, `${points(value)} pp`),
-    element("small", {}, !complete ? "incomplete: no interval" : low === null ? "no interval"
+    element("small", { class: "score" }, !complete ? "incomplete: no interval" : low === null ? "no interval"
       : `[${points(low)}, ${points(high)}]`),
+    low === null ? null : element("small", {}, `over ${cell.change.resamples}`),
     low === null ? null : element("small", {}, `p ${p(cell.change.p)}`),
     element("small", {}, `base ${percent(base)}%`)];
 }
@@ -205,8 +209,8 @@ function copied(cell) {
 function measured(cell) {
   const interval = cell.low === null ? "" : ` [${percent(cell.low)}, ${percent(cell.high)}]: 95%, resamples ${cell.resamples}`;
   const against = cell.change && `${points(cell.change.value)} points` +
-    (cell.change.low === null ? "" : ` [${points(cell.change.low)}, ${points(cell.change.high)}], p ${p(cell.change.p)}`) +
-    `; ${cell.change.complete ? cell.change.resamples : "episodes are missing: no interval"}`;
+    (cell.change.low === null ? "; no interval" + (cell.change.complete ? "" : ": episodes are missing")
+      : ` [${points(cell.change.low)}, ${points(cell.change.high)}]: 95%, resamples ${cell.change.resamples}; p ${p(cell.change.p)}`);
   const body = [facts([
     ["Score", cell.rate === null ? "not run" : `${percent(cell.rate)}%${interval}`],
     ["Episodes", `${cell.successes} successes of ${cell.episodes}; ${cell.expected} planned`],
