@@ -91,13 +91,23 @@ def covered(found: list[stats.Estimate], truth: float) -> float:
 
 
 def single_policies(experiments: int) -> Iterator[Line]:
-    """Wilson's interval where its assumption holds, and where it does not: pooled over training seeds."""
+    """Wilson's interval where its assumption holds, and where it does not: with repeats of initial states, as a truth
+    of these states and of others like them; and pooled over training seeds."""
     rng = np.random.default_rng(2)
     for n in (50, 150, 500):
         rates = rng.uniform(0.05, 0.95, experiments)
         intervals = [stats.wilson_interval(int(k), n) for k in rng.binomial(n, rates)]
         hits = [low <= rate <= high for (low, high), rate in zip(intervals, rates, strict=True)]
         yield "wilson_interval", f"one policy, {n} independent episodes", float(np.mean(hits))
+    repeated, rate, n = np.random.default_rng(8), 0.4, 150
+    low, high = np.array([stats.wilson_interval(k, n) for k in range(n + 1)]).T
+    for spread in (0.5, 2.0):
+        chances = repeated.beta(rate / spread, (1 - rate) / spread, (experiments, n // 2))
+        wins = repeated.binomial(2, chances).sum(1)
+        for whose, rates in (("of these states", chances.mean(1)), ("of any such states", np.full(experiments, rate))):
+            inside = (low[wins] <= rates) & (rates <= high[wins])
+            setting = f"one policy, {n // 2} states x 2 that correlate by {spread / (1 + spread):.2f}, {whose}"
+            yield "wilson_interval", setting, float(inside.mean())
     truth, n = float(simulate(rng, 1, 200_000).mean()), 5 * TASKS * EPISODES
     pooled = [stats.wilson_interval(round(n * rate), n) for rate in simulate(rng, experiments, 5).mean((1, 2))]
     hits = [low <= truth <= high for low, high in pooled]

@@ -26,7 +26,8 @@ Level = Literal["seed", "task", "episode"]
 def wilson_interval(successes: int, n: int) -> tuple[float, float]:
     """Wilson's score interval for a success rate (Wilson, 1927); (0, 1) when there are no episodes.
 
-    Treats episodes as independent: with several repeats of an initial state it is somewhat too narrow.
+    Treats episodes as independent: with several repeats of an initial state it speaks of these states, and is too
+    narrow for others like them (docs/statistics.md has how much).
     """
     if n == 0:
         return 0.0, 1.0
