@@ -28,7 +28,7 @@ def test_a_line_says_what_was_before_and_after_and_whether_that_is_a_gain(make_r
     (line,), (record,) = table.lines, table.records
     n = record["episodes"]
     each = n // 3
-    assert line[:5] == ("suite_a", "fpo", "pi0-tiny", "3", f"{n // 2}/{n} 50%")
+    assert line[:6] == ("suite_a", "fpo", f"pi0-tiny {'0' * 12}", "0 / 0", "3", f"{n // 2}/{n} 50%")
     changes = np.array([sum(r.evaluated.column("success")) - sum(r.base.column("success")) for r in runs]) / each
     assert record["gain"]["value"] == pytest.approx(changes.mean())
     assert record["p_holm"] == pytest.approx(ttest_1samp(changes, 0).pvalue)  # of a family of one, and the larger p

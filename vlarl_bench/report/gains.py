@@ -7,7 +7,7 @@ from .comparisons import change, change_text, separation
 from .methods import Method, base_of, cell, compared_methods, in_order, suites_of
 from .paper import SEPARATED
 from .runs import RunFolder
-from .table import Record, Table, p_text, protocol_notes
+from .table import TRAINING, Record, Table, p_text, protocol_notes, training_text
 
 
 def gains_table(runs: Sequence[RunFolder]) -> Table:
@@ -24,19 +24,19 @@ def gains_table(runs: Sequence[RunFolder]) -> Table:
                 continue
             gain, p = change(method, base, suite), float(tests[methods.index(method), methods.index(base)])
             before, of = _counts(base, method, suite)
+            names = ("algorithm", "policy", "base_checkpoint", "settings", "suite", "protocol", "decoding", "seeds",
+                     "expected", "episodes", "successes", "complete")  # fmt: skip
             record: Record = {
-                "algorithm": method.name, "policy": method.policy, "settings": method.settings, "suite": suite,
-                **{name: shown[name] for name in ("seeds", "expected", "episodes", "successes", "complete")},
+                **{name: shown[name] for name in names}, **method.budget(),
                 "base_episodes": of, "base_successes": before, "gain": gain, "p_holm": p if p == p else None,
             }  # fmt: skip
             records.append(record)
             counts = [f"{n}/{m} {100 * n / m:.0f}%" if m else "not run"
                       for n, m in ((before, of), (shown["successes"], shown["episodes"]))]  # fmt: skip
-            seeds = str(len(method.seeds))
-            lines.append(
-                (suite, method.label, method.policy, seeds, *counts, change_text(gain), p_text(record["p_holm"]))
-            )
-    columns = ("suite", "method", "policy", "seeds", "before", "after", "gain, pp [95%]", "p")
+            start, spent = f"{method.policy} {method.checkpoint}", training_text(method.budget())
+            found = (change_text(gain), p_text(record["p_holm"]))
+            lines.append((suite, method.label, start, spent, str(len(method.seeds)), *counts, *found))
+    columns = ("suite", "method", "base policy", TRAINING, "seeds", "before", "after", "gain, pp [95%]", "p")
     notes = (
         *protocol_notes(runs),
         "Before: the base policy on the episodes that it shares with the method. Gain: the mean change on these; 95% "

@@ -159,7 +159,7 @@ def aggregate_table(runs: Sequence[RunFolder], threshold: float = 0.8) -> Table:
 def _head(method: Method, suite: str) -> tuple[str, ...]:
     """What stands before the numbers: who, from which policy, on what budget and by how many episodes."""
     shown = cell(method, suite)
-    budget = "none" if method.is_base else training_text({"gradient_steps": 0.0} | method.budget())
+    budget = "none" if method.is_base else training_text(method.budget())
     counts = f"{shown['successes']}/{shown['episodes']}"
     return suite, method.label, f"{method.policy} {method.checkpoint}", budget, str(len(method.seeds)), counts
 

@@ -253,7 +253,7 @@ TRAINING = "steps / gradient steps"
 
 def training_text(spent: Mapping[str, float]) -> str:
     """`109,389 / 3,453`, below the heading `TRAINING`."""
-    return f"{spent['env_steps']:,.0f} / {spent['gradient_steps']:,.0f}"
+    return f"{spent['env_steps']:,.0f} / {spent.get('gradient_steps', 0):,.0f}"
 
 
 def spent_text(spent: Mapping[str, float], run: RunFolder) -> str:
