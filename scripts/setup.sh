@@ -62,7 +62,8 @@ fi
 # Torch comes first and pinned, so that nothing after it can pull in another build. Which build that is, is up to pip's
 # settings: where the default wheel is a CUDA one and you want the smaller CPU one, set PIP_EXTRA_INDEX_URL (or
 # PIP_FIND_LINKS) to a place that holds CPU wheels, as in PyTorch's own install instructions.
+# Not compiled: all modules take one core about two minutes, and Python compiles those that it imports.
 say "setup: installing the pinned packages (about 3.5 GB on disk; minutes, the first time)"
-"$VENV/bin/python" -m pip install -q -c constraints.txt torch
-"$VENV/bin/python" -m pip install -q -c constraints.txt --use-pep517 -e '.[dev]'
+"$VENV/bin/python" -m pip install -q --no-compile -c constraints.txt torch
+"$VENV/bin/python" -m pip install -q --no-compile -c constraints.txt --use-pep517 -e '.[dev]'
 say "setup: done"
