@@ -27,9 +27,9 @@ reproduce: $(STAMP) ## run a published run again: make reproduce CELL=results/fi
 	$(BIN)/vlarl-bench reproduce $(CELL)
 
 # In the order of the files: else those with the most tests come first, and SLURM's few, which wait for minutes, run last
-# and alone.
-test: $(STAMP) ## run the tests in two processes (benchmarks run once, untimed)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --benchmark-disable -n 2 --dist loadfile --no-loadscope-reorder --durations 30
+# and alone. Three processes for two cores, since much of what they do is to wait, for SLURM and for other processes.
+test: $(STAMP) ## run the tests in three processes (benchmarks run once, untimed)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --benchmark-disable -n 3 --dist loadfile --no-loadscope-reorder --durations 30
 
 lint: $(STAMP) ## ruff: rules and formatting
 	$(BIN)/ruff check .
