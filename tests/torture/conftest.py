@@ -4,7 +4,7 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
-from sweeps import TOY, environment, toml, vlarl
+from sweeps import TOY, environment, here, toml
 from toy_suite import installed
 
 from vlarl_bench.records import LostLog
@@ -18,11 +18,11 @@ def toy(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def finished(toy, tmp_path_factory):
+def finished(tmp_path_factory):
     """The sweep file."""
     file = tmp_path_factory.mktemp("finished") / "mine.toml"
     file.write_text(toml({**TOY, "seeds": [0]}))
-    vlarl(toy, "sweep", file)
+    here("sweep", file, "--executor", "debug")
     return file
 
 

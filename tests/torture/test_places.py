@@ -3,13 +3,16 @@
 On real mounts, which need root; elsewhere these tests say so and are skipped.
 """
 
+import dataclasses
 import hashlib
 import subprocess
 
 import pytest
-from sweeps import COMMAND, TOY
+from sweeps import COMMAND, TOY, here
 
 from vlarl_bench.checkpoint import load_latest
+from vlarl_bench.config import RunConfig
+from vlarl_bench.options import to_arguments
 from vlarl_bench.records import read_rows
 from vlarl_bench.sealed import read_sealed
 
@@ -36,17 +39,9 @@ def disk(tmp_path):
         subprocess.run(["umount", "-l", str(folder)], check=False, capture_output=True)
 
 
-def start(env, *arguments):
-    command = [*COMMAND, *map(str, arguments)]
-    return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-
-
-def end(process):
-    """Its last line; it must have failed, without a traceback."""
-    _, told = process.communicate(timeout=600)
-    assert process.returncode == 2, told
-    assert "Traceback" not in told
-    return told.splitlines()[-1]
+def refused(*arguments):
+    """The last line of a command that must fail."""
+    return here(*arguments, status=2).splitlines()[-1]
 
 
 def contents(folder):
@@ -61,10 +56,9 @@ def test_a_full_an_unmounted_and_a_read_only_disk_cost_nothing(toy, finished, di
     (calm,) = (finished.with_suffix("") / "runs").iterdir()
     kept, used = disk
     run, slow = used / calm.name, tmp_path / "slow"
-    asked = read_sealed(calm / "manifest.json")["argv"]
-    asked[asked.index("--out") + 1] = str(run)
+    config = RunConfig.from_dict(read_sealed(calm / "config.json"))
 
-    line = end(start(toy, *asked))
+    line = refused(*to_arguments(dataclasses.replace(config, out=str(run))))
     assert line.startswith(f"vlarl-bench: error: {run}")
     assert "the disk is full; free some space and continue with --resume" in line
     full, rows = load_latest(run / "checkpoints"), read_rows(run / "episodes.jsonl")
@@ -73,24 +67,29 @@ def test_a_full_an_unmounted_and_a_read_only_disk_cost_nothing(toy, finished, di
 
     mount("-o", "remount,size=99m", kept)
     slow.touch()
-    process = start({**toy, "TOY_SLOW": str(slow)}, "run", "--resume", run)
-    while "fine-tuning" not in process.stderr.readline():
-        assert process.poll() is None
-    subprocess.run(["umount", "-l", str(used)], check=True)
-    slow.unlink()
-    line = end(process)
+    command = [*COMMAND, "run", "--resume", str(run)]
+    env = {**toy, "TOY_SLOW": str(slow)}
+    with subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        while "fine-tuning" not in process.stderr.readline():
+            assert process.poll() is None
+        subprocess.run(["umount", "-l", str(used)], check=True)
+        slow.unlink()
+        _, told = process.communicate(timeout=600)
+    assert process.returncode == 2, told
+    assert "Traceback" not in told
+    line = told.splitlines()[-1]
     assert "moved, removed or unmounted while the run went on; put the folder back, and continue with --resume" in line
     assert not list(used.iterdir()), "nothing is made anew where the disk was"
 
     mount("--bind", kept, used)
     mount("-o", "remount,ro,bind", used)
     before = contents(run)
-    line = end(start(toy, "run", "--resume", run))
+    line = refused("run", "--resume", run)
     assert "permission denied or read-only" in line
     assert contents(run) == before
 
     mount("-o", "remount,rw,bind", used)
-    assert start(toy, "run", "--resume", run).communicate(timeout=600) and (run / "table.md").exists()
+    here("run", "--resume", run)
     assert read_rows(run / "episodes.jsonl") == read_rows(calm / "episodes.jsonl")
     assert weights(run) == weights(calm)
     assert (run / "table.md").read_bytes() == (calm / "table.md").read_bytes()
