@@ -267,14 +267,15 @@ def test_looking_and_saving_change_nothing(plain, actions):
 
 
 def test_step_stops_at_the_first_success(solved):
-    simulator, winning = solved.simulator, solved.winning
+    """In the midst of a chunk, or with its only action."""
+    simulator, before, last = solved.simulator, solved.winning[:-3], solved.winning[-3:]
     simulator.reset(solved.shown.init_state)
-    outcome = simulator.step(np.concatenate([winning, np.repeat(winning[-1:], 5, axis=0)]))
-    assert outcome == Outcome(len(winning), True)
-
-    simulator.reset(solved.shown.init_state)
-    assert simulator.step(winning[:-1]) == Outcome(len(winning) - 1, False)
-    assert simulator.step(winning[-1:]) == Outcome(1, True)
+    assert simulator.step(before) == Outcome(len(before), False)
+    snapshot = simulator.save()
+    assert simulator.step(np.concatenate([last, np.repeat(last[-1:], 5, axis=0)])) == Outcome(3, True)
+    simulator.restore(snapshot)
+    assert simulator.step(last[:2]) == Outcome(2, False)
+    assert simulator.step(last[2:]) == Outcome(1, True)
 
 
 def test_demonstration_is_aligned(suite, solved):
