@@ -51,9 +51,9 @@ def checkpointed(out, runs=1):
     return len(list(out.glob("runs/*/checkpoints/000000"))) == runs
 
 
-def test_a_done_sweep_is_left_alone_and_tells_what_more_would_cost(calm, env):
+def test_a_done_sweep_is_left_alone_and_tells_what_more_would_cost(calm):
     before = history(calm.with_suffix(""))
-    assert "2 cells: 2 done" in vlarl(env, "sweep", calm)
+    assert "2 cells: 2 done" in here("sweep", calm)
     assert history(calm.with_suffix("")) == before
     more = calm.with_name("more.toml")
     more.write_text(toml({**TOY, "seeds": [0, 1, 2, 3], "out": "calm"}))
@@ -116,7 +116,7 @@ def test_a_killed_run_is_failed_with_its_log_and_a_retry_ends_as_if_nothing_was(
     assert line in " ".join(told.split())
     assert (out / failed.log).is_file()
     assert line in " ".join(here("status", file).split())
-    vlarl(env, "sweep", file, status=1)  # without --retry-failed it stays so
+    here("sweep", file, status=1)  # without --retry-failed it stays so
     assert "1 cell: 1 done" in here("sweep", file, "--retry-failed", "--executor", "debug")
     assert outcomes(out).items() < outcomes(calm.with_suffix("")).items()
 
@@ -263,9 +263,7 @@ def test_what_was_altered_in_a_sweeps_folder_is_named_and_never_run(calm, env, t
     path = out / "cells" / f"{cell}.json"
     content = path.read_text()
     path.write_text(content.replace('"slots": 2', '"slots": 4'))
-    done = subprocess.run([*COMMAND, "sweep", file, "--retry-failed"], env=env, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert f"{path}: damaged" in done.stderr
+    assert f"{path}: damaged" in here("sweep", file, "--retry-failed", status=2)
     path.write_text(content)
     assert "1 cell: 1 done" in here("sweep", file, "--retry-failed", "--executor", "debug")
     assert not (tmp_path / "owned").exists()
