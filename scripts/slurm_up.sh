@@ -47,7 +47,8 @@ configure() {
     mkdir -p "$root"/{munge,state,spool}
     chmod 755 "$root" "$root"/*/
     (umask 077; [ -s "$root/munge.key" ] || head -c 1024 /dev/urandom >"$root/munge.key")
-    # Jobs that are queued again begin after two minutes unless told otherwise; `KillWait` is short for tests' sake.
+    # Jobs that are queued again begin after two minutes unless told otherwise; `KillWait` is short for tests' sake, and
+    # so is `BatchStartTimeout`, before which a job that was lost with its node is taken for one still to start.
     # `scavenge` gives way to `main`: its jobs are preempted and queued again.
     cat >"$SLURM_CONF" <<CONF
 ClusterName=vlarl
@@ -75,12 +76,13 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
 SlurmdParameters=config_overrides
 SchedulerType=sched/backfill
-SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2
+SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 ReturnToService=2
 JobRequeue=1
 KillWait=5
+BatchStartTimeout=1
 OverTimeLimit=0
 MinJobAge=600
 MaxArraySize=$array
