@@ -27,11 +27,10 @@ from vlarl_bench.report.runs import read_run
 from vlarl_bench.sealed import read_sealed, write_sealed
 
 COMMAND = [str(Path(sys.executable).parent / "vlarl-bench")]
-ROUNDS = ["--budget", "smoke", "--budget.iterations", "3", "--budget.episodes", "3", "--budget.eval-states", "1"]
-SMALL = ["run", "--algo", "fpo", "--suite", "libero", *ROUNDS, "--slots", "3"]
-SMALL += ["--threads", "1", "--algo.critic-steps", "20"]
-TOY = ["run", "--algo", "rwfm", "--suite", "toy-arm", "--tasks", "one", *ROUNDS, "--slots", "3"]
-TOY += ["--threads", "1", "--algo.gradient-steps", "3", "--algo.minibatch", "8", "--no-video"]
+ROUNDS = ["--budget", "smoke", "--budget.episodes", "3", "--budget.eval-states", "1", "--slots", "3", "--threads", "1"]
+SMALL = ["run", "--algo", "fpo", "--suite", "libero", *ROUNDS, "--budget.iterations", "2", "--algo.critic-steps", "20"]
+TOY = ["run", "--algo", "rwfm", "--suite", "toy-arm", "--tasks", "one", *ROUNDS, "--budget.iterations", "3"]
+TOY += ["--algo.gradient-steps", "3", "--algo.minibatch", "8", "--no-video"]
 
 
 def vlarl(*arguments, check=True):
@@ -108,7 +107,7 @@ def test_a_run_leaves_everything(whole):
         *("table.md", "curve.png"),
     }
     phases = [row.phase for row in read_rows(folder / "episodes.jsonl")]
-    assert [phases.count(phase) for phase in ("base", "train", "final")] == [1, 9, 1]
+    assert [phases.count(phase) for phase in ("base", "train", "final")] == [1, 6, 1]
     table = (folder / "table.md").read_text()
     assert "1 of 40 tasks" in table
     assert "privileged state" in table
@@ -126,9 +125,9 @@ def test_the_policies_that_it_kept_are_played_again_for_analysis(whole, tmp_path
     # A round is collected by the policy that the one before had made: its checkpoint must be that policy, to the bit.
     acted = [
         {row.checkpoint for row in rows if (row.phase, row.iteration) == key}
-        for key in (("base", 0), ("train", 2), ("train", 3), ("final", 3))
+        for key in (("base", 0), ("train", 2), ("final", 2))
     ]
-    assert [policy["iteration"] for policy in found["policies"]] == [0, 1, 2, 3]
+    assert [policy["iteration"] for policy in found["policies"]] == [0, 1, 2]
     assert [{policy["checkpoint"]} for policy in found["policies"]] == acted
     assert all(policy["chunks"] > 0 and policy["episodes"] == 1 for policy in found["policies"])
     assert (tmp_path / "analysis" / f"embeddings-{folder.name}.png").stat().st_size > 10_000
@@ -155,17 +154,17 @@ def test_every_row_says_what_training_had_cost(whole):
     folder, _ = whole
     rows, lines = read_rows(folder / "episodes.jsonl"), read_metrics(folder / "metrics.jsonl")
     spent = {0: (0, 0, 0)} | {x["iteration"]: (x["env_steps"], x["gradient_steps"], x["flops"]) for x in lines}
-    assert len(spent) == 4
+    assert len(spent) == 3
     for name in range(3):
-        assert [spent[i][name] for i in range(4)] == sorted({spent[i][name] for i in range(4)})
-    assert spent[3][0] == sum(row.steps for row in rows if row.phase == "train")
+        assert [spent[i][name] for i in range(3)] == sorted({spent[i][name] for i in range(3)})
+    assert spent[2][0] == sum(row.steps for row in rows if row.phase == "train")
     for row in rows:
         done = row.iteration - (row.phase == "train")
         assert (row.env_steps, row.gradient_steps, row.flops) == spent[done]
-    assert json.loads((folder / "policy" / "config.json").read_text())["spent"]["flops"] == spent[3][2]
+    assert json.loads((folder / "policy" / "config.json").read_text())["spent"]["flops"] == spent[2][2]
     for name in ("seconds", "cpu_seconds"):
         taken = [line[name] for line in lines]
-        assert 0 < taken[0] < taken[1] < taken[2]
+        assert 0 < taken[0] < taken[1]
 
 
 def test_a_run_that_destroys_its_policy_stops_and_counts_as_it_was(toy, tmp_path):
