@@ -13,7 +13,7 @@ from vlarl_bench.cli import main
 from vlarl_bench.errors import BenchError
 from vlarl_bench.film import captioned, write_video
 
-SIZE, EVERY = 128, 10
+SIZE, EVERY = 128, 20
 
 
 @pytest.fixture(autouse=True)

@@ -234,7 +234,7 @@ def test_workers_that_die_while_nothing_is_asked_of_them(pilot, undisturbed, has
 moments = st.tuples(st.floats(0, 1), st.integers(0, 1), st.sampled_from([signal.SIGKILL, signal.SIGSTOP]))
 
 
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(strikes=st.lists(moments, min_size=1, max_size=2))
 def test_random_kills_at_random_moments_change_nothing(pilot, undisturbed, strikes):
     losses = []
