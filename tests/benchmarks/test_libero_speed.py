@@ -62,9 +62,9 @@ def stock_close(env):
     env.close()
 
 
-def side(benchmark):
-    """Of stock's pictures, in pixels, which it takes at every step: tiny where nothing is timed."""
-    return 128 if benchmark.enabled else 16
+def side(benchmark, untimed):
+    """Of stock's pictures, in pixels, which it takes at every step; `untimed` where nothing is timed."""
+    return 128 if benchmark.enabled else untimed
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ class TestCameras:
 
     def test_stock(self, benchmark):
         benchmark.extra_info.update(role="stock")
-        env = stock(0, size=side(benchmark))
+        env = stock(0, size=side(benchmark, untimed=16))
         env.seed(0)
         env.reset()
 
@@ -193,7 +193,7 @@ class TestOpenPixels:
         tasks = itertools.cycle(range(10))
 
         def switch():
-            env = stock(next(tasks), size=side(benchmark))
+            env = stock(next(tasks), size=side(benchmark, untimed=0))  # its pictures were tried above
             stock_reset(env, 0)
             stock_close(env)
 
@@ -231,8 +231,8 @@ def busiest_worker():
 
 
 def chunks_on(workers, protocol, benchmark):
-    """8 episodes of one task, a chunk of 8 steps each; one episode a worker where nothing is timed."""
-    slots = range(8 if benchmark.enabled else workers)
+    """8 episodes of one task, a chunk of 8 steps each; one episode a worker, blind, where nothing is timed."""
+    slots, protocol = (range(8), protocol) if benchmark.enabled else (range(workers), STATE)
     with Pool(SUITE, protocol, workers) as pool:
         pool.call("reset", {slot: (SUITE.tasks[0], slot) for slot in slots})
         benchmark.pedantic(pool.call, ("step", dict.fromkeys(slots, CHUNK)), rounds=8, warmup_rounds=2)

@@ -98,7 +98,7 @@ def test_update(benchmark, method):
         algorithm.update(policy, data)
 
     unit, whole = in_turn(benchmark, once, update, rounds=1)
-    memory = peak(update)
+    memory = peak(update) if benchmark.enabled else float("nan")
     benchmark.extra_info.update(multiple=whole / unit, unit_ms=unit * 1e3, peak_mib=memory)
     print(f"\n{method} on {spec.name}: {whole * 1e3:.0f} ms, {whole / unit:.1f}x forward + backward", end="")
     print(f" ({unit * 1e3:.0f} ms); peak {memory:.0f} MiB above what it holds")
