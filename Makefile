@@ -7,7 +7,7 @@ STAMP := $(VENV)/.setup-done
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo reproduce test torture lint type bench bench-sim bench-policies bench-updates clean
+.PHONY: help setup demo reproduce report test torture lint type bench bench-sim bench-policies bench-updates clean
 
 help: ## show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,9 +22,12 @@ $(STAMP): pyproject.toml constraints.txt scripts/setup.sh
 demo: $(STAMP) ## fine-tune a flow policy with FPO on LIBERO and show what it gained
 	$(BIN)/vlarl-bench run --algo fpo --suite libero
 
-reproduce: $(STAMP) ## run a published run again: make reproduce CELL=results/first/fpo-demo-seed0
+reproduce: $(STAMP) ## run a published run again: make reproduce CELL='results/quick/fpo-pi0_tiny-*'
 	@[ -n "$(CELL)" ] || { echo 'make: CELL: missing; name a run folder, or a run of a pack as PACK/NAME' >&2; exit 2; }
-	$(BIN)/vlarl-bench reproduce $(CELL)
+	$(BIN)/vlarl-bench reproduce '$(CELL)'
+
+report: $(STAMP) ## tables, figures and page of the published runs, and what README.md and docs/ show of them
+	$(BIN)/python scripts/report.py
 
 # In the order of the files: else those with the most tests come first, and SLURM's few, which wait for minutes, run last
 # and alone. Three processes for two cores, since much of what they do is to wait, for SLURM and for other processes.

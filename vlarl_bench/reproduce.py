@@ -29,7 +29,7 @@ def reproduce(asked: Reproduce) -> bool:
     from .run import run
 
     published = _choose(read_all([asked.run]), asked.run)
-    out = asked.out or str(Path("runs") / f"again-{Path(asked.run).name}")
+    out = asked.out or str(Path("runs") / f"again-{published.folder.name}")
     config = dataclasses.replace(
         RunConfig.from_dict(published.config), out=out, workers=asked.workers, video=False, demos=asked.demos
     )
