@@ -87,7 +87,7 @@ def lines(n: argparse.Namespace) -> list[tuple[str, str]]:
     cell_s = budget.iterations * round_s + evaluate
     busy = (budget.iterations * (collect_gpu + update) + evaluate_gpu) / cell_s
     rows = budget.iterations * budget.episodes + 2 * evaluation
-    demo = next(entry for entry in read_pack(PACK) if entry.name == "fpo-demo-seed0")
+    demo = next(e for e in read_pack(PACK) if (e.config["algorithm"], e.config["seed"]) == ("fpo", 0))
     row_bytes = sum(len(log_line(row.to_json())) for row in demo.rows) / len(demo.rows)
     syncs = (2 * evaluation + budget.iterations * 6) / cell_s + 1 / 15  # a row, a round's files, a heartbeat
     queue = math.ceil(at_once / n.starts) * n.cycle

@@ -90,7 +90,8 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory(dir=OUT.parent, prefix=".") as made:  # as far from docs/, for the page's links
         write_report(Path(made))
         found = stale(Path(made))
-    print(*(f"{name}: not what the rows say; `make report` makes it again" for name in found), sep="\n")
+    for name in found:
+        print(f"{name}: not what the rows say; `make report` makes it again")
     return 1 if found else 0
 
 

@@ -178,6 +178,12 @@ def test_a_narrow_terminal_says_what_is_the_same_once_and_keeps_p(make_run, outc
     assert max(map(len, text.splitlines()[:20])) <= 80
 
 
+def test_an_algorithm_s_settings_are_named_as_its_page_names_them(make_run, outcomes):
+    folders = [make_run(f"r{clip}", base=outcomes["half"], final=outcomes["half"], config={"settings": {"clip": clip}})
+               for clip in (0.1, 0.2)]  # fmt: skip
+    assert [cell["settings"] for cell in summary_table(read_runs(folders)).cells] == ["clip=0.1", "clip=0.2"]
+
+
 def test_algorithms_are_not_told_apart_by_their_own_settings(make_run, outcomes):
     fpo = make_run("a", base=outcomes["half"], final=outcomes["half"], config={"settings": {"clip": 0.1}})
     sft = make_run("b", base=outcomes["half"], final=outcomes["half"], algorithm="sft", config={"settings": {"lr": 1}})

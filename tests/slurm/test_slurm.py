@@ -10,10 +10,9 @@ import signal
 import subprocess
 import time
 from pathlib import Path
-from unittest import mock
 
 import pytest
-from sweeps import COMMAND, TOY, environment, here, history, outcomes, toml
+from sweeps import COMMAND, TOY, environment, history, outcomes, toml, vlarl
 
 from vlarl_bench.attempts import newest, read_attempt
 
@@ -62,12 +61,6 @@ def arrays(cluster, tmp_path_factory):
 def calm(arrays):
     """What it ends with."""
     return outcomes(arrays[0].with_suffix(""))
-
-
-def vlarl(env, *arguments):
-    """What a command told that asks this cluster: in this process, since tests ask again and again."""
-    with mock.patch.dict(os.environ, env):
-        return here(*arguments)
 
 
 def ask(env, *command):
@@ -135,7 +128,7 @@ def test_cancelled_requeued_preempted_and_timed_out_cells_end_as_undisturbed_one
         hurry(env)
         return "4 done" in vlarl(env, "status", file)
 
-    wait_until(done, "all cells end", every=1)
+    wait_until(done, "all cells end", every=3)
     assert outcomes(out) == calm
     again = history(out)
     assert all(of(again, seed).job == first[seed].job for seed in (1, 2, 3))
@@ -155,10 +148,10 @@ def test_arrays_follow_each_other_under_one_limit_and_status_is_live(cluster, ar
     spans = sorted((attempt.begun, path.stat().st_mtime) for path, attempt in ended(file.with_suffix("")))
     assert len(spans) == 4
     assert all(one[1] <= next[0] + 0.1 for one, next in itertools.pairwise(spans)), "two ran at a time"
-    alone = tmp_path / "alone.toml"
-    alone.write_text(toml({**TOY, "seeds": [0]}))
-    here("sweep", alone, "--executor", "debug")
-    assert outcomes(alone.with_suffix("")).items() < calm.items()
+    here = tmp_path / "here.toml"
+    here.write_text(toml({**TOY, "seeds": [0]}))
+    vlarl(cluster, "sweep", here)
+    assert outcomes(here.with_suffix("")).items() < calm.items()
     record_property("torture", "4 cells in 2 arrays under MaxArraySize=3, one at a time; live status to the end: equal")
 
 
@@ -183,7 +176,7 @@ def test_a_killed_node_daemon_and_a_lost_node(cluster, calm, tmp_path, record_pr
     assert "slurmstepd" in Path(f"/proc/{step}/cmdline").read_text()
     for pid in (step, lost.pid):
         os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: "running 0-1" not in vlarl(env, "status", file), "the loss is seen", every=1)
+    wait_until(lambda: "running 0-1" not in vlarl(env, "status", file), "the loss is seen", every=3)
     subprocess.run([SCRIPT, "up"], env=cluster, check=True, capture_output=True, timeout=120)
     slow.unlink()
 
@@ -191,7 +184,7 @@ def test_a_killed_node_daemon_and_a_lost_node(cluster, calm, tmp_path, record_pr
         hurry(env)  # sooner than the node has forgotten the job; then SLURM drops it, and the cell is `interrupted`
         return "2 done" in vlarl(env, "sweep", file, "--executor", "slurm")
 
-    wait_until(done, "both cells end", every=1)
+    wait_until(done, "both cells end", every=3)
     assert outcomes(out).items() < calm.items()
     again = history(out)
     assert of(again, 1) == dataclasses.replace(kept, outcome="done", seconds=of(again, 1).seconds)
@@ -219,7 +212,7 @@ def test_a_cell_of_two_nodes_is_one_run(cluster, calm, tmp_path, record_property
         hurry(env)
         return "1 done" in vlarl(env, "status", file)
 
-    wait_until(done, "the cell ends", every=1)
+    wait_until(done, "the cell ends", every=3)
     ((cell, (rows, metrics, _)),) = outcomes(out).items()
     assert [line["processes"] for line in metrics] == [2, 2]
     # An update by several processes rounds differently: what came before it is the same to the bit.

@@ -116,23 +116,16 @@ def untrained(run: RunFolder) -> Rows:
 
 def _judged_alike(runs: Iterable[RunFolder]) -> list[list[RunFolder]]:
     """Runs of one policy, together where no suite has them judged on different tasks."""
-    groups: list[tuple[dict[str, set[str]], list[RunFolder]]] = []
+    groups: list[tuple[dict[str, frozenset[str]], list[RunFolder]]] = []
     for run in sorted(runs, key=lambda run: sorted(run.manifest["evaluation"]["tasks"])):
-        tasks = judged_on(run)
         for known, members in groups:
-            if all(known.get(suite, keys) == keys for suite, keys in tasks.items()):
-                known |= tasks
+            if all(known.get(suite, keys) == keys for suite, keys in run.judged.items()):
+                known |= run.judged
                 members.append(run)
                 break
         else:
-            groups.append((tasks, [run]))
+            groups.append(({**run.judged}, [run]))
     return [members for _, members in groups]
-
-
-def judged_on(run: RunFolder) -> dict[str, set[str]]:
-    """The tasks of each suite that a run owes episodes of."""
-    keys = run.manifest["evaluation"]["tasks"]
-    return {suite: {key for key in keys if key.startswith(f"{suite}/")} for suite in run.suites}
 
 
 class _Group(NamedTuple):
@@ -189,18 +182,15 @@ def scored(group: _Group | Method) -> pd.DataFrame:
 
 def base_of(method: Method, methods: Iterable[Method]) -> Method | None:
     """The base policy that a method began with, judged on the same tasks."""
-    start, suites = _start(method), {suite for run in method.runs for suite in run.suites}
     for other in methods:
-        if method.is_base or not other.is_base or _start(other) != start:
-            continue
-        shares = any(suites & {*run.suites} for run in other.runs)
-        if shares and len(_judged_alike([*method.runs, *other.runs])) == 1:
-            return other
+        same = (other.policy, other.checkpoint, other.decoding, other.submitted_by) == (
+            method.policy, method.checkpoint, method.decoding, method.submitted_by)  # fmt: skip
+        if same and other.is_base and not method.is_base:
+            mine, its = ({suite: keys for run in m.runs for suite, keys in run.judged.items()} for m in (method, other))
+            shared = mine.keys() & its.keys()
+            if shared and all(mine[suite] == its[suite] for suite in shared):
+                return other
     return None
-
-
-def _start(method: Method) -> tuple[str, ...]:
-    return method.policy, method.checkpoint, method.decoding, method.submitted_by
 
 
 def titles(methods: Sequence[Method]) -> dict[Method, str]:

@@ -173,6 +173,12 @@ class RunFolder:
         """Concrete suites, in the order of the tasks."""
         return list(dict.fromkeys(task.split("/")[0] for task in self.manifest["evaluation"]["tasks"]))
 
+    @functools.cached_property
+    def judged(self) -> dict[str, frozenset[str]]:
+        """The tasks of each suite that it owes episodes of."""
+        keys = self.manifest["evaluation"]["tasks"]
+        return {suite: frozenset(key for key in keys if key.startswith(f"{suite}/")) for suite in self.suites}
+
     def settings(self) -> dict[str, Any]:
         """Everything in which runs of one experiment must agree, flat: `budget.iterations` -> 12. Of an evaluation of
         a fine-tuned policy, what that was trained with, as if it had been judged so at once."""

@@ -280,7 +280,7 @@ def settings_labels(runs: Sequence[RunFolder]) -> list[str]:
     for family, flat in zip(families, flats, strict=True):
         kin = [other for other, theirs in zip(flats, families, strict=True) if theirs == family]
         odd = sorted({name for other in kin for name in flat.keys() | other.keys() if len(_values(kin, name)) > 1})
-        labels.append(", ".join(f"{name}={flat.get(name, '(absent)')}" for name in odd))
+        labels.append(", ".join(f"{name.removeprefix('settings.')}={flat.get(name, '(absent)')}" for name in odd))
     return labels
 
 
