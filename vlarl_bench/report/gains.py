@@ -39,8 +39,8 @@ def gains_table(runs: Sequence[RunFolder]) -> Table:
     columns = ("suite", "method", "base policy", TRAINING, "seeds", "before", "after", "gain, pp [95%]", "p")
     notes = (
         *protocol_notes(runs),
-        "Before: the base policy on the episodes that it shares with the method. Gain: the mean change on these; its 95% "
-        "interval resamples training seeds (Student's t), with one seed initial states.",
+        "Before: the base policy on the episodes that it shares with the method. Gain: the mean change on these; its "
+        "95% interval resamples training seeds (Student's t), with one seed initial states.",
         f"p: of the comparison with the base policy. {SEPARATED}",
     )
     return Table("What each method gained", notes, columns, tuple(lines), 0, tuple(records), tuple(records))
