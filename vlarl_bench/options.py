@@ -191,7 +191,7 @@ class Table:
     runs: Runs
     """Run folders, packs, or runs of packs as PACK/NAME: one shows each task, several one line per run and suite."""
     format: Literal["text", "markdown", "csv", "latex", "json"] = "text"
-    """How to print it; csv and json carry full precision, latex needs booktabs."""
+    """How to print it; csv and json carry full precision, latex needs booktabs and graphicx."""
     layout: Literal["runs", "gains", "paper", "aggregate", "cost"] = "runs"
     """runs: a line per run, or per task of one; gains: a line per method, before and after; paper: methods down, suites
     across; aggregate: mean, IQM, optimality gap, chance to improve, ranks and sample efficiency over seeds and tasks;

@@ -23,11 +23,13 @@ def to_markdown(table: Table) -> str:
 
 
 def to_latex(table: Table) -> str:
-    """A booktabs `table*`; needs `\\usepackage{booktabs}`. Best cells are bold, copied lines have a rule above."""
+    """A booktabs `table*`, no wider than the page; needs `\\usepackage{booktabs,graphicx}`. Best cells are bold, copied
+    lines have a rule above."""
     lines = [
         "\\begin{table*}",
         "\\centering",
         f"\\caption{{{_tex(table.title)}}}",
+        "\\resizebox{\\ifdim\\width>\\textwidth\\textwidth\\else\\width\\fi}{!}{%",
         f"\\begin{{tabular}}{{{'l' * len(table.columns)}}}",
         "\\toprule",
         _tex_row(table.columns),
@@ -37,7 +39,7 @@ def to_latex(table: Table) -> str:
         if i and i in (len(table.lines) - table.totals, len(table.lines) - table.copied):
             lines.append("\\midrule")
         lines.append(_tex_row(line))
-    lines += ["\\bottomrule", "\\end{tabular}"]
+    lines += ["\\bottomrule", "\\end{tabular}}"]
     lines += [f"\\par\\footnotesize {_tex(note)}" for note in table.notes]
     return "\n".join([*lines, "\\end{table*}"]) + "\n"
 
