@@ -52,7 +52,8 @@ def main(arguments: list[str]) -> int:
         if (out / "table.md").is_file():
             continue
         print(f"{i} of {len(planned)}: {name}", flush=True)
-        shutil.rmtree(out, ignore_errors=True)
+        if (out / "config.json").is_file():  # an evaluation that was interrupted
+            shutil.rmtree(out)
         more = ["--states", options.states, "--workers", options.workers, "--out", str(out)]
         if status := cli.main(["eval", *command, *more]):
             return status

@@ -1,5 +1,7 @@
 """Evaluations of policies that runs fine-tuned, beside evaluations of what they began with, as lines of comparisons."""
 
+import json
+
 import pytest
 
 from vlarl_bench import cli
@@ -84,3 +86,14 @@ def test_a_manifest_that_does_not_say_where_it_came_from(make_run, outcomes):
         read_run(folder)
     with pytest.raises(BenchError, match="not a manifest of this version"):
         read_run(make_run("s", evaluated=outcomes["half"], trained={1: 2}))
+
+
+@pytest.mark.parametrize(("trained", "seed"), [({"base_checkpoint": BASE}, 7), ({"base_checkpoint": "scratch"}, 0)])
+def test_the_noise_is_of_the_run_s_seed_unless_that_began_from_nothing(tmp_path, trained, seed):
+    card = {"trained": {"seed": 7, "settings": {}, **trained}}
+    for name, content in (("config.json", card), ("hashes.json", {})):
+        (tmp_path / name).write_text(json.dumps(content))
+    assert cli._seed_of(tmp_path) == seed
+    (tmp_path / "config.json").write_text(json.dumps({"trained": {"seed": "7"}}))
+    with pytest.raises(BenchError, match="trained must have base_checkpoint, seed, settings"):
+        cli._seed_of(tmp_path)
