@@ -46,6 +46,8 @@ def main(arguments: list[str]) -> int:
         runs = [read_run(folder) for folder in options.runs if (Path(folder) / "policy").is_dir()]
     except BenchError as error:
         parser.error(str(error))
+    if not runs:
+        parser.error(f"runs: {', '.join(options.runs)}: none has a policy folder; name finished run folders")
     planned = dict(one for run in runs for one in evaluations(run, options.suites.split(",")))
     for i, (name, command) in enumerate(planned.items(), 1):
         out = Path(options.out) / name
