@@ -60,7 +60,10 @@ def test_a_worker_stopped_in_the_middle_of_an_answer_is_found(monkeypatch):
     monkeypatch.setattr(workers, "STOPPED", 2.0)
     with started(misbehaving.halting) as worker:
         worker.ask([32], [60])
-        time.sleep(1.5)  # longer than it takes to fill the pipe and be stopped
+        until = time.monotonic() + 60
+        while not workers._is_stopped(worker.process.pid):  # it has filled the pipe, since nobody reads
+            assert time.monotonic() < until
+            time.sleep(0.05)
         with pytest.raises(WorkerLost, match=r"^was stopped"):
             worker.answer()
 
