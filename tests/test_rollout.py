@@ -94,7 +94,7 @@ def test_libero_does_not_notice_that_a_worker_was_killed(policy, short, one):
 
 FAULTY_TASKS = FaultySuite.tasks
 FAULTY_PROTOCOL = FaultySuite().protocol("state")
-PATIENCE = Patience(open=15, step=6, each=0)
+PATIENCE = Patience(open=30, step=9, each=0)
 
 
 @pytest.fixture(scope="module")
@@ -146,8 +146,8 @@ FAULTS = [
     ("exit", "step", "ended with exit code 3 (at step)"),
     ("sys.exit", "step", "ended with exit code 4 (at step)"),
     ("raise", "step", "raised ArithmeticError: the arm fell off, in _strike (faulty_suite.py:"),
-    ("loop", "step", "gave no answer within 6 s (at step)"),
-    ("sleep", "step", "gave no answer within 6 s (at step)"),
+    ("loop", "step", "gave no answer within 9 s (at step)"),
+    ("sleep", "step", "gave no answer within 9 s (at step)"),
     ("nan", "step", "returned proprio = nan at [3] (at step)"),
     ("inf", "step", "returned plate = -inf at [6] (at step)"),
     ("shape", "step", "returned proprio as [7] float32 where [8] float32 was due (at step)"),
@@ -157,7 +157,7 @@ FAULTS = [
     ("unpicklable", "step", "pickle local object"),
     ("raise", "reset", "(at reset)"),
     ("nan", "reset", "returned proprio = nan at [3] (at reset)"),
-    ("sleep", "open", "gave no answer within 15 s (at reset)"),
+    ("sleep", "open", "gave no answer within 30 s (at reset)"),
     ("exit", "open", "ended with exit code 3 (at reset)"),
 ]
 

@@ -222,7 +222,7 @@ def _demos(args: list[str]) -> int:
 def _video(args: list[str]) -> int:
     from .config import EvalConfig, check_range, select_tasks
     from .doctor import require_gl
-    from .options import Video, parse
+    from .options import DEFAULT_POLICY, Video, parse
 
     options = parse(Video, args, "vlarl-bench video")
     check_range("seed", options.seed, 0, 2**31 - 1)
@@ -233,8 +233,9 @@ def _video(args: list[str]) -> int:
     if options.out and Path(options.out).is_dir():
         raise BenchError(f"out: {options.out} is a folder; give the film's name, such as film.mp4")
     if options.expert:
-        if given := [name for name in ("base", "unnorm_key") if getattr(options, name) not in ("prior", "")]:
-            raise BenchError(f"{given[0]}: {getattr(options, given[0])!r}; the expert has no weights, leave it out")
+        for name, left_out in (("policy", ""), ("base", "prior"), ("unnorm_key", "")):
+            if (given := getattr(options, name)) != left_out:
+                raise BenchError(f"{name}: {given!r}; the expert is no policy and has no weights, leave it out")
         protocol = suite.protocol("pixels", options.protocol)
         if not protocol.train_states:
             raise BenchError(f"protocol: {protocol.label} has no states to learn from, and the expert plays no other")
@@ -252,9 +253,10 @@ def _video(args: list[str]) -> int:
     from .pool import Pool
     from .rollout import Job, episode_seed
 
+    name = options.policy or DEFAULT_POLICY
     config = EvalConfig(
         options.suite,
-        options.policy,
+        name,
         options.out or "videos",
         base=options.base,
         unnorm_key=options.unnorm_key,
@@ -265,7 +267,7 @@ def _video(args: list[str]) -> int:
     )
     plan = plan_evaluation(config)
     state = _init_state(options.init_state, plan.protocol.eval_states, plan.protocol)
-    who = f"{options.policy} {plan.algorithm}"
+    who = f"{name} {plan.algorithm}"
     path = options.out or f"videos/{task.suite}-{task.name}-{who.replace(' ', '-')}-state{state}-seed{options.seed}.mp4"
     policy = plan.load_base()
     job = Job(task, state, 0, episode_seed(options.seed, "eval", task.key, state, 0))

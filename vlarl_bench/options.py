@@ -168,8 +168,8 @@ class Video:
     """Task name; empty takes the suite's first."""
     expert: bool = False
     """Film the suite's scripted expert in place of a policy."""
-    policy: str = DEFAULT_POLICY
-    """Policy to film."""
+    policy: str = ""
+    """Policy to film; empty takes pi0-tiny."""
     base: str = "prior"
     """Its weights: prior (shipped with the policy) or a policy folder."""
     unnorm_key: str = ""

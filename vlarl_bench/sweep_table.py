@@ -59,7 +59,7 @@ def cost(sweep: Sweep, states: Sequence[State]) -> str:
     if not left:
         return "nothing is left to run"
     if not seconds:
-        return f"{len(left)} cells to run; their cost is unknown until one like them is done"
+        return f"{len(left)} cells to run; their cost is unknown until one like them is done here"
     total = sum(seconds.values()) / 3600
     cpus = sum(seconds[c.name] * c.row.resources.cpus for c in left if c.name in seconds) / 3600
     gpus = sum(seconds[c.name] * c.row.resources.gpus for c in left if c.name in seconds) / 3600
