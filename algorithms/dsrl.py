@@ -59,7 +59,10 @@ class DSRLSettings:
     critic_width: int = 256
     """Hidden width of each critic."""
     critic_norm: bool = True
-    """Whether critics' layers are normalised (authors on LIBERO; not in SAC). Without it they run away."""
+    """Whether critics' layers are normalised (authors on LIBERO; not in SAC). Without it they ran away at once."""
+    bounded: bool = True
+    """Whether the values that critics learn from are held to [0, 1], which the return of an episode cannot leave: ours.
+    Without it they ran away in later rounds even where normalised."""
     polyak: float = 0.02
     """Step of the target critics towards the critics after each gradient step; authors 0.005, with 20 times as many."""
     temperature: float = 0.01
@@ -85,6 +88,10 @@ class DSRLSettings:
         if self.target_entropy >= 0.69:
             raise BenchError(
                 f"algo.target_entropy: {self.target_entropy}; it must be below 0.69, the entropy of all of [-1, 1]"
+            )
+        if self.bounded and self.entropy_in_target:
+            raise BenchError(
+                "algo.bounded: True; it must be False with algo.entropy_in_target: values are more than returns then"
             )
 
 
@@ -152,6 +159,8 @@ class DSRL(Algorithm):
             value = self.target(batch["next_features"], following).amin(0)
             if s.entropy_in_target:
                 value = value - temperature * next_logp
+            if s.bounded:
+                value = value.clamp(0.0, 1.0)
             goal = batch["reward"] + s.gamma * value * ~batch["ended"]
         error = self.critic(batch["features"], batch["action"]) - goal
         critic_loss = 0.5 * (error**2).mean(1).sum()

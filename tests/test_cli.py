@@ -93,7 +93,10 @@ def test_help_shows_defaults_units_and_the_preset(capsys):
         (["video", "--suite", "libero_goal", "--out", "/"], "out: / is a folder; give the film's name"),
         (["video", "--suite", "libero_goal", "--expert", "--protocol", "tinny"], "protocol: 'tinny' is not one of "),
         (["video", "--suite", "libero_goal", "--expert", "--base", "x"], "base: 'x'; the expert is no policy"),
-        (["video", "--suite", "libero_goal", "--expert", "--policy", "octo-tiny"], "policy: 'octo-tiny'; the expert is"),
+        (
+            ["video", "--suite", "libero_goal", "--expert", "--policy", "octo-tiny"],
+            "policy: 'octo-tiny'; the expert is",
+        ),
         ([*RUN, "--algo", "sft", "--rewards", "shuffled"], "rewards: 'shuffled'; 'sft' learns from demonstrations"),
         ([*RUN, "--tasks", "pick_up_the_moon"], "tasks: 'pick_up_the_moon' is not in suite 'libero'; "),
         (["eval", "--suite", "libero", "--states", "0"], "states: 0; it must be at least 1"),

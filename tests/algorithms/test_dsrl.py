@@ -59,7 +59,7 @@ def test_the_numbers_of_sac():
     calls, on the same networks, transitions and draws: SiLU, two layers of 5, two critics, tau 0.1, gamma 0.9, learning
     rate 0.01, ent_coef auto_0.2, target_entropy -2, and `Normal.rsample` made to return mean + deviation * formula."""
     changes = {"lr": 1e-2, "critic_lr": 1e-2, "polyak": 0.1, "gamma": 0.9, "target_entropy": -0.5, "critic_norm": False}
-    algorithm, batch, _ = filled(entropy_in_target=True, **changes)
+    algorithm, batch, _ = filled(entropy_in_target=True, bounded=False, **changes)
     expected = [
         (-0.73434978723526, 1.0477921962738037, 0.19999998807907104, -6.898514270782471),
         (-0.956742525100708, 1.3169718980789185, 0.19800996780395508, -7.76414155960083),
@@ -118,18 +118,20 @@ def test_actor_gradient_against_finite_differences():
             assert at[k].item() == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-5, abs=1e-8)
 
 
-@pytest.mark.parametrize("entropy", [True, False])
-def test_critic_goal_by_hand(entropy):
+@pytest.mark.parametrize(("entropy", "bounded"), [(True, False), (False, False), (False, True)])
+def test_critic_goal_by_hand(entropy, bounded):
     """r where an episode ends; else r + gamma (min of the slow critics [- temperature log pi]) at a fresh noise."""
-    algorithm, batch, _ = filled(rows=4, critic_lr=1e-9, lr=1e-9, gamma=0.9, entropy_in_target=entropy)
+    algorithm, batch, _ = filled(rows=4, critic_lr=1e-9, lr=1e-9, gamma=0.9, entropy_in_target=entropy, bounded=bounded)
     later = formula(12, 4, 2, 2)
     with torch.no_grad():
         noise, logp = algorithm._draw(batch["next_features"], later)
         slow = algorithm.target(batch["next_features"], noise)
         now = algorithm.critic(batch["features"], batch["action"])
+    assert not 0 <= slow.amin(0)[1] <= 1  # the bound has something to do
     goal = []
     for row in range(4):
         value = min(slow[0, row].item(), slow[1, row].item()) - entropy * 0.2 * logp[row].item()
+        value = min(1.0, max(0.0, value)) if bounded else value
         reward = batch["reward"][row].item()
         goal.append(reward if batch["ended"][row] else reward + 0.9 * value)
     assert batch["ended"].tolist() == [False, False, True, False]
@@ -204,7 +206,8 @@ def test_a_steered_base_is_refused():
 
 @pytest.mark.parametrize(
     "bad",
-    [{"bound": 0.0}, {"utd": 0.0}, {"batch": 0}, {"polyak": 1.5}, {"gamma": 0.0}, {"target_entropy": 0.7}],
+    [{"bound": 0.0}, {"utd": 0.0}, {"batch": 0}, {"polyak": 1.5}, {"gamma": 0.0}, {"target_entropy": 0.7}]
+    + [{"bounded": True, "entropy_in_target": True}],
     ids=str,
 )
 def test_settings_out_of_range(bad):
