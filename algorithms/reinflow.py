@@ -116,7 +116,7 @@ class ReinFlow(Algorithm):
 
         self.settings = s = settings
         shape = (policy.feature_dim, policy.chunk, policy.latent_dim)
-        self.noise = LearnedNoise(*shape, s.noise_least, s.noise_most, s.noise_width, seed)
+        self.noise = LearnedNoise(*shape, s.noise_least, s.noise_most, s.noise_width, seed).to(policy.device)
         noise = {"params": list(self.noise.parameters()), "initial_lr": s.noise_lr}
         groups: list[dict[str, Any]] = [{"params": only_actor_learns(policy)}, noise]
         optimizer = torch.optim.AdamW(groups, lr=s.lr, weight_decay=0.0, fused=True)

@@ -79,6 +79,12 @@ def test_help_shows_defaults_units_and_the_preset(capsys):
         ([*RUN, "--seed", "-1"], "seed: -1; it must be in [0, 2147483647]"),
         ([*RUN, "--workers", "0"], "workers: 0; it must be in [1, 256]"),
         ([*RUN, "--slots", "100000"], "slots: 100000; it must be in [1, 4096]"),
+        ([*RUN, "--device", "gpu"], "device: 'gpu'; it must be cpu, cuda, or one GPU such as cuda:1"),
+        (["eval", "--suite", "libero", "--device", "cuda:x"], "device: 'cuda:x'; it must be cpu, cuda, or one GPU"),
+        (
+            ["video", "--suite", "libero_goal", "--expert", "--device", "cuda"],
+            "device: 'cuda'; the expert is no policy",
+        ),
         ([*RUN, "--protocol", "tinny"], "protocol: 'tinny' is not one of LIBERO's; did you mean 'tiny'?"),
         ([*RUN, "--protocol", "openpi"], "protocol: 'openpi' shows camera images; "),
         (

@@ -85,7 +85,7 @@ def _run(args: list[str]) -> int:
         stored = read_sealed(file, older=True)
         if "states" in stored:
             raise BenchError(f"resume: {resume.resume} is an evaluation, and only runs resume; evaluate again")
-        changes = {"workers": resume.workers} if resume.workers else {}
+        changes = {name: given for name in ("workers", "device") if (given := getattr(resume, name))}
         config = RunConfig.from_dict({**stored, **changes, "out": resume.resume})
         tracker, keep, processes = resume.tracker, resume.keep, resume.processes
     else:
@@ -141,6 +141,7 @@ def run_config(options: Run[Any]) -> RunConfig:
         workers=options.workers,
         slots=options.slots,
         threads=options.threads,
+        device=options.device,
         demos=options.demos,
         rewards=options.rewards,
         video=options.video,
@@ -233,7 +234,7 @@ def _video(args: list[str]) -> int:
     if options.out and Path(options.out).is_dir():
         raise BenchError(f"out: {options.out} is a folder; give the film's name, such as film.mp4")
     if options.expert:
-        for name, left_out in (("policy", ""), ("base", "prior"), ("unnorm_key", "")):
+        for name, left_out in (("policy", ""), ("base", "prior"), ("unnorm_key", ""), ("device", "cpu")):
             if (given := getattr(options, name)) != left_out:
                 raise BenchError(f"{name}: {given!r}; the expert is no policy and has no weights, leave it out")
         protocol = suite.protocol("pixels", options.protocol)
@@ -248,6 +249,7 @@ def _video(args: list[str]) -> int:
         print(f"{path}: success in {steps} steps")
         return 0
     require_gl()
+    from .device import find_device
     from .film import film_policy
     from .plan import plan_evaluation
     from .pool import Pool
@@ -264,12 +266,14 @@ def _video(args: list[str]) -> int:
         protocol=options.protocol,
         states=1,
         seed=options.seed,
+        device=options.device,
     )
+    device = find_device(config.device)
     plan = plan_evaluation(config)
     state = _init_state(options.init_state, plan.protocol.eval_states, plan.protocol)
     who = f"{name} {plan.algorithm}"
     path = options.out or f"videos/{task.suite}-{task.name}-{who.replace(' ', '-')}-state{state}-seed{options.seed}.mp4"
-    policy = plan.load_base()
+    policy = plan.load_base().to(device)
     job = Job(task, state, 0, episode_seed(options.seed, "eval", task.key, state, 0))
     with Pool(plan.suite, plan.protocol, workers=1, video=True) as pool:
         success = film_policy(path, pool, plan.suite, plan.protocol, policy, job, config.slots, who)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import registry
+from .device import check_device
 from .errors import BenchError
 
 if TYPE_CHECKING:
@@ -85,6 +86,8 @@ class RunConfig:
     threads: int = 2
     """CPU threads of the learner. Sums over another number of threads round differently, so they are part of what
     makes a run repeat to the bit."""
+    device: str = "cpu"
+    """Where the policy computes: `cpu`, `cuda`, or one GPU such as `cuda:1`."""
     demos: str = ""
     """Folder of demonstrations; empty makes them first, if the algorithm learns from them."""
     rewards: Literal["success", "shuffled"] = "success"
@@ -116,6 +119,7 @@ class RunConfig:
         Raises:
             BenchError: naming the first field that is unknown, missing, mistyped or out of range.
         """
+        data = {"device": "cpu", **data}  # of before it could be chosen
         config = dict(read(RunConfig, data, "config"))
         settings = registry.get("algorithm", config["algorithm"]).Settings
         config["settings"] = settings(**read(settings, config["settings"], "algo"))
@@ -150,6 +154,8 @@ class EvalConfig:
     """Simulator processes; changes the speed, never the rows."""
     slots: int = 16
     """Episodes in flight, decoded as one batch."""
+    device: str = "cpu"
+    """Where the policy computes: `cpu`, `cuda`, or one GPU such as `cuda:1`."""
     video: bool = False
 
     def __post_init__(self) -> None:
@@ -273,6 +279,7 @@ def _check_common(config: RunConfig | EvalConfig) -> None:
     check_range("seed", config.seed, 0, 2**31 - 1)
     check_range("workers", config.workers, 1, MOST_WORKERS)
     check_range("slots", config.slots, 1, MOST_SLOTS)
+    check_device(config.device)
     for i, task in enumerate(config.tasks):
         if not task or task in config.tasks[:i]:
             raise BenchError(f"tasks: {task!r}; names must be distinct and not empty")

@@ -216,7 +216,7 @@ def _sum_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     for bucket in _buckets([cast("Tensor", parameter.grad) for parameter in learned]):
-        flat = torch.cat([gradient.flatten() for gradient in bucket])
+        flat = torch.cat([gradient.flatten() for gradient in bucket]).cpu()  # where gloo sums
         with _together():
             torch.distributed.all_reduce(flat)
         for gradient, summed in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):

@@ -203,7 +203,14 @@ def _gpu_name() -> str:
 
 
 def _gpu() -> Check:
-    return Check("ok", "gpu", _gpu_name() or "none (the tiny policies run on the CPU)")
+    name = _gpu_name()
+    if not name:
+        return Check("ok", "gpu", "none (the tiny policies run on the CPU)")
+    if "+cpu" in metadata.version("torch"):
+        return Check(
+            "warn", "gpu", name, "torch is built without CUDA; for --device cuda install the build that has it"
+        )
+    return Check("ok", "gpu", f"{name} (--device cuda computes there)")
 
 
 def _cores() -> Check:

@@ -67,6 +67,8 @@ class Run(Generic[Settings]):
     """Episodes in flight, decoded as one batch; another number gives results that differ in rounding."""
     threads: int = 2
     """CPU threads of the learner; another number gives results that differ in rounding."""
+    device: str = "cpu"
+    """Where the policy computes: cpu, cuda, or one GPU such as cuda:1; results differ in rounding."""
     demos: str = ""
     """Folder of demonstrations: of `vlarl-bench demos`, another LeRobotDataset v3, or LIBERO's HDF5 files; empty makes
     those that are missing in demos/ first, if the algorithm learns from them."""
@@ -93,6 +95,8 @@ class Resume:
     """Run folder to continue; its own configuration is used."""
     workers: int = 0
     """Simulator processes; 0 keeps the run's number. Changes the speed, never the rows."""
+    device: str = ""
+    """Where the policy computes: cpu, cuda, or one GPU such as cuda:1; empty keeps the run's."""
     tracker: str = ""
     """Where metrics are shown besides the run folder: wandb (offline), tensorboard or trackio."""
     keep: int = 2
@@ -130,6 +134,8 @@ class Eval:
     """Simulator processes; changes the speed, never the rows."""
     slots: int = 16
     """Episodes in flight, decoded as one batch; another number gives results that differ in rounding."""
+    device: str = "cpu"
+    """Where the policy computes: cpu, cuda, or one GPU such as cuda:1; results differ in rounding."""
     video: bool = False
     """Film one episode."""
     out: str = ""
@@ -180,6 +186,8 @@ class Video:
     """Initial state; empty takes the first held-out one, and for the expert the first to train on."""
     seed: int = 0
     """Seeds the policy's noise, or the expert's variation."""
+    device: str = "cpu"
+    """Where the policy computes: cpu, cuda, or one GPU such as cuda:1."""
     out: str = ""
     """MP4 file, replaced if it exists; empty names one under videos/ by suite, task, player, state and seed."""
 
@@ -338,6 +346,8 @@ class Tune:
     """Simulator processes of each trial; changes the speed, never the rows."""
     threads: int = 2
     """CPU threads of each trial's tensor work."""
+    device: str = "cpu"
+    """Where the trials' policies compute: cpu, cuda, or one GPU such as cuda:1; results differ in rounding."""
     parallel: int = 1
     """Trials at a time."""
     out: str = "tuning"

@@ -36,9 +36,18 @@ def _fingerprint() -> dict[str, str]:
     }
 
 
+_gpu: dict[str, str] = {}
+
+
+def compute_on(gpu: str) -> None:
+    """Has the fingerprint of this process name the GPU that it computes on."""
+    _gpu["gpu"] = gpu
+
+
 def fingerprint() -> dict[str, str]:
-    """What besides the code may change a number: versions, renderer (MUJOCO_GL), CPU and operating system."""
-    return {**_fingerprint(), "MUJOCO_GL": os.environ.get("MUJOCO_GL", "unset")}
+    """What besides the code may change a number: versions, renderer (MUJOCO_GL), CPU, operating system, and GPU where
+    one is used."""
+    return {**_fingerprint(), "MUJOCO_GL": os.environ.get("MUJOCO_GL", "unset"), **_gpu}
 
 
 def fingerprint_hash(values: Mapping[str, str] | None = None) -> str:

@@ -22,6 +22,7 @@ import numpy as np
 from . import registry
 from .checkpoint import load_checkpoint, load_latest, save_checkpoint
 from .config import EvalConfig, RunConfig
+from .device import find_device
 from .distributed import check_same, from_first, rank, world_size
 from .doctor import require_gl
 from .errors import BenchError, Diverged
@@ -52,7 +53,7 @@ def run(config: RunConfig, resume: bool = False, tracker: str = "", keep: int = 
     import torch
 
     require_gl()
-    config = from_first(config)
+    config, device = from_first(config), find_device(config.device)
     plan = plan_run(config)
     method = registry.get("algorithm", config.algorithm)
     _check_processes(config, method)
@@ -67,6 +68,7 @@ def run(config: RunConfig, resume: bool = False, tracker: str = "", keep: int = 
             demonstrations, learned_from = _demonstrations(plan, config, progress)
         policy = _first_policy(plan, demonstrations)
         adapt(policy, config)
+        policy.to(device)
         if rank() == 0:
             _write_manifest(plan, policy, out, learned_from)
         algorithm = method(config.settings, policy, config.budget, config.seed)
@@ -119,7 +121,7 @@ def run(config: RunConfig, resume: bool = False, tracker: str = "", keep: int = 
         rows = log.rows
     _report(out)
     if config.video:
-        before = {} if plan.base is None else {"before": plan.load_base()}
+        before = {} if plan.base is None else {"before": plan.load_base().to(device)}
         _film(plan, {**before, "after": policy}, rows, out)
     return out
 
@@ -127,10 +129,10 @@ def run(config: RunConfig, resume: bool = False, tracker: str = "", keep: int = 
 def evaluate(config: EvalConfig) -> Path:
     """Plays the held-out episodes with one policy and nothing else; rows have the phase `eval`."""
     require_gl()
-    plan = plan_evaluation(config)
+    device, plan = find_device(config.device), plan_evaluation(config)
     with ExitStack() as stack:
         out = stack.enter_context(_claimed(config, resume=False))
-        policy = _first_policy(plan, None)
+        policy = _first_policy(plan, None).to(device)
         progress = stack.enter_context(Progress())
         _write_manifest(plan, policy, out, None)
         log = stack.enter_context(EpisodeLog(out / "episodes.jsonl"))
@@ -280,6 +282,7 @@ def _without_last_round(
     policy = _first_policy(plan, demonstrations)
     adapt(policy, config)
     policy.load_state_dict(load_checkpoint(earlier)[1]["policy"])
+    policy.to(find_device(config.device))
     _merge(policy)
     if rank() == 0:  # in an order in which a kill at any point leaves what resuming goes on from
         shutil.rmtree(folder / f"{done:06d}")

@@ -69,6 +69,7 @@ class Options:
     workers: int = 2
     slots: int = 16
     threads: int = 2
+    device: str = "cpu"
     demos: str = ""
     rewards: Literal["success", "shuffled"] = "success"
     video: bool = False
@@ -141,8 +142,9 @@ class SweepFile:
 
 DEFAULT = "default"
 AXES = ("algorithms", "policies", "suites", "seeds", "ablations")
-IGNORED = ("out", "seed", "workers", "video")
-"""Fields of a run that its row's digest leaves out: the seed is added to each cell's, and the others change no rows."""
+IGNORED = ("out", "seed", "workers", "video", "device")
+"""Fields of a run that its row's digest leaves out: the seed is added to each cell's, the others change no rows, or as
+the device does in rounding alone; cells keep the names that they had before it could be chosen."""
 
 
 @dataclass(frozen=True)

@@ -55,13 +55,14 @@ def choices(algorithm: str, trials: int, seed: int) -> list[Any]:
 def trials(asked: Tune, folder: Path) -> str:
     """The sweep file, to lie in `folder`, whose cells are the trials that are asked for."""
     base = asked.base if asked.base in ("prior", "scratch") else os.path.relpath(asked.base, folder)
+    options = {name: getattr(asked, name) for name in ("workers", "threads", "device")}
     lines = [
         f"# {asked.trials} trials of each method. Written by `vlarl-bench tune`, which goes on with it.",
         *(f"{axis} = {json.dumps(names)}" for axis, names in (("algorithms", asked.algo), ("policies", asked.policy))),
         f"suites = {json.dumps([asked.suite])}",
         f"seeds = [{asked.seed}]",
         f"budget = {_table(dataclasses.asdict(asked.numbers))}",
-        f"run = {_table({'protocol': 'tuning', 'base': base, 'workers': asked.workers, 'threads': asked.threads})}",
+        f"run = {_table({'protocol': 'tuning', 'base': base, **options})}",
         f"parallel = {asked.parallel}",
     ]
     for algorithm in asked.algo:

@@ -9,6 +9,7 @@ import torch
 
 from vlarl_bench import registry
 from vlarl_bench.errors import BenchError
+from vlarl_bench.policies import base
 from vlarl_bench.policies.store import content_hash, save_policy
 from vlarl_bench.suite import Embodiment
 
@@ -132,6 +133,24 @@ def test_rows_are_encoded_independently(stage, policy):
         alone = policy.features(policy.encode(policy.preprocess([seen[2]])))
     assert torch.equal(whole[0], others[0])
     torch.testing.assert_close(whole[2:3], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_a_large_policy_encodes_a_round_in_parts(stage, policy, context, monkeypatch):
+    monkeypatch.setattr(base, "large", lambda policy: True)
+    monkeypatch.setattr(base, "AT_ONCE", 3)
+    looked = []
+    own = policy.preprocess
+    monkeypatch.setattr(policy, "preprocess", lambda seen: looked.append(len(seen)) or own(seen))
+    found = policy.encode_round(stage.observations)
+    assert looked == [3, 1]
+    assert len(found) == 4
+    torch.testing.assert_close(policy.features(found), policy.features(context), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        policy.sample(found, seeds(0, 1, 2, 3)).latent,
+        policy.sample(context, seeds(0, 1, 2, 3)).latent,
+        rtol=1e-4,
+        atol=1e-5,
+    )
 
 
 def test_it_listens_to_the_instruction(stage, policy):

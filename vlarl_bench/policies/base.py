@@ -4,10 +4,15 @@ Shapes: B observations, K loss draws an observation, H actions a chunk, A action
 decoder (tokens, or denoising steps), D numbers drawn at each.
 `latent` is always the normalised action chunk, `actions` the same chunk in environment units. Where a network pads its
 actions, a latent has `latent_dim` numbers an action in place of A.
+
+Outside a policy every tensor is on the CPU, whatever the device of its weights: its methods take such and give such,
+and only batches and contexts, which nobody else looks into, stay on the device. So no algorithm knows of devices.
 """
 
+import dataclasses
+import functools
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,11 +22,13 @@ from torch import Tensor, nn
 
 from ..errors import BenchError
 from ..suite import Observation
-from .batch_invariant import batch_invariant
+from .batch_invariant import batch_invariant, large
 from .steering import Steering
 
 ALL = slice(None)
 """Every row."""
+AT_ONCE = 16
+"""Observations that a large policy encodes together."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,46 @@ class LogProb:
     """[B, S, D] bool: false for padding, and for numbers that only decide actions that were never executed."""
 
 
+SEAM = frozenset(
+    ("preprocess", "encode", "features", "sample", "start", "decode", "explore", "log_prob", "ode_log_prob")
+    + ("sft_loss", "draw_loss", "denoising_loss", "velocity", "normalise", "unnormalise")
+)
+"""Methods through which tensors go into a policy and come out."""
+CPU = torch.device("cpu")
+
+
+def _from_cpu(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of `SEAM` as others call it: with tensors of the CPU, and for such. Called by another one of them it is
+    what it was."""
+
+    @functools.wraps(method)
+    def call(self: "Policy", *args: Any, **kwargs: Any) -> Any:
+        device = self.device
+        if device == CPU or self._inside:
+            return method(self, *args, **kwargs)
+        self._inside = True
+        try:
+            found = method(
+                self,
+                *(_on(device, value) for value in args),
+                **{name: _on(device, value) for name, value in kwargs.items()},
+            )
+        finally:
+            self._inside = False
+        return _on(CPU, found)
+
+    return call
+
+
+def _on(device: torch.device, value: Any) -> Any:
+    """A tensor, or what a policy decided, on another device; all else as it is."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Sample | LogProb):
+        return type(value)(*(_on(device, getattr(value, field.name)) for field in dataclasses.fields(value)))
+    return value
+
+
 class Policy(nn.Module):
     """A policy with weights. Evaluation and every algorithm go through these methods only."""
 
@@ -72,10 +119,21 @@ class Policy(nn.Module):
     checkpointed: bool = False
     """Whether gradients recompute each layer's activations instead of keeping them; small policies need not."""
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for name in SEAM & vars(cls).keys():
+            setattr(cls, name, _from_cpu(vars(cls)[name]))
+
     def __init__(self) -> None:
         super().__init__()
+        self._inside = False
         self.steering: Steering | None = None
         """Chooses the noise that decoding starts from, where some does (`steering.steer`): then it is the actor."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are; `to` moves them."""
+        return next(self.parameters()).device
 
     @property
     def steered(self) -> bool:
@@ -104,7 +162,18 @@ class Policy(nn.Module):
 
     @abstractmethod
     def encode(self, batch: Any) -> Any:
-        """The expensive part, once per observation: a context with `index(i: Tensor)`, `detach()` and `__len__`."""
+        """The expensive part, once per observation: a context with `index(i: Tensor)`, `detach()`, `cat(parts)` and
+        `__len__` (`inputs.Rows`)."""
+
+    @torch.no_grad()
+    def encode_round(self, observations: Sequence[Observation]) -> Any:
+        """`encode` of all observations of a round. A `large` policy looks at `AT_ONCE` of them at a time: what it works
+        on while it looks takes many times the memory of what it keeps."""
+        if not large(self):
+            return self.encode(self.preprocess(observations))
+        starts = range(0, len(observations), AT_ONCE)
+        parts = [self.encode(self.preprocess(observations[start : start + AT_ONCE])) for start in starts]
+        return type(parts[0]).cat(parts)
 
     @abstractmethod
     def features(self, context: Any) -> Tensor:
@@ -151,7 +220,7 @@ class NoisePolicy(Policy):
     def start(self, context: Any, generators: Sequence[torch.Generator] | None) -> Tensor:
         """[B, H, A] noise that `sample` decodes from: N(0, I), or what the steering module makes of that. None is zero,
         or the steering module's mean."""
-        shape, device = (self.chunk, self.latent_dim), next(self.parameters()).device
+        shape, device = (self.chunk, self.latent_dim), self.device
         if generators is None:
             noise = torch.zeros(len(context), *shape, device=device)
         else:

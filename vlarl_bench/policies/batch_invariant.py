@@ -23,7 +23,7 @@ def batch_invariant(method: Callable[Arguments, Result]) -> Callable[Arguments, 
     @functools.wraps(method)
     def alone(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         threads = torch.get_num_threads()
-        if torch.is_grad_enabled() or threads == 1 or _large(args[0]):
+        if torch.is_grad_enabled() or threads == 1 or large(args[0]):
             return method(*args, **kwargs)
         torch.set_num_threads(1)
         try:
@@ -34,6 +34,7 @@ def batch_invariant(method: Callable[Arguments, Result]) -> Callable[Arguments, 
     return alone
 
 
-def _large(policy: object) -> bool:
+def large(policy: object) -> bool:
+    """Whether it has at least `LARGE` numbers."""
     assert isinstance(policy, torch.nn.Module)
     return sum(parameter.numel() for parameter in policy.parameters()) >= LARGE

@@ -56,6 +56,11 @@ class Rows:
         """The rows `i` [N] (integers or a mask), as a new value."""
         return type(self)(**{field.name: getattr(self, field.name)[i] for field in fields(self)})
 
+    @classmethod
+    def cat(cls, parts: Sequence[Self]) -> Self:
+        """The rows of all parts, one after another."""
+        return cls(**{field.name: torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)})
+
     def detach(self) -> Self:
         """The same rows, cut from the graph that made them."""
         return type(self)(**{field.name: getattr(self, field.name).detach() for field in fields(self)})

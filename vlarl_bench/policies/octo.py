@@ -132,11 +132,6 @@ class Octo(Standardised, DiffusionPolicy):
             words = {"vocabulary": list(self.vocabulary.entries)}
         return {"policy": self.name, "architecture": asdict(self.architecture), "normalisation": self.scales, **words}
 
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.action_mean.device
-
     # Transformer
 
     def preprocess(self, observations: Sequence[Observation]) -> Batch:

@@ -107,11 +107,6 @@ class _OpenVLA(Quantiles):
         }
 
     @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.action_low.device
-
-    @property
     def checkpointed(self) -> bool:  # type: ignore[override]
         return self.network.checkpointed
 

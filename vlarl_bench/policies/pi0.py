@@ -144,11 +144,6 @@ class Pi0(Standardised, StochasticFlow, NoisePolicy):
             "vocabulary": list(self.vocabulary.entries),
         }
 
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.action_mean.device
-
     # Prefix
 
     def preprocess(self, observations: Sequence[Observation]) -> Batch:

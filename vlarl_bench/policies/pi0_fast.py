@@ -177,11 +177,6 @@ class Pi0Fast(Quantiles, TokenPolicy):
             "fast": self.fast.config,
         }
 
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.action_low.device
-
     def fit_normalisation(self, actions: Sequence[np.ndarray], proprio: np.ndarray) -> None:
         """Quantiles, and the FAST tokenizer from every chunk of the normalised episodes."""
         super().fit_normalisation(actions, proprio)

@@ -62,7 +62,9 @@ class Steering(nn.Module):
 
     def forward(self, features: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
         """Noise [B, H, A] for features [B, F] from draws of N(0, 1) [B, H, A], and the log-density [B] of noise / bound
-        (Haarnoja et al., 2018, eq. 21). Both differentiable; draws of 0 give bound tanh(mean)."""
+        (Haarnoja et al., 2018, eq. 21). Both differentiable, and where the features are, whatever the device of the
+        weights; draws of 0 give bound tanh(mean)."""
+        home, features, unit = features.device, features.to(self.mean), unit.to(self.mean)
         hidden = self.layers((features - self.mean) / self.std)
         log_deviation = self.log_deviation(hidden).clamp(-20, 2)  # the authors' limits
         unit = unit.flatten(1)
@@ -70,7 +72,7 @@ class Steering(nn.Module):
         density = -0.5 * unit**2 - log_deviation - 0.5 * math.log(2 * math.pi)
         slope = 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 - tanh(u)^2), also where that rounds to 0
         noise = self.bound * torch.tanh(u)
-        return noise.view(-1, self.chunk, self.latent_dim), (density - slope).sum(1)
+        return noise.view(-1, self.chunk, self.latent_dim).to(home), (density - slope).sum(1).to(home)
 
 
 def steer(policy: NoisePolicy, config: Mapping[str, Any], seed: int = 0) -> Steering:
@@ -86,7 +88,6 @@ def steer(policy: NoisePolicy, config: Mapping[str, Any], seed: int = 0) -> Stee
             raise ValueError
     except (KeyError, TypeError, ValueError):
         raise BenchError(f"steering: {config!r:.200}; it must be like {{'bound': 1.0, 'width': 128}}") from None
-    device = next(policy.parameters()).device
     made = Steering(policy.feature_dim, policy.chunk, policy.latent_dim, bound, width, seed)
-    policy.steering = made.to(device)
+    policy.steering = made.to(policy.device)
     return policy.steering

@@ -54,8 +54,7 @@ class StochasticFlow(FlowPolicy, LikelihoodPolicy):
         shape = (self.chunk, self.latent_dim)
         starts = [torch.randn(shape, generator=g, device=g.device) for g in generators]
         draws = [torch.randn(self.euler_steps, *shape, generator=g, device=g.device) for g in generators]
-        device = next(self.parameters()).device
-        x, draw = torch.stack(starts).to(device), torch.stack(draws).to(device)
+        x, draw = torch.stack(starts).to(self.device), torch.stack(draws).to(self.device)
         trace = [x]
         for step in range(self.euler_steps):
             mean, std = self.transitions(context, x[:, None], step, noise)

@@ -17,7 +17,7 @@ from ..sealed import read_sealed
 from .pack import PACK, metric_lines, read_pack
 from .rows import Rows
 
-PLACE_AND_SPEED = frozenset({"seed", "out", "workers", "slots", "threads", "video", "demos"})
+PLACE_AND_SPEED = frozenset({"seed", "out", "workers", "slots", "threads", "device", "video", "demos"})
 """Entries of a config in which two runs of the same experiment may differ."""
 
 NEEDED = frozenset({"run", "argv", "algorithm", "policy", "suite", "seed", "base_checkpoint", "protocol", "evaluation",
