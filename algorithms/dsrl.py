@@ -17,7 +17,7 @@ from vlarl_bench.algorithm import Algorithm
 from vlarl_bench.decisions import decisions
 from vlarl_bench.errors import BenchError
 from vlarl_bench.lazy import lazy_import
-from vlarl_bench.policy_gradient import only_actor_learns
+from vlarl_bench.policy_gradient import anneal, only_actor_learns
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +49,7 @@ class DSRLSettings:
     gamma: float = 0.99
     """Discount a decision; authors 0.999."""
     lr: float = 3e-4
-    """Learning rate of the actor and of the temperature (Adam, authors)."""
+    """Learning rate of the temperature, and of the actor, whose falls to 0 over the run (Adam; in the authors it stays)."""
     width: int = 128
     """Hidden width of the actor, two layers; authors three of 128 (LIBERO) or 2048 (square)."""
     critics: int = 2
@@ -110,7 +110,7 @@ class DSRL(Algorithm):
         from vlarl_bench.policies.steering import steer
 
         self.settings = s = settings
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator, self.updates, self.iterations = torch.Generator().manual_seed(seed), 0, budget.iterations
         self.steering = steer(policy, {"bound": s.bound, "width": s.width}, seed)
         self.optimizer = torch.optim.Adam(only_actor_learns(policy), lr=s.lr, fused=True)
         shape = (policy.feature_dim + 1, policy.chunk * policy.latent_dim)
@@ -134,6 +134,8 @@ class DSRL(Algorithm):
         taken = decisions(policy, rollout)
         metrics = self._foresight(taken) if self.replay else {}
         self._remember(taken)
+        anneal(self.optimizer, s.lr, self.updates, self.iterations)
+        self.updates += 1
         self.steering.standardise(self.replay["features"][:, :-1])
         for critic in (self.critic, self.target):
             critic.standardise(self.replay["features"])
@@ -219,6 +221,7 @@ class DSRL(Algorithm):
             "log_temperature": self.log_temperature.detach().clone(),
             "replay": dict(self.replay),
             "generator": self.generator.get_state(),
+            "updates": self.updates,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -229,3 +232,4 @@ class DSRL(Algorithm):
             self.log_temperature.copy_(state["log_temperature"])
         self.replay = dict(state["replay"])
         self.generator.set_state(state["generator"])
+        self.updates = state["updates"]

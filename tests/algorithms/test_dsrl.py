@@ -1,5 +1,6 @@
 """DSRL against closed forms, cases by hand and the numbers of the SAC that its authors build on."""
 
+import dataclasses
 import math
 
 import pytest
@@ -190,6 +191,20 @@ def test_replay_keeps_rounds_and_no_more_than_it_may():
     assert sizes[0] < sizes[1] and sizes[-1] == 50
     last = torch.from_numpy(rounds[-1].episodes[-1].traces[-1])
     torch.testing.assert_close(algorithm.replay["action"][-1], last / algorithm.settings.bound)
+
+
+def test_the_actors_rate_falls_to_zero_over_the_run_also_across_a_resume():
+    budget, rates = dataclasses.replace(BUDGET, iterations=4), []
+    algorithm = DSRL(DSRLSettings(**QUICK, lr=0.4), ToyFlow(0, inputs=2), budget, 0)
+    for number in range(4):
+        policy = ToyFlow(0, inputs=2)
+        resumed = DSRL(DSRLSettings(**QUICK, lr=0.4), policy, budget, 0)
+        resumed.load_state_dict(algorithm.state_dict())
+        algorithm = resumed
+        algorithm.update(policy, two_stages(policy, 8, number, algorithm.act))
+        optimizers = (algorithm.optimizer, algorithm.critic_optimizer, algorithm.temperature_optimizer)
+        rates.append([optimizer.param_groups[0]["lr"] for optimizer in optimizers])
+    assert rates == [[pytest.approx(rate), 3e-4, 0.4] for rate in (0.4, 0.3, 0.2, 0.1)]
 
 
 def test_a_steered_base_is_refused():
