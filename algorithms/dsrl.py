@@ -49,7 +49,7 @@ class DSRLSettings:
     gamma: float = 0.99
     """Discount a decision; authors 0.999."""
     lr: float = 3e-4
-    """Learning rate of the temperature, and of the actor, where it falls to 0 over the run (Adam; authors, constant)."""
+    """Learning rate of the temperature, and of the actor, where it falls to 0 over the run (Adam; authors constant)."""
     width: int = 128
     """Hidden width of the actor, two layers; authors three of 128 (LIBERO) or 2048 (square)."""
     critics: int = 2
