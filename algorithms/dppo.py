@@ -125,7 +125,7 @@ class DPPO(Algorithm):
         self.noise: Any = settings.noise
         if "flow" in policy.capabilities:
             shape = (policy.feature_dim, policy.chunk, policy.latent_dim)
-            self.noise = LearnedNoise(*shape, least=settings.noise, most=settings.noise)
+            self.noise = LearnedNoise(*shape, least=settings.noise, most=settings.noise).to(policy.device)
         optimizer = torch.optim.AdamW(only_actor_learns(policy), lr=settings.lr, weight_decay=0.0, fused=True)
         self.learner = ActorCritic(settings, policy, optimizer, budget, seed)
 

@@ -231,7 +231,7 @@ class FPO(Algorithm):
         seeds = torch.randint(2**62, (len(seen),), generator=self.generator)[own(len(seen))].tolist()
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         with torch.no_grad():
-            fresh = spread(lambda _: policy.sample(taken.context, generators).latent, seen)
+            fresh = spread(lambda _: policy.sample_round(taken.context, generators), seen)
         value, following = fresh[taken.row], fresh[taken.row + 1]
         next_value = following
         if s.value_chunk == "stored":

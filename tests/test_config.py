@@ -10,6 +10,8 @@ from vlarl_bench import registry
 from vlarl_bench.config import BUDGETS, MOST_SLOTS, MOST_WORKERS, Budget, RunConfig, check_settings, select_tasks
 from vlarl_bench.errors import BenchError
 from vlarl_bench.protocol import Protocol
+from vlarl_bench.sealed import write_sealed
+from vlarl_bench.sweep_cell import begun
 
 FPO = registry.get("algorithm", "fpo").Settings
 
@@ -55,6 +57,19 @@ positive = st.integers(1, 10**6)
 def test_what_is_written_is_what_is_read(**fields):
     written = config(**fields)
     assert RunConfig.from_dict(json.loads(json.dumps(written.to_dict()))) == written
+
+
+def test_runs_of_before_a_device_could_be_chosen_are_read_and_their_cells_go_on(tmp_path):
+    wanted = config(out=str(tmp_path), device="cuda")
+    stored = {name: value for name, value in wanted.to_dict().items() if name != "device"}
+    assert RunConfig.from_dict(stored) == replace(wanted, device="cpu")
+    assert not begun(wanted)
+    tmp_path.mkdir()
+    (tmp_path / "manifest.json").touch()
+    write_sealed(tmp_path / "config.json", stored)
+    assert begun(wanted)
+    with pytest.raises(BenchError, match=r"config\.json: seed is 0, but the sweep's cell has 1"):
+        begun(replace(wanted, seed=1))
 
 
 def test_every_changed_setting_survives():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vlarl_bench import provenance
+from vlarl_bench import device, provenance
 from vlarl_bench.cli import main
 from vlarl_bench.config import EvalConfig
 from vlarl_bench.device import find_device
@@ -17,6 +17,7 @@ def gpus(monkeypatch):
     def found(n):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: n > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: n)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda number: None)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: f"GPU {number}")
         monkeypatch.setattr(provenance, "_gpu", {})
 
@@ -44,6 +45,12 @@ def test_processes_of_a_machine_take_its_gpus_in_turn_and_fingerprints_name_them
         assert find_device("cuda") == torch.device("cuda", number)
         assert provenance.fingerprint() == before | {"gpu": f"GPU {number}, CUDA {torch.version.cuda}"}
         assert find_device("cuda:1") == torch.device("cuda", 1)
+    assert find_device("cpu") == torch.device("cpu")
+    assert provenance.fingerprint() == before
+    monkeypatch.setattr(device, "world_size", lambda: 2)
+    monkeypatch.delenv("LOCAL_RANK")
+    with pytest.raises(BenchError, match=r"^LOCAL_RANK: ''; it must say which process"):
+        find_device("cuda")
     with pytest.raises(BenchError, match=r"^device: 'cuda:2'; the GPUs here are cuda:0 to cuda:1$"):
         find_device("cuda:2")
 

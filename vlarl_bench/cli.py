@@ -85,7 +85,7 @@ def _run(args: list[str]) -> int:
         stored = read_sealed(file, older=True)
         if "states" in stored:
             raise BenchError(f"resume: {resume.resume} is an evaluation, and only runs resume; evaluate again")
-        changes = {name: given for name in ("workers", "device") if (given := getattr(resume, name))}
+        changes = {"workers": resume.workers} if resume.workers else {}
         config = RunConfig.from_dict({**stored, **changes, "out": resume.resume})
         tracker, keep, processes = resume.tracker, resume.keep, resume.processes
     else:

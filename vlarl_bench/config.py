@@ -119,7 +119,8 @@ class RunConfig:
         Raises:
             BenchError: naming the first field that is unknown, missing, mistyped or out of range.
         """
-        data = {"device": "cpu", **data}  # of before it could be chosen
+        if isinstance(data, Mapping):
+            data = {"device": "cpu", **data}  # of before it could be chosen
         config = dict(read(RunConfig, data, "config"))
         settings = registry.get("algorithm", config["algorithm"]).Settings
         config["settings"] = settings(**read(settings, config["settings"], "algo"))

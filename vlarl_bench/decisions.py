@@ -98,8 +98,8 @@ def decisions(policy: Policy, rollout: Rollout) -> Decisions:
     seen = [seen for episode in episodes for seen in episode.observations]
     with torch.no_grad():
         with shared():
-            context = policy.encode_round([seen[i] for i in own(len(seen)).tolist()])
-        features = spread(lambda _: policy.features(context), torch.arange(len(seen)))
+            context, mine = policy.encode_round([seen[i] for i in own(len(seen)).tolist()])
+        features = spread(lambda _: mine, torch.arange(len(seen)))
         features = torch.cat([features, torch.tensor(time)[:, None]], dim=1)
     latent = torch.from_numpy(np.stack([x for episode in episodes for x in episode.latents]))
     traces = [x for episode in episodes for x in episode.traces]

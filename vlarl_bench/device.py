@@ -6,6 +6,7 @@ import os
 import re
 from typing import TYPE_CHECKING
 
+from .distributed import world_size
 from .errors import BenchError
 from .lazy import lazy_import
 from .provenance import compute_on
@@ -29,14 +30,22 @@ def find_device(name: str) -> torch.device:
     Raises BenchError where there is no such GPU, or torch cannot use it.
     """
     if name == "cpu":
+        compute_on("")
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise BenchError(
-            f"device: {name!r}; torch {torch.version.__version__} finds no GPU here; `vlarl-bench doctor` tells more"
+            f"device: {name!r}; torch {torch.version.__version__} finds no GPU here; see `vlarl-bench doctor`"
         )
-    there = torch.cuda.device_count()
-    number = int(os.environ.get("LOCAL_RANK", "0")) % there if name == "cuda" else int(name.partition(":")[2])
+    there, process = torch.cuda.device_count(), os.environ.get("LOCAL_RANK", "0" if world_size() == 1 else "")
+    if name == "cuda" and not process.isdecimal():
+        raise BenchError(f"LOCAL_RANK: {process!r}; it must say which process of its machine this is, as torchrun does")
+    number = int(process) % there if name == "cuda" else int(name.partition(":")[2])
     if number >= there:
         raise BenchError(f"device: {name!r}; the GPUs here are cuda:0 to cuda:{there - 1}")
-    compute_on(f"{torch.cuda.get_device_name(number)}, CUDA {torch.version.cuda}")
+    try:
+        torch.cuda.set_device(number)
+        compute_on(f"{torch.cuda.get_device_name(number)}, CUDA {torch.version.cuda}")
+    except RuntimeError as error:
+        raise BenchError(f"device: {name!r}; torch cannot use it: {' '.join(str(error).split())[:200]}") from None
+    torch.backends.cudnn.allow_tf32 = False  # else convolutions keep 10 bits, and images would be seen otherwise
     return torch.device("cuda", number)

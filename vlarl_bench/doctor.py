@@ -206,7 +206,7 @@ def _gpu() -> Check:
     name = _gpu_name()
     if not name:
         return Check("ok", "gpu", "none (the tiny policies run on the CPU)")
-    if "+cpu" in metadata.version("torch"):
+    if "+cpu" in (_version("torch") or ""):
         return Check(
             "warn", "gpu", name, "torch is built without CUDA; for --device cuda install the build that has it"
         )

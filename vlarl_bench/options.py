@@ -95,8 +95,6 @@ class Resume:
     """Run folder to continue; its own configuration is used."""
     workers: int = 0
     """Simulator processes; 0 keeps the run's number. Changes the speed, never the rows."""
-    device: str = ""
-    """Where the policy computes: cpu, cuda, or one GPU such as cuda:1; empty keeps the run's."""
     tracker: str = ""
     """Where metrics are shown besides the run folder: wandb (offline), tensorboard or trackio."""
     keep: int = 2
@@ -370,6 +368,8 @@ class Reproduce:
     """Demonstrations, where the method learns from any; empty makes what is missing in demos/."""
     workers: int = 2
     """Simulator processes; changes the speed, never the rows."""
+    device: str = "cpu"
+    """Where the policy computes: cpu, cuda, or one GPU such as cuda:1."""
     out: str = ""
     """Run folder, which must not exist; empty takes runs/again-NAME."""
 

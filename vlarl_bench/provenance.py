@@ -40,8 +40,9 @@ _gpu: dict[str, str] = {}
 
 
 def compute_on(gpu: str) -> None:
-    """Has the fingerprint of this process name the GPU that it computes on."""
-    _gpu["gpu"] = gpu
+    """Has the fingerprint of this process name the GPU that it computes on; none if empty."""
+    _gpu.clear()
+    _gpu.update({"gpu": gpu} if gpu else {})
 
 
 def fingerprint() -> dict[str, str]:

@@ -31,7 +31,12 @@ def reproduce(asked: Reproduce) -> bool:
     published = _choose(read_all([asked.run]), asked.run)
     out = asked.out or str(Path("runs") / f"again-{published.folder.name}")
     config = dataclasses.replace(
-        RunConfig.from_dict(published.config), out=out, workers=asked.workers, video=False, demos=asked.demos
+        RunConfig.from_dict(published.config),
+        out=out,
+        workers=asked.workers,
+        device=asked.device,
+        video=False,
+        demos=asked.demos,
     )
     if asked.smoke:
         config = dataclasses.replace(config, budget=BUDGETS["smoke"])

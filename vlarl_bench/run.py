@@ -281,6 +281,7 @@ def _without_last_round(
     progress.say(f"stopped in round {done}: {error}; it is scored as it was before")
     policy = _first_policy(plan, demonstrations)
     adapt(policy, config)
+    registry.get("algorithm", config.algorithm)(config.settings, policy, config.budget, config.seed)  # may add a part
     policy.load_state_dict(load_checkpoint(earlier)[1]["policy"])
     policy.to(find_device(config.device))
     _merge(policy)

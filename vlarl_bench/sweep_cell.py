@@ -165,7 +165,7 @@ def begun(config: RunConfig) -> bool:
         return False
     stored, wanted = read_sealed(run / "config.json", older=True), config.to_dict()
     for field in wanted:
-        if field not in ("out", "workers") and stored.get(field) != wanted[field]:
+        if field not in ("out", "workers", "device") and stored.get(field) != wanted[field]:
             raise BenchError(
                 f"{run / 'config.json'}: {field} is {stored.get(field)!r}, but the sweep's cell has {wanted[field]!r}; "
                 "restore the file, or remove the run folder to begin again"

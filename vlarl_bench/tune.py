@@ -55,7 +55,8 @@ def choices(algorithm: str, trials: int, seed: int) -> list[Any]:
 def trials(asked: Tune, folder: Path) -> str:
     """The sweep file, to lie in `folder`, whose cells are the trials that are asked for."""
     base = asked.base if asked.base in ("prior", "scratch") else os.path.relpath(asked.base, folder)
-    options = {name: getattr(asked, name) for name in ("workers", "threads", "device")}
+    options: dict[str, int | str] = {"workers": asked.workers, "threads": asked.threads}
+    options |= {"device": asked.device} if asked.device != "cpu" else {}  # as files of before it could be chosen
     lines = [
         f"# {asked.trials} trials of each method. Written by `vlarl-bench tune`, which goes on with it.",
         *(f"{axis} = {json.dumps(names)}" for axis, names in (("algorithms", asked.algo), ("policies", asked.policy))),

@@ -141,12 +141,12 @@ def test_a_large_policy_encodes_a_round_in_parts(stage, policy, context, monkeyp
     looked = []
     own = policy.preprocess
     monkeypatch.setattr(policy, "preprocess", lambda seen: looked.append(len(seen)) or own(seen))
-    found = policy.encode_round(stage.observations)
+    found, features = policy.encode_round(stage.observations)
     assert looked == [3, 1]
     assert len(found) == 4
-    torch.testing.assert_close(policy.features(found), policy.features(context), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(features, policy.features(context), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(
-        policy.sample(found, seeds(0, 1, 2, 3)).latent,
+        policy.sample_round(found, seeds(0, 1, 2, 3)),
         policy.sample(context, seeds(0, 1, 2, 3)).latent,
         rtol=1e-4,
         atol=1e-5,

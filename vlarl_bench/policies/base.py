@@ -5,14 +5,16 @@ decoder (tokens, or denoising steps), D numbers drawn at each.
 `latent` is always the normalised action chunk, `actions` the same chunk in environment units. Where a network pads its
 actions, a latent has `latent_dim` numbers an action in place of A.
 
-Outside a policy every tensor is on the CPU, whatever the device of its weights: its methods take such and give such,
-and only batches and contexts, which nobody else looks into, stay on the device. So no algorithm knows of devices.
+Outside a policy every tensor is on the CPU, whatever the device of its weights: the methods of `SEAM` take such and
+give such. Only a context stays where `encode` made it; of those of a whole round, rows are taken there as they are
+asked for. So no algorithm knows of devices, unless it hands the policy a network: that must be on `Policy.device`.
 """
 
 import dataclasses
 import functools
+import itertools
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 from ..errors import BenchError
 from ..suite import Observation
 from .batch_invariant import batch_invariant, large
+from .inputs import Rows
 from .steering import Steering
 
 ALL = slice(None)
@@ -84,18 +87,24 @@ def _from_cpu(method: Callable[..., Any]) -> Callable[..., Any]:
             )
         finally:
             self._inside = False
-        return _on(CPU, found)
+        return found if method.__name__ == "encode" else _on(CPU, found)
 
     return call
 
 
 def _on(device: torch.device, value: Any) -> Any:
-    """A tensor, or what a policy decided, on another device; all else as it is."""
+    """A tensor, or rows or decisions made of some, on another device; all else as it is."""
     if isinstance(value, Tensor):
         return value.to(device)
-    if isinstance(value, Sample | LogProb):
+    if isinstance(value, Sample | LogProb | Rows):
         return type(value)(*(_on(device, getattr(value, field.name)) for field in dataclasses.fields(value)))
     return value
+
+
+def _starts(policy: "Policy", n: int) -> Iterator[slice]:
+    """n rows in the parts that a policy works on at a time; one part, be it empty, where it is not large."""
+    size = AT_ONCE if large(policy) else max(n, 1)
+    return (slice(start, start + size) for start in range(0, max(n, 1), size))
 
 
 class Policy(nn.Module):
@@ -133,7 +142,7 @@ class Policy(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are; `to` moves them."""
-        return next(self.parameters()).device
+        return next(itertools.chain(self.parameters(), self.buffers()), torch.empty(0)).device
 
     @property
     def steered(self) -> bool:
@@ -166,14 +175,25 @@ class Policy(nn.Module):
         `__len__` (`inputs.Rows`)."""
 
     @torch.no_grad()
-    def encode_round(self, observations: Sequence[Observation]) -> Any:
-        """`encode` of all observations of a round. A `large` policy looks at `AT_ONCE` of them at a time: what it works
-        on while it looks takes many times the memory of what it keeps."""
-        if not large(self):
-            return self.encode(self.preprocess(observations))
-        starts = range(0, len(observations), AT_ONCE)
-        parts = [self.encode(self.preprocess(observations[start : start + AT_ONCE])) for start in starts]
-        return type(parts[0]).cat(parts)
+    def encode_round(self, observations: Sequence[Observation]) -> tuple[Any, Tensor]:
+        """Context of all observations of a round, and their features [B, feature_dim].
+
+        A `large` policy looks at `AT_ONCE` of them at a time: what it works on while it looks takes many times the
+        memory of what it keeps. What it keeps goes to the CPU's memory: of a round it is more than a GPU has."""
+        parts, features = [], []
+        for start in _starts(self, len(observations)):
+            context = self.encode(self.preprocess(observations[start]))
+            features.append(self.features(context))
+            parts.append(_on(CPU, context))
+        return (parts[0] if len(parts) == 1 else type(parts[0]).cat(parts)), torch.cat(features)
+
+    @torch.no_grad()
+    def sample_round(self, context: Any, generators: Sequence[torch.Generator]) -> Tensor:
+        """[B, H, A] latents that `sample` draws for all rows of a round's context, in parts like `encode_round`."""
+        whole, starts = torch.arange(len(context)), list(_starts(self, len(context)))
+        if len(starts) == 1:
+            return self.sample(context, generators).latent
+        return torch.cat([self.sample(context.index(whole[rows]), generators[rows]).latent for rows in starts])
 
     @abstractmethod
     def features(self, context: Any) -> Tensor:

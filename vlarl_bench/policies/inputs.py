@@ -82,7 +82,7 @@ class Batch(Rows):
     """[B, C, 3, size, size] uint8; C = 0 in `state` mode."""
 
 
-def to_batch(observations: Sequence[Observation], a: Sizes, vocabulary: Words, device: torch.device) -> Batch:
+def to_batch(observations: Sequence[Observation], a: Sizes, vocabulary: Words) -> Batch:
     """Pads observations to the sizes of architecture `a`. Raises BenchError if one does not fit."""
     n, state = len(observations), a.observation == "state"
     proprio = np.zeros((n, a.proprio_dim), np.float32)
@@ -109,7 +109,7 @@ def to_batch(observations: Sequence[Observation], a: Sizes, vocabulary: Words, d
             images[row, slot] = _image(observation, camera, a.image_size)
     objects = object_features(poses, hands) if state else np.zeros((n, 0, object_width(a)), np.float32)
     arrays = (proprio, words, objects, names, images)
-    return Batch(*(torch.from_numpy(array).to(device) for array in arrays))
+    return Batch(*(torch.from_numpy(array) for array in arrays))
 
 
 def object_tokens(

@@ -136,7 +136,7 @@ class Octo(Standardised, DiffusionPolicy):
 
     def preprocess(self, observations: Sequence[Observation]) -> Batch:
         """Observations to padded tensors. Raises BenchError if one does not fit the architecture."""
-        return to_batch(observations, self.architecture, self.vocabulary, self.device)
+        return to_batch(observations, self.architecture, self.vocabulary)
 
     @batch_invariant
     def encode(self, batch: Batch) -> Context:

@@ -148,7 +148,7 @@ class Pi0(Standardised, StochasticFlow, NoisePolicy):
 
     def preprocess(self, observations: Sequence[Observation]) -> Batch:
         """Observations to padded tensors. Raises BenchError if one does not fit the architecture."""
-        return to_batch(observations, self.architecture, self.vocabulary, self.device)
+        return to_batch(observations, self.architecture, self.vocabulary)
 
     @batch_invariant
     def encode(self, batch: Batch) -> Context:

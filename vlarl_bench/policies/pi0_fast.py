@@ -183,13 +183,13 @@ class Pi0Fast(Quantiles, TokenPolicy):
         scaled = (self.normalise(torch.as_tensor(episode)).float().numpy() for episode in actions)
         chunks = np.concatenate([windows(episode, self.chunk)[0] for episode in scaled])
         self._use(FastTokenizer.fit(chunks, self.architecture.scale, self.architecture.action_tokens))
-        self.spelled = self.spelled.to(self.device)
+        self.to(self.device)  # what it spells by is new
 
     # Prefix
 
     def preprocess(self, observations: Sequence[Observation]) -> Batch:
         """Observations to padded tensors. Raises BenchError if one does not fit the architecture."""
-        return to_batch(observations, self.architecture, self.vocabulary, self.device)
+        return to_batch(observations, self.architecture, self.vocabulary)
 
     @batch_invariant
     def encode(self, batch: Batch) -> Context:

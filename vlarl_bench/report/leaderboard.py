@@ -17,7 +17,7 @@ from .comparisons import best, change
 from .lint import lint_methods, lint_published, lint_run
 from .method_pages import link, method_pages
 from .methods import Method, base_of, cell, compared_methods, planned_tasks, suites_of, untrained
-from .metrics import wall_time_curve
+from .metrics import machine_of, wall_time_curve
 from .paper import SEPARATED, budget_text
 from .published import Published
 from .runs import RunFolder, training_curve
@@ -164,7 +164,7 @@ def _run(run: RunFolder, method: Method, suite: str, site: Path | None) -> dict[
         "command": shlex.join(["vlarl-bench", *run.manifest["argv"]]),
         "folder": f"{run.folder.name}, initial states {spans(run.manifest['evaluation']['init_states'])}",
         "code": run.manifest["code"],
-        "machine": f"{run.manifest['fingerprint']['hash']} ({run.manifest['fingerprint'].get('cpu', 'not known')})",
+        "machine": f"{run.manifest['fingerprint']['hash']} ({machine_of(run)})",
     }
 
 

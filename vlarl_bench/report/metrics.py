@@ -42,5 +42,11 @@ def cpu_hours(runs: Sequence[RunFolder]) -> float | None:
 
 
 def machines_of(runs: Sequence[RunFolder]) -> list[str]:
-    """CPU models that the runs were made on."""
-    return sorted({str(run.manifest["fingerprint"].get("cpu", "not known")) for run in runs})
+    """CPU models, and GPUs, that the runs were made on."""
+    return sorted({machine_of(run) for run in runs})
+
+
+def machine_of(run: RunFolder) -> str:
+    """The CPU that a run was made on, and the GPU where its policy computed on one."""
+    found = run.manifest["fingerprint"]
+    return " and ".join(str(found[name]) for name in ("cpu", "gpu") if name in found) or "not known"
