@@ -8,9 +8,17 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
-_setup_privateuseone_for_python_backend("pretend")
+
+class Backend(_DummyBackendModule):
+    """What torch asks of a device once it is known, also on behalf of whoever comes after these tests."""
+
+    def get_amp_supported_dtype(self):
+        return [torch.bfloat16]
+
+
+_setup_privateuseone_for_python_backend("pretend", backend_module=Backend())
 DEVICE = torch.device("pretend", 0)
 MOVES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
 INDEXES = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default)
