@@ -29,10 +29,11 @@ reproduce: $(STAMP) ## run a published run again: make reproduce CELL='results/q
 report: $(STAMP) ## tables, figures and page of the published runs, and what README.md and docs/ show of them
 	$(BIN)/python scripts/report.py
 
-# In the order of the files: else those with the most tests come first, and SLURM's few, which wait for minutes, run last
-# and alone. Three processes for two cores, since much of what they do is to wait, for SLURM and for other processes.
-test: $(STAMP) ## run the tests in three processes (benchmarks run once, untimed)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --benchmark-disable -n 3 --dist loadfile --no-loadscope-reorder --durations 30
+# In the order that tests/conftest.py gives: else the files with the most tests come first, and SLURM's few, which wait for
+# minutes, run last and alone. Four processes for two cores, since much of what they do is to wait, for SLURM and for
+# other processes.
+test: $(STAMP) ## run the tests in four processes (benchmarks run once, untimed)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --benchmark-disable -n 4 --dist loadfile --no-loadscope-reorder --durations 30
 
 lint: $(STAMP) ## ruff: rules and formatting
 	$(BIN)/ruff check .
