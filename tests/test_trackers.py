@@ -29,7 +29,6 @@ def track(tmp_path, name, lines=LINES):
 
 
 def test_tensorboard_shows_the_same_names_and_numbers(tmp_path):
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     assert track(tmp_path, "tensorboard") == []
@@ -41,7 +40,6 @@ def test_tensorboard_shows_the_same_names_and_numbers(tmp_path):
 
 
 def test_wandb_is_offline_and_leaves_a_folder_to_sync(tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
     monkeypatch.delenv("WANDB_MODE", raising=False)
     assert track(tmp_path, "wandb") == []
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
