@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -153,13 +154,41 @@ def test_a_large_policy_encodes_a_round_in_parts(stage, policy, context, monkeyp
     )
 
 
-def test_it_listens_to_the_instruction(stage, policy):
-    seen = stage.observations[0]
-    other = dataclasses.replace(seen, instruction=stage.suite.tasks[1].instruction)
+def test_everything_that_is_shown_matters(stage, policy):
+    """The instruction and each camera or object reach what is drawn. Not every policy looks at proprioception."""
+    seen, replace = stage.observations[0], dataclasses.replace
+    others = {"instruction": replace(seen, instruction=stage.suite.tasks[1].instruction)}
+    for camera in policy.cameras:
+        others[camera] = replace(seen, images={**seen.images, camera: 255 - seen.images[camera]})
+    if not policy.cameras:
+        moved = np.float32([0.3, 0, 0, 0, 0, 0, 0])
+        others |= {n: replace(seen, objects={**seen.objects, n: pose + moved}) for n, pose in seen.objects.items()}
     with torch.no_grad():
-        context = policy.encode(policy.preprocess([seen] * 8 + [other] * 8))
-        latent = policy.sample(context, seeds(*range(8), *range(8))).latent
-    assert not torch.allclose(latent[:8], latent[8:], atol=1e-6)
+        for name, other in others.items():
+            context = policy.encode(policy.preprocess([seen] * 8 + [other] * 8))
+            latent = policy.sample(context, seeds(*range(8), *range(8))).latent
+            assert not torch.allclose(latent[:8], latent[8:], atol=1e-6), name
+
+
+def test_nothing_writes_to_a_context(policy, context):
+    """So contexts can be shared by draws, minibatches and epochs."""
+    before = {field.name: getattr(context, field.name).clone() for field in dataclasses.fields(context)}
+    latent, ones = policy.sample(context, seeds(0, 1, 2, 3)).latent, torch.ones(4, policy.chunk)
+    noise = torch.randn(4, 2, policy.chunk, policy.latent_dim, generator=torch.Generator().manual_seed(0))
+    policy.features(context)
+    if "sft" in policy.capabilities:
+        policy.sft_loss(context, policy.unnormalise(latent), ones, *seeds(0)).backward()
+    if "denoising" in policy.capabilities:
+        policy.draw_loss(context, latent, torch.full((4, 2), 0.5), noise).mean().backward()
+    if "noise" in policy.capabilities:
+        policy.decode(context, noise[:, 0])
+    if "likelihood" in policy.capabilities:
+        trace = policy.explore(context, seeds(0, 1, 2, 3), 1.0).trace
+        kept = trace.clone()
+        policy.log_prob(context, trace, ones, 1.0).logp.mean().backward()
+        assert torch.equal(trace, kept)
+    policy.zero_grad()
+    assert all(torch.equal(getattr(context, name), value) for name, value in before.items())
 
 
 def test_stored_and_loaded_it_is_the_same(stage, policy, context, tmp_path):

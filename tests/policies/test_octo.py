@@ -337,15 +337,6 @@ def test_everything_seen_matters(policy, spec):
     assert ((readout[1:] - readout[0]).abs().amax(1) > 1e-4).all()
 
 
-def test_nothing_writes_to_a_context(policy, context):
-    copy = {f.name: getattr(context, f.name).clone() for f in dataclasses.fields(context)}
-    trace = policy.explore(context, generators(*range(5)), 0.1).trace
-    kept = trace.clone()
-    policy.log_prob(context, trace, torch.ones(5, 8), 0.1).logp.sum().backward()
-    assert torch.equal(trace, kept)
-    assert all(torch.equal(getattr(context, name), value) for name, value in copy.items())
-
-
 @pytest.mark.parametrize("noise", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_chain_without_noise_has_no_density(policy, context, noise):
     with pytest.raises(BenchError, match=r"^noise: .*must be above 0"):

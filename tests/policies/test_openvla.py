@@ -251,13 +251,6 @@ def test_a_batch_is_its_rows(policy, context):
             torch.testing.assert_close(one[0], together[i], atol=2e-5, rtol=0)
 
 
-def test_nothing_writes_to_a_context(policy, context):
-    copy = {f.name: getattr(context, f.name).clone() for f in dataclasses.fields(context)}
-    trace = policy.sample(context, generators(0, 1, 2, 3)).trace
-    policy.log_prob(context, trace, executed(policy), 1.0).logp.mean().backward()
-    assert all(torch.equal(getattr(context, name), value) for name, value in copy.items())
-
-
 def test_everything_seen_matters(policy):
     """The instruction, its word order, each camera or object, and proprioception all reach the logits."""
     base = look(policy)[1]

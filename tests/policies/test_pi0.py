@@ -147,20 +147,6 @@ def test_a_row_has_the_same_bits_beside_any_neighbours_and_at_any_place(policy, 
         torch.set_num_threads(before)
 
 
-def test_a_batch_is_its_rows(policy, spec, context):
-    together = policy.sample(context, generators(*range(5))).latent
-    for i in range(5):
-        alone = policy.sample(context.index(torch.tensor([i])), generators(i)).latent[0]
-        torch.testing.assert_close(together[i], alone, atol=1e-5, rtol=0)
-    seen = [observe(i, spec) for i in range(3)]
-    with torch.no_grad():
-        all_features = policy.features(policy.encode(policy.preprocess(seen)))
-        for i in range(3):
-            alone = policy.features(policy.encode(policy.preprocess(seen[i : i + 1])))[0]
-            torch.testing.assert_close(all_features[i], alone, atol=1e-5, rtol=0)
-    assert all_features.shape == (3, policy.feature_dim)
-
-
 def test_padding_is_never_read(policy, context):
     x, t = points(5, 2)
     dirty = torch.where(context.mask[:, None, None, None, :, None], context.cache, torch.full((), 1e4))
@@ -322,16 +308,6 @@ def test_sft_loss_counts_only_real_steps(policy, context):
     # A velocity of zero leaves E|noise - latent|^2 = 1 + latent^2 a dimension; 11 steps x 4 draws x 7 dimensions.
     actions = policy.unnormalise(torch.full((5, 8, 7), 2.0))
     assert policy.sft_loss(context, actions, mask, generators(0)[0]).item() == pytest.approx(5, rel=0.3)
-
-
-def test_nothing_writes_to_a_context(policy, context):
-    copy = {f.name: getattr(context, f.name).clone() for f in dataclasses.fields(context)}
-    x, t = points(5, 2)
-    first = policy.velocity(context, x, t)
-    policy.sample(context, generators(*range(5)))
-    policy.draw_loss(context, x[:, 0], t, x).mean().backward()
-    assert torch.equal(first, policy.velocity(context, x, t))
-    assert all(torch.equal(getattr(context, name), value) for name, value in copy.items())
 
 
 def test_index_takes_rows_of_everything(policy, context):
