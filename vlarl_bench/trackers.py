@@ -35,6 +35,7 @@ class Wandb:
         import wandb
 
         out = Path(config.out).resolve()
+        mode: Any = os.environ.get("WANDB_MODE", "offline")  # another word than wandb knows is refused there
         self._run = wandb.init(
             project="vlarl-bench",
             id=out.name[-128:],
@@ -42,7 +43,7 @@ class Wandb:
             dir=str(out),
             config=config.to_dict(),
             resume="allow",
-            mode=os.environ.get("WANDB_MODE", "offline"),
+            mode=mode,
             settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
         )
 
