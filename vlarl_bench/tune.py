@@ -70,12 +70,10 @@ def trials(asked: Tune, folder: Path) -> str:
         for number, settings in enumerate(choices(algorithm, asked.trials, asked.seed)):
             values = {name: getattr(settings, name) for name in registry.get("algorithm", algorithm).search}
             if number:
-                lines += [
-                    "",
-                    f"[ablations.{json.dumps(f'{algorithm} {number}')}]",
-                    f"algorithms = {json.dumps([algorithm])}",
-                ]
-                lines += [f"settings = {_table(values)}"]
+                head = [f"[ablations.{json.dumps(f'{algorithm} {number}')}]", f"algorithms = {json.dumps([algorithm])}"]
+                lines += ["", *head, f"settings = {_table(values)}"]
+            else:  # written out, so that the file means the same when defaults become others
+                lines += ["", f"[settings.{algorithm}]", *(f"{name} = {json.dumps(v)}" for name, v in values.items())]
     return "\n".join(lines) + "\n"
 
 
