@@ -34,7 +34,7 @@ else:
 class DPPOSettings:
     """Settings; where the authors' (Robomimic square, state) differ, theirs are named."""
 
-    lr: float = 3e-5
+    lr: float = 1e-5
     """Actor learning rate (AdamW); authors 1e-4, with which a step here leaves the clip range."""
     epochs: int = 4
     """Passes over an iteration's decisions; authors 10."""
@@ -45,8 +45,8 @@ class DPPOSettings:
     noise: float = 0.1
     """Least standard deviation of a step, while collecting and in the likelihood (authors' sigma_min). A flow's Euler
     step has none of its own, so there it is that of every step."""
-    clip_eps: float = 0.01
-    """Clip range at the last, cleanest step."""
+    clip_eps: float = 0.03
+    """Clip range at the last, cleanest step; authors 0.01."""
     clip_base: float = 0.001
     """Clip range at the first step that is fine-tuned."""
     clip_rate: float = 3.0

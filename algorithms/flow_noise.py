@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 class FlowNoiseSettings:
     """Settings; where the authors' (pi0) differ, theirs are named."""
 
-    lr: float = 2e-5
+    lr: float = 6e-5
     """Actor learning rate (Adam); authors 5e-6 on 300 M parameters, which does not fall."""
     noise_lr: float = 3e-4
     """Learning rate of the noise network; authors the actor's, over many more gradient steps: in as few as here it
     would stay where it begins."""
-    epochs: int = 4
-    """Passes over an iteration's decisions (authors')."""
+    epochs: int = 8
+    """Passes over an iteration's decisions; authors 4."""
     minibatch: int = 128
     """Decisions a gradient step, each with its whole chain."""
     noise_least: float = 0.08
@@ -40,8 +40,8 @@ class FlowNoiseSettings:
     """Largest standard deviation of a step (authors')."""
     noise_width: int = 64
     """Hidden width of the noise network; authors 128 and 64, on the action expert's last hidden state."""
-    clip_eps: float = 0.2
-    """Clip range of the ratio (authors')."""
+    clip_eps: float = 0.1
+    """Clip range of the ratio; authors 0.2."""
     numbers: Literal["sum", "mean"] = "sum"
     """How the log-densities of a step's executed numbers become that of the step (authors': their sum)."""
     entropy: float = 0.005

@@ -36,7 +36,7 @@ else:
 class FlowSDESettings:
     """Settings; where the authors' (pi0 on LIBERO) differ, theirs are named."""
 
-    lr: float = 2e-5
+    lr: float = 7e-6
     """Actor learning rate (Adam); authors 5e-6 on 300 M parameters, which does not fall."""
     epochs: int = 4
     """Passes over an iteration's decisions (authors')."""

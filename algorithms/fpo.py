@@ -52,7 +52,7 @@ LEARNERS = ("optimizer", "critic", "target", "critic_optimizer")
 class FPOSettings:
     """The paper gives no values; these are ours, found as docs/experiments.md tells."""
 
-    lr: float = 1e-4
+    lr: float = 3e-5
     """Actor learning rate (Adam) of the first iteration."""
     anneal_lr: bool = True
     """Whether the learning rate falls linearly towards 0 over the budget's iterations, as the other methods' does."""

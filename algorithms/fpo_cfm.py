@@ -41,7 +41,7 @@ else:
 class FPOCFMSettings:
     """Settings; where the authors' differ, theirs are named: FPO's, and FPO++'s for manipulation."""
 
-    lr: float = 1e-4
+    lr: float = 3e-5
     """Actor learning rate (Adam); FPO 3e-4, FPO++ 1e-5."""
     epochs: int = 4
     """Passes over an iteration's decisions; FPO 16, FPO++ 10."""

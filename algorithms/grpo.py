@@ -35,7 +35,7 @@ else:
 class GRPOSettings:
     """Settings; where SimpleVLA-RL's or Flow-GRPO's value differs, it is named."""
 
-    lr: float = 1e-4
+    lr: float = 3e-5
     """Actor learning rate (Adam); SimpleVLA-RL 5e-6 on 7.5 B parameters, Flow-GRPO 1e-4 with LoRA."""
     epochs: int = 4
     """Passes over an iteration's decisions; SimpleVLA-RL 1."""

@@ -89,7 +89,9 @@ def test_trials_are_runs_that_stay_and_are_not_run_again(tmp_path, monkeypatch):
     assert "2 cells: 2 done" in told
     text = Path("tuning/trials.md").read_text()
     assert text in told
-    assert re.search(r"^\| 0 \| 0.0003 \| 1 \| 0.01 \| [01]/[12] \| [01]/[12] \|", text, flags=re.MULTILINE)
+    default = registry.get("algorithm", "dsrl").Settings()
+    searched = rf"{default.lr:g} \| {default.bound:g} \| {default.temperature:g}"
+    assert re.search(rf"^\| 0 \| {searched} \| [01]/[12] \| [01]/[12] \|", text, flags=re.MULTILINE)
     assert "protocol `tuning`" in text
     assert "Best: trial " in text
     assert "[settings.dsrl]\nlr = " in text

@@ -80,7 +80,7 @@ def test_credit_fades_towards_the_noisier_steps(monkeypatch):
 
     monkeypatch.setattr("vlarl_bench.policy_gradient.ascend", keep)
     policy = ToyChain(0, inputs=2)
-    algorithm = DPPO(settings(steps=3, gamma_denoising=0.5, warmup=0, target_kl=0.7), policy, BUDGET, 0)
+    algorithm = DPPO(settings(steps=3, clip_eps=0.01, gamma_denoising=0.5, warmup=0, target_kl=0.7), policy, BUDGET, 0)
     algorithm.update(policy, two_stages(policy, 16, 0, algorithm.act))
     assert given["target_kl"] == 0.7
     assert torch.equal(given["clip"], clip_schedule(3, 0.001, 0.01, 3.0))
