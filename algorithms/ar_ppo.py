@@ -37,9 +37,9 @@ else:
 class ARPPOSettings:
     """Settings; where VLA-RL's value differs, it is named."""
 
-    lr: float = 1e-4
+    lr: float = 3e-4
     """Actor learning rate (Adam); VLA-RL 2e-5 with LoRA on 7.5 B parameters."""
-    epochs: int = 4
+    epochs: int = 8
     """Passes over an iteration's decisions."""
     minibatch: int = 128
     """Decisions a gradient step."""
@@ -48,7 +48,7 @@ class ARPPOSettings:
     ratio: Literal["token", "chunk"] = "token"
     """What a ratio belongs to: each token, as in language models, or the whole chunk, as in VLA-RL, whose chunk is one
     action of 7 tokens; over a chunk of many more tokens the product of their ratios leaves the clip range at once."""
-    temperature: float = 1.0
+    temperature: float = 0.8
     """Softmax temperature while collecting; VLA-RL 1.5."""
     entropy: float = 0.0
     """Weight of the entropy bonus."""

@@ -37,9 +37,9 @@ else:
 class RWFMSettings:
     """Settings; none is the authors', whose task and rewards are of another kind."""
 
-    lr: float = 1e-4
+    lr: float = 3e-4
     """Actor learning rate (Adam)."""
-    gradient_steps: int = 60
+    gradient_steps: int = 120
     """Gradient steps an iteration."""
     minibatch: int = 128
     """Decisions a gradient step."""
@@ -49,7 +49,7 @@ class RWFMSettings:
     """Smallest t drawn (1 = noise) of flow policies (`draw_times` says why)."""
     weight: Literal["filtered", "exponential"] = "exponential"
     """`exponential`: exp(alpha R), R being success, 0 or 1; `filtered`: R, so failures do not count at all."""
-    alpha: float = 3.0
+    alpha: float = 1.0
     """A success counts exp(alpha) times as much as a failure (`exponential` only); the authors cap that at 20."""
     window: int = 4
     """Iterations whose episodes are imitated."""
