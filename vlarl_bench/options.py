@@ -252,7 +252,7 @@ class Pack:
     report reads it as it reads run folders. A run that is in the pack already is left alone."""
 
     runs: Runs
-    """Run folders, or other packs."""
+    """Run folders, other packs, or runs of these as PACK/NAME, where NAME may have * and ? (in quotes)."""
     out: str
     """The pack: a folder that does not exist yet, or a pack to add to, such as results/NAME."""
 

@@ -102,6 +102,20 @@ def test_a_pack_grows_and_the_order_of_runs_changes_nothing(folders, tmp_path):
     assert len(find_runs(tmp_path)) == 5 + 3 * 5  # folders and packs
 
 
+def test_some_runs_of_a_pack_become_another_pack(folders, tmp_path):
+    pack(folders, tmp_path / "whole")
+    names = sorted(Path(folder).name for folder in folders)
+    assert (
+        pack([tmp_path / "whole" / "fpo*"], tmp_path / "some")[0] == sum(name.startswith("fpo") for name in names) > 1
+    )
+    assert pack([tmp_path / "whole" / names[0]], tmp_path / "one")[0] == 1
+    pack([tmp_path / "whole" / name for name in names], tmp_path / "again")
+    assert (tmp_path / "again" / PACK).read_bytes() == (tmp_path / "whole" / PACK).read_bytes()
+    with pytest.raises(BenchError, match=r"absent\*: .*whole has no run of that name"):
+        pack([tmp_path / "whole" / "absent*"], tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
 def test_a_contradiction_is_refused_and_the_pack_stays_as_it_was(folders, make_run, outcomes, tmp_path):
     pack(folders, tmp_path / "packed")
     before = (tmp_path / "packed" / PACK).read_bytes()

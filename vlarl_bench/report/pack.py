@@ -67,6 +67,14 @@ class Entry:
     metrics: pa.Table
 
 
+def meant(path: Path) -> tuple[Path, str] | None:
+    """The pack, and the pattern of its runs' names, that a path means: a pack all of its runs, PACK/NAME those of that
+    name, in which * and ? stand for others. None for what is no pack."""
+    if (path / PACK).is_file():
+        return path, "*"
+    return (path.parent, path.name) if not path.is_dir() and (path.parent / PACK).is_file() else None
+
+
 def make_entry(
     name: str,
     manifest: dict[str, Any],

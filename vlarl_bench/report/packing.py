@@ -1,5 +1,6 @@
 """Putting finished runs into a pack: `vlarl-bench pack`."""
 
+import fnmatch
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 from ..errors import BenchError
 from ..files import sole_writer
 from ..records import read_metrics
-from .pack import PACK, Entry, make_entry, read_pack, write_pack
+from .pack import PACK, Entry, make_entry, meant, read_pack, write_pack
 from .runs import read_run
 
 
@@ -41,9 +42,14 @@ def add(entries: Iterable[Entry], out: str | os.PathLike[str]) -> tuple[int, int
 
 
 def read_entries(path: Path) -> list[Entry]:
-    """What a run folder or a pack holds, ready for another pack; raises BenchError for a run that is not finished."""
-    if (path / PACK).is_file():
-        return read_pack(path)
+    """What a run folder, a pack or PACK/NAME holds, ready for another pack; raises BenchError for a run that is not
+    finished."""
+    if packed := meant(path):
+        pack, names = packed
+        entries = [entry for entry in read_pack(pack) if fnmatch.fnmatchcase(entry.name, names)]
+        if not entries:
+            raise BenchError(f"{path}: {pack} has no run of that name")
+        return entries
     run = read_run(path)
     if run.torn:
         raise BenchError(f"{path}: {run.torn[0]} ends in an unfinished line; `run --resume` mends it")

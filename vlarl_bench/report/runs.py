@@ -14,7 +14,7 @@ from ..errors import BenchError
 from ..protocol import Protocol
 from ..records import STOPPED, EpisodeRow, is_torn, read_rows
 from ..sealed import read_sealed
-from .pack import PACK, metric_lines, read_pack
+from .pack import PACK, meant, metric_lines, read_pack
 from .rows import Rows
 
 PLACE_AND_SPEED = frozenset({"seed", "out", "workers", "slots", "threads", "device", "video", "demos"})
@@ -227,13 +227,13 @@ def read_all(paths: Iterable[str | os.PathLike[str]]) -> list[RunFolder]:
     found: dict[Path, RunFolder] = {}
     packs: dict[Path, list[RunFolder]] = {}
     for path in map(Path, paths):
-        inside = not path.is_dir() and (path.parent / PACK).is_file()
-        if not inside and not (path / PACK).is_file():
+        packed = meant(path)
+        if packed is None:
             runs = [read_run(path)]
         else:
-            pack = path.parent if inside else path
-            runs = packs[pack] = packs.get(pack) or _packed_runs(pack)
-            runs = [run for run in runs if fnmatch.fnmatchcase(run.folder.name, path.name)] if inside else runs
+            pack, names = packed
+            packs[pack] = packs.get(pack) or _packed_runs(pack)
+            runs = [run for run in packs[pack] if fnmatch.fnmatchcase(run.folder.name, names)]
             if not runs:
                 raise BenchError(f"{path}: {pack} has no run of that name")
         for run in runs:
