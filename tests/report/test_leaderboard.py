@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from vlarl_bench import cli
+from vlarl_bench import cli, registry
 from vlarl_bench.protocol import Protocol
 from vlarl_bench.records import MetricsLog
 from vlarl_bench.report.leaderboard import make_page, write_leaderboard
@@ -120,7 +120,7 @@ def test_each_method_has_a_page(filmed, runs, published):
     assert (pages["fpo"]["learns_from"], pages["fpo"]["notes"]) == ("rollouts", "docs/methods/fpo.md")
     assert "pi0-tiny" in pages["fpo"]["policies"]
     settings = {name: line for name, *line in pages["fpo"]["settings"]}
-    assert settings["lr"] == ["0.0001", "0.5"]
+    assert settings["lr"] == [str(registry.get("algorithm", "fpo").Settings().lr), "0.5"]
     assert settings["epochs"] == ["4", ""]
     assert settings["own"] == ["", "1"]  # of a version that had it
     assert "Not installed" in pages["strong"]["summary"]
