@@ -147,6 +147,20 @@ def test_a_row_has_the_same_bits_beside_any_neighbours_and_at_any_place(policy, 
         torch.set_num_threads(before)
 
 
+def test_a_batch_is_its_rows(policy, spec, context):
+    together = policy.sample(context, generators(*range(5))).latent
+    for i in range(5):
+        alone = policy.sample(context.index(torch.tensor([i])), generators(i)).latent[0]
+        torch.testing.assert_close(together[i], alone, atol=1e-5, rtol=0)
+    seen = [observe(i, spec) for i in range(3)]
+    with torch.no_grad():
+        all_features = policy.features(policy.encode(policy.preprocess(seen)))
+        for i in range(3):
+            alone = policy.features(policy.encode(policy.preprocess(seen[i : i + 1])))[0]
+            torch.testing.assert_close(all_features[i], alone, atol=1e-5, rtol=0)
+    assert all_features.shape == (3, policy.feature_dim)
+
+
 def test_padding_is_never_read(policy, context):
     x, t = points(5, 2)
     dirty = torch.where(context.mask[:, None, None, None, :, None], context.cache, torch.full((), 1e4))
