@@ -126,7 +126,22 @@ def test_an_evaluation_decodes_as_its_protocol_says_unless_told_otherwise():
     known = {"policy": "pi0-tiny", "suite": "libero_object", "out": "unused", "base": str(base)}
     assert plan_evaluation(EvalConfig(**known)).protocol.decoding == "sampled"
     assert plan_evaluation(EvalConfig(decoding="zero-noise", **known)).protocol.decoding == "zero-noise"
+    # Where nothing is drawn a repeat would be the same episode, counted twice.
+    for decoding, repeats in (("protocol", 3), ("zero-noise", 1)):
+        plan = plan_evaluation(EvalConfig(decoding=decoding, repeats=3, states=2, **known))
+        assert (plan.repeats, len(plan.eval_jobs(plan.protocol.decoding))) == (repeats, 10 * 2 * repeats)
+        assert plan.decodings == (plan.protocol.decoding,)
     suite = registry.get("suite", "libero_object")
     greedy = {name for name in ("openvla", "openvla-oft", "simplevla", "openpi", "lerobot", "rlinf")
               if suite.protocol("pixels", name).decoding == "zero-noise"}  # fmt: skip
     assert greedy == {"openvla", "openvla-oft", "simplevla"}
+
+
+def test_a_run_that_draws_noise_where_it_is_judged_is_judged_without_any_besides():
+    plan = plan_run(config(budget=dataclasses.replace(config().budget, eval_repeats=2)))
+    assert plan.decodings == ("sampled", "zero-noise")
+    sampled, quiet = (plan.eval_jobs(decoding) for decoding in plan.decodings)
+    assert len(sampled) == 2 * len(quiet) > 0
+    assert [job for job in sampled if job.repeat == 0] == quiet
+    keys = {plan.key("base", 0, job, decoding) for decoding in plan.decodings for job in plan.eval_jobs(decoding)}
+    assert len(keys) == len(sampled) + len(quiet)

@@ -60,9 +60,10 @@ def test_manifest_is_json_and_owes_the_evaluation():
     manifest = make_manifest(
         run="r", argv=["vlarl-bench", "run"], algorithm="fpo", policy="pi0-tiny", suite="s", seed=0,
         base_checkpoint="0" * 12, protocol=protocol, tasks=["s/a", "s/b"], suite_tasks=10, init_states=[1, 2],
-        repeats=3,
+        repeats=3, noiseless=True,
     )  # fmt: skip
     again = json.loads(json.dumps(manifest))
     assert again["protocol"]["hash"] == protocol.hash
-    assert again["evaluation"] == {"tasks": ["s/a", "s/b"], "suite_tasks": 10, "init_states": [1, 2], "repeats": 3}
+    owed = {"tasks": ["s/a", "s/b"], "suite_tasks": 10, "init_states": [1, 2], "repeats": 3, "noiseless": True}
+    assert again["evaluation"] == owed
     assert again["fingerprint"]["hash"] == fingerprint_hash()

@@ -83,9 +83,9 @@ def test_a_policy_that_breaks_down_when_it_is_judged_is_scored_as_it_was_a_round
 
     def broken(pool, policy, jobs, *rest, **options):
         judged.append(len(jobs))
-        if len(judged) == 2:  # base, final
+        if len(judged) == 3:  # base, base without noise, final
             raise Diverged("the policy decided on actions that are not finite")
-        if len(judged) == 3:
+        if len(judged) == 4:
             raise KeyboardInterrupt
         return played(pool, policy, jobs, *rest, **options)
 
@@ -106,13 +106,14 @@ def test_a_run_leaves_everything(whole):
         *("config.json", "manifest.json", "episodes.jsonl", "metrics.jsonl", "checkpoints", "policy"),
         *("table.md", "curve.png"),
     }
-    phases = [row.phase for row in read_rows(folder / "episodes.jsonl")]
-    assert [phases.count(phase) for phase in ("base", "train", "final")] == [1, 6, 1]
+    played = [(row.phase, row.decoding) for row in read_rows(folder / "episodes.jsonl")]
+    judged = [(phase, decoding) for phase in ("base", "final") for decoding in ("sampled", "zero-noise")]
+    assert played == [*judged[:2], *[("train", "explore")] * 6, *judged[2:]]
     table = (folder / "table.md").read_text()
     assert "1 of 40 tasks" in table
     assert "privileged state" in table
     assert "fpo" in done.stdout
-    for word in ("base evaluation", "fine-tuning", "env steps/s"):
+    for word in ("base evaluation", "base evaluation without noise", "fine-tuning", "env steps/s"):
         assert word in done.stderr
     assert "\x1b" not in done.stderr  # plain lines when piped
 
@@ -273,7 +274,7 @@ def test_a_finished_policy_can_be_evaluated_and_tabled(whole, tmp_path, monkeypa
         *("--states", 1, "--slots", 3, "--video", "--out", out),
     )
     (row,) = read_rows(out / "episodes.jsonl")
-    (final,) = [row for row in read_rows(folder / "episodes.jsonl") if row.phase == "final"]
+    (final,) = read_run(folder).evaluated
     assert row.phase == "eval"
     assert (row.success, row.steps, row.seed, row.checkpoint) == (
         final.success,

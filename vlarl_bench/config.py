@@ -33,7 +33,7 @@ class Budget:
     eval_states: int
     """Held-out initial states per task in the evaluations before and after."""
     eval_repeats: int
-    """Episodes per task and held-out initial state."""
+    """Episodes per task and held-out initial state; where decoding draws no noise, one: it would repeat itself."""
     demos: int
     """Expert episodes per task (algorithms that learn from demonstrations)."""
     gradient_steps: int
@@ -147,7 +147,7 @@ class EvalConfig:
     states: int = 25
     """Held-out initial states per task."""
     repeats: int = 1
-    """Episodes per task and held-out initial state."""
+    """Episodes per task and held-out initial state; where decoding draws no noise, one: it would repeat itself."""
     decoding: Literal["protocol", "sampled", "zero-noise"] = "protocol"
     """`protocol` is what that says."""
     seed: int = 0

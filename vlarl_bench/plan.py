@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -14,13 +14,13 @@ from .config import EvalConfig, RunConfig, select_tasks
 from .errors import BenchError
 from .files import read_json
 from .provenance import code_version, fingerprint_hash
-from .records import Decoding, EpisodeRow, Key, Phase
+from .records import EpisodeRow, Key, Phase
 from .rollout import Episode, Job, episode_seed
 
 if TYPE_CHECKING:
     from .policies.base import Policy
     from .policies.spec import PolicySpec
-    from .protocol import Protocol
+    from .protocol import Decoding, Protocol
     from .suite import Suite, Task
 
 
@@ -46,6 +46,14 @@ class Plan:
     """Held-out initial states per task."""
     repeats: int
     """Episodes per task and held-out initial state."""
+
+    @property
+    def decodings(self) -> tuple[Decoding, ...]:
+        """How an evaluation decodes: the protocol's way and, in a run that draws noise there, once more without any. A
+        method may gain by drawing less noise alone, which that tells from learning."""
+        decoding = self.protocol.decoding
+        besides = isinstance(self.config, RunConfig) and decoding == "sampled"
+        return (decoding, "zero-noise") if besides else (decoding,)
 
     @property
     def name(self) -> str:
@@ -112,11 +120,11 @@ class Plan:
                 f"({len(both)} of {self.states}, such as {min(both)} of {known[0]}); take the protocol of its training"
             )
 
-    def eval_jobs(self) -> list[Job]:
-        """The held-out episodes; the same before and after."""
+    def eval_jobs(self, decoding: Decoding) -> list[Job]:
+        """The held-out episodes; the same before and after. Without noise a repeat would be the same episode again."""
         return [
             Job(task, state, repeat, episode_seed(self.config.seed, "eval", task.key, state, repeat))
-            for repeat in range(self.repeats)
+            for repeat in range(1 if decoding == "zero-noise" else self.repeats)
             for task in self.tasks
             for state in self.protocol.eval_states[: self.states]
         ]
@@ -140,12 +148,18 @@ class Plan:
                 jobs.append(Job(task, state, repeat, seed))
         return jobs[:episodes]
 
-    def key(self, phase: Phase, iteration: int, job: Job) -> Key:
+    def key(self, phase: Phase, iteration: int, job: Job, decoding: Decoding) -> Key:
         """Of the row that this episode gets."""
-        return (self.name, phase, iteration, job.task.suite, job.task.name, job.init_state, job.repeat)
+        return (self.name, phase, iteration, job.task.suite, job.task.name, job.init_state, job.repeat, decoding)
 
     def row(
-        self, episode: Episode, phase: Phase, iteration: int, checkpoint: str, decoding: Decoding, spent: Spent
+        self,
+        episode: Episode,
+        phase: Phase,
+        iteration: int,
+        checkpoint: str,
+        decoding: Decoding | Literal["explore"],
+        spent: Spent,
     ) -> EpisodeRow:
         """What is kept of an episode that the policy with hash `checkpoint` played."""
         job = episode.job
@@ -209,7 +223,7 @@ def plan_run(config: RunConfig) -> Plan:
                 f"suite: the base policy in {base} was trained on no task of {suite.name!r}; "
                 "train another with --algo sft, or name tasks with --tasks to try anyway"
             )
-    states, repeats = config.budget.eval_states, config.budget.eval_repeats
+    states, repeats = config.budget.eval_states, _repeats(config.budget.eval_repeats, protocol)
     plan = Plan(config, config.algorithm, suite, spec, protocol, tasks, base, states, repeats)
     plan.check_held_out()
     return plan
@@ -228,9 +242,15 @@ def plan_evaluation(config: EvalConfig) -> Plan:
         raise BenchError("base: 'scratch'; a policy with random weights has no vocabulary and nothing to evaluate")
     algorithm = str(read_json(base / "config.json").get("algorithm", "base"))
     tasks = select_tasks(suite, config.tasks, len(suite.tasks))
-    plan = Plan(config, algorithm, suite, spec, protocol, tasks, base, config.states, config.repeats)
+    repeats = _repeats(config.repeats, protocol)
+    plan = Plan(config, algorithm, suite, spec, protocol, tasks, base, config.states, repeats)
     plan.check_held_out()
     return plan
+
+
+def _repeats(asked: int, protocol: Protocol) -> int:
+    """Repeats that differ: one where nothing is drawn."""
+    return asked if protocol.decoding == "sampled" else 1
 
 
 def _check_images(config: RunConfig | EvalConfig, spec: PolicySpec, protocol: Protocol) -> None:

@@ -10,6 +10,10 @@ from typing import Literal
 from .errors import BenchError
 from .registry import did_you_mean
 
+Decoding = Literal["sampled", "zero-noise"]
+"""How a policy decodes where it is judged: from noise that it draws, or from none: flows and diffusion from zero noise,
+tokens each the likeliest."""
+
 
 @dataclass(frozen=True)
 class Protocol:
@@ -32,7 +36,7 @@ class Protocol:
     cameras: tuple[str, ...] = ()
     image_size: int = 0
     """Side in pixels of the square images that the policy is shown; 0 in `state` mode."""
-    decoding: Literal["sampled", "zero-noise"] = "sampled"
+    decoding: Decoding = "sampled"
     render_size: tuple[int, int] | None = None
     """Height and width that are rendered and then resized, with black borders where the shape differs; None renders
     at `image_size`."""

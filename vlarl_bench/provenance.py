@@ -105,15 +105,17 @@ def make_manifest(
     suite_tasks: int,
     init_states: Sequence[int],
     repeats: int,
+    noiseless: bool = False,
     demonstrations: Mapping[str, Any] | None = None,
     trained: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The content of `manifest.json`: where a run came from, and which evaluation episodes it owes.
 
     tasks are `suite/task` keys; suite_tasks is how many tasks the whole suite has; each of base and final evaluation
-    plays tasks x init_states x repeats episodes, and reports mark those that are missing. demonstrations says what
-    the run learned from (`demonstrations.describe_demonstrations`), where it learned from any; trained says of an
-    evaluated policy how it came from another one (`Plan.trained`), where it did.
+    plays tasks x init_states x repeats episodes and, if noiseless, tasks x init_states without noise besides; reports
+    mark those that are missing. demonstrations says what the run learned from
+    (`demonstrations.describe_demonstrations`), where it learned from any; trained says of an evaluated policy how it
+    came from another one (`Plan.trained`), where it did.
     """
     learned_from = {} if demonstrations is None else {"demonstrations": dict(demonstrations)}
     learned_from |= {} if trained is None else {"trained": dict(trained)}
@@ -131,6 +133,7 @@ def make_manifest(
             "suite_tasks": suite_tasks,
             "init_states": list(init_states),
             "repeats": repeats,
+            "noiseless": noiseless,
         },
         **learned_from,
         "code": code_version(),

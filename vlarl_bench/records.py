@@ -19,8 +19,7 @@ from .errors import BenchError
 from .files import explained
 
 Phase = Literal["base", "train", "final", "eval"]
-Decoding = Literal["sampled", "zero-noise", "explore"]
-Key = tuple[str, str, int, str, str, int, int]
+Key = tuple[str, str, int, str, str, int, int, str]
 STOPPED = "stopped.json"
 """In the folder of a run that was stopped because training had destroyed the policy: in which round, and why."""
 
@@ -43,7 +42,8 @@ class EpisodeRow:
     init_state: int
     repeat: int
     seed: int
-    decoding: Decoding
+    decoding: Literal["sampled", "zero-noise", "explore"]
+    """`explore`: as the algorithm acts while collecting."""
     observation: Literal["state", "pixels"]
     success: bool
     steps: int
@@ -62,7 +62,8 @@ class EpisodeRow:
     @property
     def key(self) -> Key:
         """What makes a row unique."""
-        return (self.run, self.phase, self.iteration, self.suite, self.task, self.init_state, self.repeat)
+        place = (self.suite, self.task, self.init_state, self.repeat, self.decoding)
+        return (self.run, self.phase, self.iteration, *place)
 
     def to_json(self) -> dict[str, Any]:
         """The row as it is written."""

@@ -1,12 +1,14 @@
 """One run: base evaluation -> (collect -> update)* -> final evaluation -> table, curve and videos.
 
 Both evaluations play the same held-out initial states with the same noise seeds, so every episode after has its pair
-before. Everything is on disk before the next step begins: a run that dies continues from its newest checkpoint. One
-whose training destroys the policy stops there, and is scored as it was at its newest checkpoint.
+before, and each state once more without noise. Everything is on disk before the next step begins: a run that dies
+continues from its newest checkpoint. One whose training destroys the policy stops there, and is scored as it was at its
+newest checkpoint.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shlex
 import shutil
@@ -30,6 +32,7 @@ from .files import explained, read_json, write_text_atomic
 from .plan import NOTHING, Plan, Spent, plan_evaluation, plan_run
 from .pool import LostEpisode, Pool
 from .progress import Progress
+from .protocol import Decoding
 from .provenance import code_version, make_manifest
 from .records import STOPPED, EpisodeLog, EpisodeRow, LostLog, Phase
 from .rollout import Episode, Job, run_shared
@@ -322,18 +325,36 @@ def _evaluate(
     progress: Progress,
     spent: Spent,
 ) -> None:
-    """Plays the held-out jobs that have no row yet; each finished episode is on disk before the next turn."""
+    """Plays the held-out jobs that have no row yet, decoded in each of the plan's ways; each finished episode is on
+    disk before the next turn."""
     checkpoint = same_hash(policy)
-    jobs = [job for job in plan.eval_jobs() if plan.key(phase, iteration, job) not in log]
-    decoding = plan.protocol.decoding
+    for decoding in plan.decodings:
+        _evaluate_decoded(plan, decoding, phase, iteration, policy, checkpoint, pool, log, progress, spent)
+
+
+def _evaluate_decoded(
+    plan: Plan,
+    decoding: Decoding,
+    phase: Phase,
+    iteration: int,
+    policy: Policy,
+    checkpoint: str,
+    pool: Pool,
+    log: EpisodeLog,
+    progress: Progress,
+    spent: Spent,
+) -> None:
+    jobs = [job for job in plan.eval_jobs(decoding) if plan.key(phase, iteration, job, decoding) not in log]
+    protocol = dataclasses.replace(plan.protocol, decoding=decoding)
     name = {"base": "base evaluation", "final": "final evaluation"}.get(phase, "evaluation")
+    name += "" if decoding == plan.protocol.decoding else " without noise"
     with progress.phase(name, total=len(jobs)) as bar:
 
         def keep(episode: Episode) -> None:
             log.append(plan.row(episode, phase, iteration, checkpoint, decoding, spent))
             bar.advance(episodes=1, successes=int(episode.success), steps=episode.steps)
 
-        episodes = run_shared(pool, policy, jobs, plan.protocol, plan.config.slots, on_episode=keep, keep_seen=False)
+        episodes = run_shared(pool, policy, jobs, protocol, plan.config.slots, on_episode=keep, keep_seen=False)
     invalid = sum(episode.invalid for episode in episodes)
     if invalid:
         progress.say(f"{name}: {invalid} of {sum(len(e.actions) for e in episodes)} decisions spelled no action chunk")
@@ -357,6 +378,7 @@ def _write_manifest(plan: Plan, policy: Policy, out: Path, demonstrations: dict[
         suite_tasks=len(plan.suite.tasks),
         init_states=plan.protocol.eval_states[: plan.states],
         repeats=plan.repeats,
+        noiseless=len(plan.decodings) > 1,
         demonstrations=demonstrations,
         trained=plan.trained if isinstance(config, EvalConfig) else None,
     )
@@ -407,7 +429,7 @@ def _film(plan: Plan, players: dict[str, Policy], rows: Sequence[EpisodeRow], ou
     def of(phase: Phase, job: Job) -> bool | None:
         return outcome.get((phase, job.task.suite, job.task.name, job.init_state, job.repeat))
 
-    jobs = plan.eval_jobs()
+    jobs = plan.eval_jobs(plan.protocol.decoding)
     job = next((job for job in jobs if of("base", job) is False and of("final", job) is True), jobs[0])
     with Pool(plan.suite, plan.protocol, workers=1, video=True) as pool:
         for name, player in players.items():

@@ -17,7 +17,8 @@ Outcome = Callable[[str, int, int], bool]
 
 @pytest.fixture
 def make_run(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a run folder. base, final and evaluated say for (task key, init_state, repeat) whether it succeeded."""
+    """Writes a run folder. base, final and evaluated say for (task key, init_state, repeat) whether it succeeded, and
+    noiseless the same of base and final as they decode without noise."""
 
     def make(
         name: str,
@@ -25,6 +26,7 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         base: Outcome | None = None,
         final: Outcome | None = None,
         evaluated: Outcome | None = None,
+        noiseless: tuple[Outcome, Outcome] | None = None,
         train: tuple[tuple[int, bool], ...] = (),
         skip: tuple[int, ...] = (),
         seed: int = 0,
@@ -41,20 +43,24 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
             values: dict[str, Any] = {
                 "run": name, "phase": phase, "iteration": 2 if phase == "final" else 0, "algorithm": algorithm,
                 "policy": "pi0-tiny", "checkpoint": "0" * 12, "suite": task.split("/")[0], "task": task.split("/")[1],
-                "init_state": state, "repeat": repeat, "seed": 0, "decoding": "sampled", "observation": "state",
+                "init_state": state, "repeat": repeat, "seed": 0, "decoding": protocol.decoding, "observation": "state",
                 "success": success, "steps": 100, "return_": float(success), "protocol": protocol.hash,
                 "fingerprint": "f" * 12, "code": "0.1.0",
                 "env_steps": 0, "gradient_steps": 0, "flops": 0,
             }  # fmt: skip
             return EpisodeRow(**(values | fields | more))
 
+        quiet_base, quiet_final = noiseless or (None, None)
+        played = [("base", base, {}), ("final", final, {}), ("eval", evaluated, {})]
+        played += [(phase, quiet, {"decoding": "zero-noise"}) for phase, quiet in
+                   (("base", quiet_base), ("final", quiet_final))]  # fmt: skip
         rows = [
-            row(phase, task, state, repeat, outcome(task, state, repeat))
-            for phase, outcome in (("base", base), ("final", final), ("eval", evaluated))
+            row(phase, task, state, repeat, outcome(task, state, repeat), **more)
+            for phase, outcome, more in played
             if outcome is not None
             for task in tasks
             for state in protocol.eval_states
-            for repeat in range(2)
+            for repeat in range(1 if more else 2)
             if not (phase == "final" and state in skip)
         ]
         rows += [
@@ -69,7 +75,7 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         manifest = make_manifest(
             run=name, argv=["run"], algorithm=algorithm, policy="pi0-tiny", suite="suite", seed=seed,
             base_checkpoint="0" * 12, protocol=protocol, tasks=tasks, suite_tasks=20,
-            init_states=protocol.eval_states, repeats=2, trained=trained,
+            init_states=protocol.eval_states, repeats=2, noiseless=noiseless is not None, trained=trained,
         )  # fmt: skip
         write_sealed(folder / "manifest.json", manifest)
         return folder

@@ -7,10 +7,11 @@ import pytest
 from scipy.stats import t as student
 from scipy.stats import ttest_1samp
 
+from vlarl_bench.protocol import Protocol
 from vlarl_bench.report.comparisons import best, change, change_text, reach_notes, separation
 from vlarl_bench.report.methods import compared_methods
 from vlarl_bench.report.rows import Rows
-from vlarl_bench.report.runs import read_runs
+from vlarl_bench.report.runs import read_run, read_runs
 
 
 def at_most(limit):
@@ -66,13 +67,12 @@ def test_decodings_do_not_compete(make_run):
     """Neither is a method that was decoded without noise set against one with it, nor does it widen the correction."""
     sampled = made(make_run, {"strong": (8, 7, 8, 7), "weak": (2, 2, 3, 2)})
     before = separation(compared_methods(read_runs(sampled)), "suite_a")
+    quiet = Protocol("quiet", 1, "state", {"suite_a": 200}, 10, 8, (0, 1), (4, 5, 6, 7), decoding="zero-noise")
     greedy = [
-        make_run(
-            f"g{seed}", base=at_most(1), final=at_most(limit), seed=seed, algorithm="greedy", decoding="zero-noise"
-        )
-        for seed, limit in enumerate((6, 5, 6, 5))
+        read_run(make_run(f"g{i}", base=at_most(1), final=at_most(n), seed=i, algorithm="greedy", protocol=quiet))
+        for i, n in enumerate((6, 5, 6, 5))
     ]
-    methods = compared_methods(read_runs([*sampled, *greedy]))
+    methods = compared_methods([*read_runs(sampled), *greedy])
     names = [method.name for method in methods]
     after, strong, weak = separation(methods, "suite_a"), names.index("strong"), names.index("weak")
     assert np.isnan(after.p[names.index("greedy"), [strong, weak]]).all()

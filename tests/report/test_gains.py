@@ -55,6 +55,25 @@ def test_missing_episodes_are_marked(make_run, tmp_path):
     assert lint([str(tmp_path / "gains.json")]) == []
 
 
+def test_what_is_gained_without_noise_stands_beside(make_run, outcomes):
+    quiet = (outcomes["always"], outcomes["half"])  # repeat 0 alone: all of 8 and all of 8
+    runs = [run(make_run, f"a{seed}", seed, better, noiseless=quiet) for seed, better in enumerate((2, 3))]
+    worse = [
+        run(make_run, f"b{seed}", seed, better, algorithm="dppo", noiseless=(outcomes["always"], outcomes["never"]))
+        for seed, better in enumerate((3, 4, 4))
+    ]
+    table = gains_table(read_runs([*runs, *worse]))
+    assert table.columns[-1].startswith("without noise")
+    assert [line[-1] for line in table.lines] == [
+        "24/24 to 0/24, -100.0",  # seeds that agree give no interval
+        "16/16 to 16/16, +0.0",
+    ]
+    found = [each for each in lint(runs + worse) if "without noise" in each]
+    assert len(found) == 1 and "dppo gains 45.8 points and, without noise, -100.0" in found[0]
+    older = run(make_run, "c", 0, 1, algorithm="rwfm")
+    assert [line[-1] for line in gains_table(read_runs([*runs, older])).lines][-1] == "-"
+
+
 def test_without_runs():
     with pytest.raises(BenchError, match="none given"):
         gains_table([])

@@ -92,12 +92,57 @@ def test_an_evaluation_alone_has_no_base(make_run, outcomes):
     assert summary_table([run]).lines[0][6:] == ("-", "8/16 50% [28, 72]", "-", "-")
 
 
-def test_decodings_are_kept_apart(make_run, outcomes):
-    run = read_run(make_run("r", evaluated=outcomes["half"]))
-    zero = [dataclasses.replace(row, decoding="zero-noise", repeat=row.repeat + 2) for row in run.rows]
-    table = comparison_table(dataclasses.replace(run, rows=Rows.of([*run.rows, *zero])))
-    assert [cell["decoding"] for cell in table.cells] == ["sampled", "zero-noise"]
-    assert [cell["episodes"] for cell in table.cells] == [16, 16]
+def some(*states):
+    """Succeeds from these initial states only."""
+    return lambda task, state, repeat: state in states
+
+
+def test_what_was_played_without_noise_stands_apart(make_run, outcomes):
+    run = read_run(make_run("r", base=outcomes["half"], final=outcomes["always"], noiseless=(some(4, 5, 6), some(4))))
+    assert run.missing == 0
+    table = comparison_table(run)
+    assert table.totals == 2
+    assert [record["decoding"] for record in table.records[-2:]] == ["sampled", "zero-noise"]
+    both, quiet = table.lines[-2:]
+    assert both[:4] == ("all 2 tasks", "8/16 50% [28, 72]", "16/16 100% [81, 100]", "+50.0 [+3.1, +76.9]")
+    assert quiet[0] == "all 2 tasks, without noise"
+    assert quiet[1].startswith("6/8 75%") and quiet[2].startswith("2/8 25%") and quiet[3].startswith("-50.0 [")
+    (cell,) = table.cells
+    assert (cell["episodes"], cell["without_noise"]["episodes"], cell["without_noise"]["difference"]) == (16, 8, -0.5)
+    assert any(note.startswith("Without noise: ") for note in table.notes)
+    (line,) = summary_table([run]).lines
+    assert line[-1].startswith("6/8 to 2/8, -50.0 [")
+
+
+def test_without_noise_over_seeds_resamples_seeds(make_run, outcomes):
+    afters = (some(4), some(4, 5), some(4, 5, 6))
+    folders = [
+        make_run(f"r{i}", base=outcomes["half"], final=outcomes["always"], noiseless=(some(4), after), seed=i)
+        for i, after in enumerate(afters)
+    ]
+    table = summary_table(read_runs(folders))
+    assert [line[-1].partition(",")[0] for line in table.lines] == [
+        "2/8 to 2/8",
+        "2/8 to 4/8",
+        "2/8 to 6/8",
+        "6/24 to 12/24",
+    ]
+    half = 4.302653 * 0.25 / 3**0.5
+    assert table.lines[-1][-1] == f"6/24 to 12/24, +25.0 [{25 - 100 * half:+.1f}, {25 + 100 * half:+.1f}]"
+    # One that did not play so leaves the experiment without a score of that kind.
+    folders.append(make_run("older", base=outcomes["half"], final=outcomes["always"], seed=3))
+    table = summary_table(read_runs(folders))
+    assert [line[-1] == "-" for line in table.lines] == [False, False, False, True, True]
+
+
+def test_episodes_without_noise_that_are_missing_are_seen(make_run, outcomes):
+    folder = make_run("r", base=outcomes["half"], final=outcomes["always"], noiseless=(some(4), some(4, 5)), skip=(4,))
+    run = read_run(folder)
+    assert run.missing == 4 + 2
+    assert "INCOMPLETE" in comparison_table(run).lines[-1][2] and "INCOMPLETE" in summary_table([run]).lines[-1][-1]
+    unfinished = dataclasses.replace(run, rows=run.rows.where(run.rows.column("decoding") == "sampled"))
+    assert comparison_table(unfinished).lines[-1][1:3] == ("not run", "not run")
+    assert summary_table([unfinished]).lines[-1][-1] == "not run"
 
 
 def test_suites_of_a_group_have_cells_of_their_own(make_run, outcomes):

@@ -16,12 +16,13 @@ from ..protocol import TUNING
 from .comparisons import best, change
 from .lint import lint_methods, lint_published, lint_run
 from .method_pages import link, method_pages
-from .methods import Method, base_of, cell, compared_methods, planned_tasks, suites_of, untrained
+from .methods import Method, base_of, cell, compared_methods, planned_tasks, suites_of, untrained, without_noise_of
 from .metrics import machine_of, wall_time_curve
 from .paper import SEPARATED, budget_text
 from .published import Published
 from .runs import RunFolder, training_curve
 from .spans import spans
+from .table import without_noise_text
 
 MOST_EPISODES = 200_000
 """Beyond so many scored episodes the page leaves out single ones, to stay below 2 MB."""
@@ -117,6 +118,7 @@ def _measured_cell(
                                           "submitted", "complete", "rate", "low", "high", "resamples")},
         "best": is_best,
         "change": change(method, base, suite) if base else None,
+        "without_noise": without_noise_text(quiet) if (quiet := without_noise_of(method, suite)) else None,
         "budget": budget_text(method),
         "steps": method.budget()["env_steps"],
         "curves": curves,

@@ -12,8 +12,18 @@ from ..errors import BenchError
 from ..files import read_json_object
 from ..power import episodes_needed
 from ..stats import CONFIDENCE
-from .comparisons import families, separation
-from .methods import EPISODE, Method, cell, compared_methods, scored, suites_of, titles
+from .comparisons import change, families, separation
+from .methods import (
+    EPISODE,
+    Method,
+    base_of,
+    cell,
+    compared_methods,
+    scored,
+    suites_of,
+    titles,
+    without_noise_of,
+)
 from .pack import PACK
 from .published import Published, read_published
 from .runs import RunFolder, read_all
@@ -91,7 +101,7 @@ def lint_methods(methods: Sequence[Method]) -> list[str]:
         ]  # fmt: skip
         if missing:
             findings.append(f"{suite}: episodes are missing: {_listed(missing)}")
-        findings += _lint_budgets(present, suite) + _lint_claims(present, suite)
+        findings += _lint_budgets(present, suite) + _lint_claims(present, suite) + _lint_noise(present, suite)
     return findings
 
 
@@ -153,6 +163,22 @@ def _lint_claims(methods: Sequence[Method], suite: str) -> list[str]:
             findings.append(
                 f"{where}: {len(open_)} pair(s) differ and are not separated (Holm); more training seeds would tell, "
                 f"more episodes of these would not: {_listed(told)}"
+            )
+    return findings
+
+
+def _lint_noise(methods: Sequence[Method], suite: str) -> list[str]:
+    """Gains that are there only while noise is drawn."""
+    findings = []
+    for method in methods:
+        base, quiet = base_of(method, methods), without_noise_of(method, suite)
+        gain = change(method, base, suite) if base else None
+        if gain is None or quiet is None or quiet["difference"] is None or not quiet["complete"]:
+            continue
+        if (gain["low"] or 0) > 0 >= quiet["difference"]:
+            findings.append(
+                f"{suite}, {method.policy}: {method.label} gains {100 * gain['value']:.1f} points and, without noise, "
+                f"{100 * quiet['difference']:+.1f}: it may have learned no more than to draw less noise"
             )
     return findings
 

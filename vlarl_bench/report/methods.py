@@ -13,7 +13,7 @@ from ..errors import BenchError
 from ..stats import mean, seeds_estimate, wilson_interval
 from .rows import Rows
 from .runs import RunFolder
-from .table import settings_labels, submitter
+from .table import Record, settings_labels, submitter, without_noise
 
 BASE = "base policy"
 
@@ -84,8 +84,8 @@ def compared_methods(runs: Sequence[RunFolder]) -> list[Method]:
     the same experiment."""
     groups: dict[tuple[str, str, str, str, str, str], list[RunFolder]] = {}
     for run, settings in zip(runs, settings_labels(runs), strict=True):
-        for decoding in run.decodings if run.method else ():
-            experiment = (run.method, run.manifest["policy"], run.start, settings, decoding, run.submitted_by)
+        if run.method:
+            experiment = (run.method, run.manifest["policy"], run.start, settings, run.decoding, run.submitted_by)
             groups.setdefault(experiment, []).append(run)
     trained = [_Group(*key, tuple(_by_seed(members))) for key, members in sorted(groups.items())]
     for group in trained:
@@ -96,8 +96,8 @@ def compared_methods(runs: Sequence[RunFolder]) -> list[Method]:
                 )
     bases: dict[tuple[str, str, str, str], list[RunFolder]] = {}
     for run in runs:
-        for decoding in set(untrained(run).column("decoding")):
-            key = (run.manifest["policy"], run.manifest["base_checkpoint"], decoding, run.submitted_by)
+        if len(untrained(run)):
+            key = (run.manifest["policy"], run.manifest["base_checkpoint"], run.decoding, run.submitted_by)
             bases.setdefault(key, []).append(run)
     bare = []
     for (policy, checkpoint, decoding, by), members in sorted(bases.items()):
@@ -174,7 +174,6 @@ def scored(group: _Group | Method) -> pd.DataFrame:
     found = []
     for run in group.runs:
         rows = untrained(run) if group.name == BASE else run.evaluated
-        rows = rows.where(rows.column("decoding") == group.decoding)
         columns = {name: rows.column(name) for name in (*EPISODE[1:], "success")}
         found.append(pd.DataFrame({"seed": np.full(len(rows), run.manifest["seed"])} | columns))
     return pd.concat([_NOTHING, *found], ignore_index=True)
@@ -234,6 +233,12 @@ def planned_tasks(method: Method, suite: str) -> list[str]:
     """Names of the tasks of a suite that any run of the method was to be judged on."""
     keys = dict.fromkeys(key for run in method.runs for key in run.manifest["evaluation"]["tasks"])
     return [key.split("/", 1)[1] for key in keys if key.startswith(f"{suite}/")]
+
+
+def without_noise_of(method: Method, suite: str) -> Record | None:
+    """What it scored on a suite without noise, before and after, as `table.without_noise` has it."""
+    keys = [f"{suite}/{task}" for task in planned_tasks(method, suite)]
+    return None if method.is_base else without_noise([run for run in method.runs if suite in run.suites], keys)
 
 
 def planned_episodes(method: Method, suite: str, seeds: Collection[int] | None = None) -> int:

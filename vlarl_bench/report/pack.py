@@ -243,7 +243,7 @@ def _rows(file: pq.ParquetFile, path: Path) -> Rows:
 
 
 def _check_unique(entry: Entry, folder: Path) -> None:
-    key = ("phase", "iteration", "suite", "task", "init_state", "repeat")
+    key = ("phase", "iteration", "suite", "task", "init_state", "repeat", "decoding")
     again = pd.DataFrame({name: entry.rows.column(name) for name in key}).duplicated().to_numpy()
     if again.any():
         raise BenchError(f"{folder}: {entry.name}: episode {entry.rows[int(again.argmax())].key} is there twice")

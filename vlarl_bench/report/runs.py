@@ -12,7 +12,7 @@ import numpy as np
 
 from ..errors import BenchError
 from ..protocol import Protocol
-from ..records import STOPPED, EpisodeRow, is_torn, read_rows
+from ..records import STOPPED, EpisodeRow, Phase, is_torn, read_rows
 from ..sealed import read_sealed
 from .pack import PACK, meant, metric_lines, read_pack
 from .rows import Rows
@@ -97,14 +97,26 @@ class RunFolder:
     @functools.cached_property
     def evaluated(self) -> Rows:
         """The scored rows: `final`, or `eval` in a folder of `vlarl-bench eval`; those of the latest iteration."""
-        rows = self.rows.where(self.rows.column("phase") == ("final" if self.compares else "eval"))
-        iteration = rows.column("iteration")
-        return rows.where(iteration == iteration.max(initial=0))
+        return self._latest("final" if self.compares else "eval", besides=False)
 
     @functools.cached_property
     def base(self) -> Rows:
         """The base policy's rows."""
-        return self.rows.where(self.rows.column("phase") == "base")
+        return self._latest("base", besides=False)
+
+    @functools.cached_property
+    def noiseless(self) -> tuple[Rows, Rows]:
+        """What base and fine-tuned policy played without noise besides; none in a run from before there was that, in
+        an evaluation, and where the protocol draws no noise anyway."""
+        return self._latest("base", besides=True), self._latest("final", besides=True)
+
+    def _latest(self, phase: Phase, besides: bool) -> Rows:
+        """Rows of a phase and its latest iteration, decoded as the protocol says or without noise besides."""
+        without = self.decoding == "sampled"
+        apart = (self.rows.column("decoding") == "zero-noise") & without
+        rows = self.rows.where((self.rows.column("phase") == phase) & (apart == besides))
+        iteration = rows.column("iteration")
+        return rows.where(iteration == iteration.max(initial=0))
 
     def rows_of(self, suite: str) -> Rows:
         """All rows of one of its suites."""
@@ -150,22 +162,21 @@ class RunFolder:
         return f"{what}{m['policy']}, {m['suite']}, seed {m['seed']}{control}"
 
     @property
-    def decodings(self) -> list[str]:
-        """How the scored rows were decoded; the protocol's way if there are none yet."""
-        scored = {*self.evaluated.column("decoding"), *self.base.column("decoding")}
-        return sorted(scored) or [self.manifest["protocol"]["decoding"]]
+    def decoding(self) -> str:
+        """How the protocol decodes, and so the scored rows."""
+        return str(self.manifest["protocol"]["decoding"])
 
     @property
     def missing(self) -> int:
         """How many of the evaluation episodes that it owes are not there."""
         plan, missing = self.manifest["evaluation"], 0
-        owed = len(plan["tasks"]) * len(plan["init_states"]) * plan["repeats"]
-        for rows in (self.evaluated, *((self.base,) if self.compares and self.config.get("base") != "scratch" else ())):
-            planned = np.isin(rows.column("init_state"), plan["init_states"]) & (
-                rows.column("repeat") < plan["repeats"]
-            )
-            for decoding in self.decodings:
-                missing += owed - int((planned & (rows.column("decoding") == decoding)).sum())
+        evaluations = [(self.base, self.evaluated, plan["repeats"])]
+        evaluations += [(*self.noiseless, 1)] if plan.get("noiseless") else []
+        for before, after, repeats in evaluations:
+            owed = len(plan["tasks"]) * len(plan["init_states"]) * repeats
+            for rows in (after, *((before,) if self.compares and self.config.get("base") != "scratch" else ())):
+                planned = np.isin(rows.column("init_state"), plan["init_states"]) & (rows.column("repeat") < repeats)
+                missing += owed - int(planned.sum())
         return missing
 
     @property

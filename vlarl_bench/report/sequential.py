@@ -43,7 +43,7 @@ def replay(run: RunFolder, alpha: float = 0.05) -> Replay:
     """Goes through a run's pairs state by state, and within one task by task: an order that no outcome can change. (On
     disk rows lie as episodes ended, where a success comes before the failures that it began with.)
 
-    Raises BenchError for a run that has not two whole evaluations, or has them in two ways of decoding.
+    Raises BenchError for a run that has not two whole evaluations.
     """
     if not run.compares or not len(run.base):
         raise BenchError(
@@ -51,10 +51,6 @@ def replay(run: RunFolder, alpha: float = 0.05) -> Replay:
         )
     if run.missing:
         raise BenchError(f"{run.folder}: {run.missing} evaluation episodes are missing; finish it with `run --resume`")
-    if len(run.decodings) > 1:
-        raise BenchError(
-            f"{run.folder}: decodes in {len(run.decodings)} ways ({', '.join(run.decodings)}), expected one"
-        )
     plan = run.manifest["evaluation"]
     tasks, states = ({key: i for i, key in enumerate(plan[name])} for name in ("tasks", "init_states"))
     changes = np.zeros((len(states), len(tasks)), dtype=int)

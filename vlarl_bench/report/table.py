@@ -34,7 +34,7 @@ class Table:
     records: tuple[Record, ...]
     """The numbers of each line, in full precision."""
     cells: tuple[Record, ...]
-    """One for each (algorithm, policy, suite, settings, decoding), with the records that it is made of."""
+    """One for each (algorithm, policy, suite, settings), with the records that it is made of."""
     copied: int = 0
     """So many of the last lines were printed by others and measured by nobody here."""
 
@@ -46,25 +46,28 @@ def comparison_table(run: RunFolder) -> Table:
     records: list[Record] = []
     cells: list[Record] = []
     name = run.manifest["algorithm"] if run.compares else run.manifest["policy"]
-    for decoding in run.decodings:
-        suffix = f" ({decoding})" if len(run.decodings) > 1 else ""
-        for key in keys:
-            record = _record(run, [key], decoding)
-            shown = key if len(run.suites) > 1 else key.split("/", 1)[1]
-            lines.append((shown.replace("_", " ") + suffix, *_score_texts(record, run.compares)))
-            records.append(record | {"task": key.split("/", 1)[1]})
-        total = _record(run, keys, decoding)
-        lines.append((f"all {len(keys)} tasks{suffix}", *_score_texts(total, run.compares)))
+    for key in keys:
+        record = _record(run, [key])
+        shown = key if len(run.suites) > 1 else key.split("/", 1)[1]
+        lines.append((shown.replace("_", " "), *_score_texts(record, run.compares)))
+        records.append(record | {"task": key.split("/", 1)[1]})
+    totals = [(f"all {len(keys)} tasks", _record(run, keys))]
+    if _owes_noiseless(run):
+        totals.append((f"all {len(keys)} tasks, without noise", _record(run, keys, noiseless=True)))
+    for shown, total in totals:
+        lines.append((shown, *_score_texts(total, run.compares)))
         records.append(total)
-        for suite in run.suites:
-            mine = [key for key in keys if key.startswith(f"{suite}/")]
-            tasks = [_record(run, [key], decoding) | {"task": key.split("/", 1)[1]} for key in mine]
-            cells.append(_cell([_record(run, mine, decoding)]) | {"per_task": tasks})
+    for suite in run.suites:
+        mine = [key for key in keys if key.startswith(f"{suite}/")]
+        tasks = [_record(run, [key]) | {"task": key.split("/", 1)[1]} for key in mine]
+        cells.append(_cell([_record(run, mine)]) | {"per_task": tasks, "without_noise": without_noise([run], mine)})
     compared = ("base", name, "change, pp [95%]", "p") if run.compares else (name,)
     notes = _notes([run], records)
+    notes += without_noise_note(cells)
     if run.compares:
         notes += (f"Base policy {run.manifest['policy']} {run.start}. Training: {spent_text(run.spent, run)}.",)
-    return Table(run.title, notes, ("task", *compared), tuple(lines), 1, tuple(records), tuple(cells))
+    columns = ("task", *compared)
+    return Table(run.title, notes, columns, tuple(lines), len(totals), tuple(records), tuple(cells))
 
 
 def summary_table(runs: Sequence[RunFolder]) -> Table:
@@ -79,46 +82,49 @@ def summary_table(runs: Sequence[RunFolder]) -> Table:
     seen: dict[tuple[Any, ...], RunFolder] = {}
     for run, settings in zip(runs, settings_labels(runs), strict=True):
         for suite in run.suites:
-            for decoding in run.decodings:
-                keys = [key for key in run.manifest["evaluation"]["tasks"] if key.startswith(f"{suite}/")]
-                record = _record(run, keys, decoding) | {"suite": suite, "settings": settings}
-                name = run.method if run.compares else f"{run.method} (evaluation)".strip()
-                start = f"{record['policy']} {run.start}"
-                experiment = (name, start, suite, settings, decoding, run.submitted_by)
-                groups.setdefault(experiment, []).append(record)
-                other = seen.setdefault((experiment, record["seed"]), run)
-                if other is not run:
-                    raise BenchError(
-                        f"{other.folder} and {run.folder} are seed {record['seed']} of the same experiment; give one"
-                    )
+            keys = [key for key in run.manifest["evaluation"]["tasks"] if key.startswith(f"{suite}/")]
+            record = _record(run, keys) | {"suite": suite, "settings": settings}
+            record["without_noise"] = _quiet_record(run, keys)
+            name = run.method if run.compares else f"{run.method} (evaluation)".strip()
+            start = f"{record['policy']} {run.start}"
+            experiment = (name, start, suite, settings, run.submitted_by)
+            groups.setdefault(experiment, []).append(record)
+            other = seen.setdefault((experiment, record["seed"]), run)
+            if other is not run:
+                raise BenchError(
+                    f"{other.folder} and {run.folder} are seed {record['seed']} of the same experiment; give one"
+                )
     groups = dict(sorted(groups.items(), key=_place))
     several_settings = len({group[3] for group in groups}) > 1
-    several_decodings = len({group[4] for group in groups}) > 1
+    any_noiseless = any(record["without_noise"] for members in groups.values() for record in members)
     lines: list[tuple[str, ...]] = []
     records: list[Record] = []
     cells: list[Record] = []
     for group, unsorted in groups.items():
         members = sorted(unsorted, key=lambda record: record["seed"])
         cell = _cell(members)
+        cell["without_noise"] = _cell_without_noise([record["without_noise"] for record in members])
         cells.append(cell | {"runs": members})
         for record in members + ([cell] if len(members) > 1 else []):
             seed = str(record["seed"]) if "seed" in record else f"all {len(members)} seeds"
             line: tuple[str, ...] = (
-                group[0] + submitter(group[5]),
+                group[0] + submitter(group[4]),
                 group[1],
                 record["suite"],
             )
             line += (group[3] or "-",) if several_settings else ()
-            line += (group[4],) if several_decodings else ()
-            lines.append((*line, training_text(record), seed, _coverage(record), *_score_texts(record, True)))
+            line += (training_text(record), seed, _coverage(record), *_score_texts(record, True))
+            line += (without_noise_text(record["without_noise"]),) if any_noiseless else ()
+            lines.append(line)
             records.append(record)
     columns: tuple[str, ...] = ("algorithm", "base policy", "suite")
     columns += ("settings",) if several_settings else ()
-    columns += ("decoding",) if several_decodings else ()
     columns += (TRAINING, "seed", "tasks", "base", "score", "change, pp [95%]", "p")
+    columns += (WITHOUT_NOISE,) if any_noiseless else ()
     notes = _notes(runs, records)
     if any(len(members) > 1 for members in groups.values()):
         notes += ("All seeds: the mean change with 95% interval and p, which resample training seeds (Student's t).",)
+    notes += without_noise_note(records)
     return Table(f"{len(runs)} runs" if len(runs) > 1 else "1 run", notes, columns, tuple(lines), 0, tuple(records),
                  tuple(cells))  # fmt: skip
 
@@ -130,13 +136,52 @@ def _place(group: tuple[tuple[str, ...], list[Record]]) -> tuple[Any, ...]:
     return suite, policy, -float(np.mean(rates)) if rates else 0.0, group[0]
 
 
-def _record(run: RunFolder, keys: Sequence[str], decoding: str) -> Record:
-    """The numbers of one line: these tasks of one run."""
+def _owes_noiseless(run: RunFolder) -> bool:
+    """Whether it plays the held-out states without noise besides; old ones do not."""
+    return bool(run.manifest["evaluation"].get("noiseless"))
+
+
+def without_noise(runs: Sequence[RunFolder], keys: Sequence[str]) -> Record | None:
+    """What runs of one experiment scored on these tasks without noise, before and after, as one record; None where not
+    all of them have played so."""
+    return _cell_without_noise([_quiet_record(run, keys) for run in runs])
+
+
+def _quiet_record(run: RunFolder, keys: Sequence[str]) -> Record | None:
+    return _record(run, keys, noiseless=True) if _owes_noiseless(run) else None
+
+
+def _cell_without_noise(members: Sequence[Record | None]) -> Record | None:
+    found = [record for record in members if record is not None]
+    return _cell(found) if found and len(found) == len(members) else None
+
+
+def without_noise_text(record: Record | None) -> str:
+    """`66/75 to 56/75, -13.3 [-24.0, -2.7]`, below the heading `WITHOUT_NOISE`."""
+    if record is None:
+        return "-"
+    base, after, change, _ = _score_texts(record, True)
+    before, reached = (text.split(" ")[0] for text in (base, after))
+    return f"{before} to {reached}, {change}" if record["difference"] is not None else after
+
+
+def without_noise_note(records: Sequence[Record]) -> tuple[str, ...]:
+    """What to say of the records' `without_noise`, if there is any."""
+    told = (
+        "Without noise: each held-out initial state once more, with flows and diffusion decoded from zero noise and of "
+        "tokens the likeliest. A gain that is not there either may come of drawing less noise alone."
+    )
+    return (told,) if any(record.get("without_noise") for record in records) else ()
+
+
+def _record(run: RunFolder, keys: Sequence[str], noiseless: bool = False) -> Record:
+    """The numbers of one line: these tasks of one run, as the protocol decodes or without noise."""
     plan = run.manifest["evaluation"]
-    after, base = (_outcomes(rows, keys, decoding) for rows in (run.evaluated, run.base))
+    before, scored = run.noiseless if noiseless else (run.base, run.evaluated)
+    after, base = _outcomes(scored, keys), _outcomes(before, keys)
     owed = {
         (*key.split("/", 1), state, repeat)
-        for key in keys for state in plan["init_states"] for repeat in range(plan["repeats"])
+        for key in keys for state in plan["init_states"] for repeat in range(1 if noiseless else plan["repeats"])
     }  # fmt: skip
     change: Record = dataclasses.asdict(paired_result(base, after))
     change |= {"difference_low": change.pop("low"), "difference_high": change.pop("high")}
@@ -152,7 +197,7 @@ def _record(run: RunFolder, keys: Sequence[str], decoding: str) -> Record:
         "asked_suite": run.manifest["suite"],
         "suite": ", ".join(dict.fromkeys(key.split("/")[0] for key in keys)),
         "seed": run.manifest["seed"],
-        "decoding": decoding,
+        "decoding": "zero-noise" if noiseless else run.decoding,
         "tasks": len(keys),
         "suite_tasks": plan["suite_tasks"],
         "expected": len(owed),
@@ -168,9 +213,8 @@ def _record(run: RunFolder, keys: Sequence[str], decoding: str) -> Record:
     }
 
 
-def _outcomes(rows: Rows, keys: Sequence[str], decoding: str) -> dict[Episode, bool]:
-    wanted = pd.Series(rows.column("suite") + "/" + rows.column("task")).isin(keys).to_numpy()
-    rows = rows.where(wanted & (rows.column("decoding") == decoding))
+def _outcomes(rows: Rows, keys: Sequence[str]) -> dict[Episode, bool]:
+    rows = rows.where(pd.Series(rows.column("suite") + "/" + rows.column("task")).isin(keys).to_numpy())
     pairs = zip(*(rows.column(name).tolist() for name in ("suite", "task", "init_state", "repeat")), strict=True)
     return dict(zip(pairs, rows.column("success").tolist(), strict=True))
 
@@ -249,6 +293,7 @@ def _coverage(record: Record) -> str:
 
 
 TRAINING = "steps / gradient steps"
+WITHOUT_NOISE = "without noise: before to after, pp [95%]"
 
 
 def training_text(spent: Mapping[str, float]) -> str:
