@@ -71,7 +71,7 @@ def lines(n: argparse.Namespace) -> list[tuple[str, str]]:
         each = math.ceil(episodes / n.gpus_a_cell)
         return each * (act + simulate), each * act
 
-    evaluation = budget.tasks * budget.eval_states * budget.eval_repeats
+    evaluation = budget.tasks * budget.eval_states * (budget.eval_repeats + 1)  # each state once without noise
     collect, collect_gpu = played(budget.episodes)
     update = budget.episodes * decisions * learn / n.gpus_a_cell
     seen = budget.episodes * decisions * 2 * 224 * 224 * 3 / 1e9  # GB of a round's images

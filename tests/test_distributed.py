@@ -51,7 +51,7 @@ def test_a_killed_process_ends_the_others_and_another_number_of_them_goes_on(tmp
     calm, stormy = tmp_path / "calm", tmp_path / "stormy"
     alone, shared = rows(calm), rows(stormy)
     assert shared.keys() == alone.keys()
-    assert len(alone) == 2 + 2 * 3 + 2
+    assert len(alone) == (2 + 2) + 2 * 3 + (2 + 2)  # each evaluation with noise and without
     for key, row in alone.items():
         if row["phase"] == "base" or row["iteration"] == 1:  # nothing was learned by several yet
             assert shared[key] == row

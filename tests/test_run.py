@@ -2,6 +2,7 @@
 what has nothing to do with it, which is played on the toy suite."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import multiprocessing
@@ -21,7 +22,9 @@ from toy_suite import installed
 
 from vlarl_bench import film, run, training
 from vlarl_bench.cli import main
+from vlarl_bench.config import RunConfig
 from vlarl_bench.errors import Diverged
+from vlarl_bench.plan import plan_run
 from vlarl_bench.records import LostLog, read_metrics, read_rows
 from vlarl_bench.report.runs import read_run
 from vlarl_bench.sealed import read_sealed, write_sealed
@@ -97,6 +100,40 @@ def test_a_policy_that_breaks_down_when_it_is_judged_is_scored_as_it_was_a_round
     acted = {row.checkpoint for row in before if (row.phase, row.iteration) == ("train", 3)}
     assert {(row.iteration, row.checkpoint) for row in final} == {(2, *acted)}
     assert "stopped in round 3" in (folder / "table.md").read_text()
+
+
+def test_what_is_filmed_is_told_by_episodes_as_the_protocol_decodes(calm):
+    """Not by those without noise, which come later in the log."""
+    rows = read_rows(calm / "episodes.jsonl")
+    first = next(row for row in rows if row.phase == "base")
+    judged = [
+        dataclasses.replace(
+            first, phase=phase, decoding=decoding, init_state=state, success=(phase == "final") == (state == lost)
+        )
+        for decoding, lost in (("sampled", 3), ("zero-noise", 2))
+        for phase in ("base", "final")
+        for state in (2, 3)
+    ]
+    config = RunConfig.from_dict(read_sealed(calm / "config.json"))
+    budget = dataclasses.replace(config.budget, eval_states=2)
+    plan = plan_run(dataclasses.replace(config, budget=budget))
+    assert plan.protocol.eval_states[:2] == (2, 3)
+    assert run._telling(plan, judged).init_state == 3
+    assert run._telling(plan, []).init_state == 2
+
+
+def test_a_run_begun_by_older_code_plays_on_what_it_owed(toy, tmp_path, monkeypatch):
+    """Before evaluations were played without noise, too. Resumed when it is finished, it adds nothing."""
+    folder = tmp_path / "older"
+    with monkeypatch.context() as older:
+        older.setattr(run, "plan_run", lambda config: dataclasses.replace(plan_run(config), noiseless=False))
+        vlarl(*TOY, "--out", folder)
+    manifest, rows = read_sealed(folder / "manifest.json"), read_rows(folder / "episodes.jsonl")
+    del manifest["evaluation"]["noiseless"]
+    write_sealed(folder / "manifest.json", manifest)
+    assert read_run(folder).missing == 0 and not any(row.decoding == "zero-noise" for row in rows)
+    vlarl("run", "--resume", folder)
+    assert read_rows(folder / "episodes.jsonl") == rows
 
 
 def test_a_run_leaves_everything(whole):
@@ -288,6 +325,13 @@ def test_a_finished_policy_can_be_evaluated_and_tabled(whole, tmp_path, monkeypa
     assert read_run(out).settings() == read_run(folder).settings() and read_run(out).method == "fpo"
     assert len(imageio.imread(out / "eval.mp4")) == -(-row.steps // 10) + 1 + 2
     assert "fpo" in vlarl("table", folder, "--format", "markdown").stdout
+    vlarl(
+        *("eval", "--suite", "libero", "--base", folder / "policy", "--tasks", task.split("/")[1]),
+        *("--states", 1, "--repeats", 2, "--slots", 3, "--decoding", "zero-noise", "--out", tmp_path / "zero"),
+    )
+    (row,), (noiseless,) = read_rows(tmp_path / "zero" / "episodes.jsonl"), read_run(folder).noiseless[1]
+    assert (row.success, row.steps, row.checkpoint) == (noiseless.success, noiseless.steps, noiseless.checkpoint)
+    assert row.steps != final.steps or row.success != final.success  # of this run: else this would show nothing
 
 
 def test_damaged_and_foreign_policies_are_named(whole, tmp_path):

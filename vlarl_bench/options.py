@@ -123,7 +123,7 @@ class Eval:
     states: int = 25
     """Held-out initial states per task."""
     repeats: int = 1
-    """Episodes per task and initial state."""
+    """Episodes per task and initial state; where decoding draws no noise, one: it would repeat itself."""
     decoding: Literal["protocol", "sampled", "zero-noise"] = "protocol"
     """Whether the policy's noise is drawn or zero (tokens: drawn or the likeliest); `protocol` does as that says."""
     seed: int | None = None

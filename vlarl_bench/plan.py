@@ -46,14 +46,14 @@ class Plan:
     """Held-out initial states per task."""
     repeats: int
     """Episodes per task and held-out initial state."""
+    noiseless: bool
+    """Whether evaluations play each state once more without noise. A method may gain by drawing less noise alone, which
+    that tells from learning."""
 
     @property
     def decodings(self) -> tuple[Decoding, ...]:
-        """How an evaluation decodes: the protocol's way and, in a run that draws noise there, once more without any. A
-        method may gain by drawing less noise alone, which that tells from learning."""
-        decoding = self.protocol.decoding
-        besides = isinstance(self.config, RunConfig) and decoding == "sampled"
-        return (decoding, "zero-noise") if besides else (decoding,)
+        """How evaluations decode, in turn."""
+        return (self.protocol.decoding, *(("zero-noise",) if self.noiseless else ()))
 
     @property
     def name(self) -> str:
@@ -121,10 +121,10 @@ class Plan:
             )
 
     def eval_jobs(self, decoding: Decoding) -> list[Job]:
-        """The held-out episodes; the same before and after. Without noise a repeat would be the same episode again."""
+        """The held-out episodes; the same before and after. Of those besides the protocol's there are no repeats."""
         return [
             Job(task, state, repeat, episode_seed(self.config.seed, "eval", task.key, state, repeat))
-            for repeat in range(1 if decoding == "zero-noise" else self.repeats)
+            for repeat in range(self.repeats if decoding == self.protocol.decoding else 1)
             for task in self.tasks
             for state in self.protocol.eval_states[: self.states]
         ]
@@ -224,7 +224,8 @@ def plan_run(config: RunConfig) -> Plan:
                 "train another with --algo sft, or name tasks with --tasks to try anyway"
             )
     states, repeats = config.budget.eval_states, _repeats(config.budget.eval_repeats, protocol)
-    plan = Plan(config, config.algorithm, suite, spec, protocol, tasks, base, states, repeats)
+    noiseless = protocol.decoding == "sampled"
+    plan = Plan(config, config.algorithm, suite, spec, protocol, tasks, base, states, repeats, noiseless)
     plan.check_held_out()
     return plan
 
@@ -243,7 +244,7 @@ def plan_evaluation(config: EvalConfig) -> Plan:
     algorithm = str(read_json(base / "config.json").get("algorithm", "base"))
     tasks = select_tasks(suite, config.tasks, len(suite.tasks))
     repeats = _repeats(config.repeats, protocol)
-    plan = Plan(config, algorithm, suite, spec, protocol, tasks, base, config.states, repeats)
+    plan = Plan(config, algorithm, suite, spec, protocol, tasks, base, config.states, repeats, noiseless=False)
     plan.check_held_out()
     return plan
 

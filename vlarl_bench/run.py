@@ -62,6 +62,7 @@ def run(config: RunConfig, resume: bool = False, tracker: str = "", keep: int = 
     _check_processes(config, method)
     with ExitStack() as stack:
         out = stack.enter_context(_claimed(config, resume) if rank() == 0 else nullcontext(Path(config.out)))
+        plan = _as_begun(plan, out)
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(config.threads)
         silent = stack.enter_context(open(os.devnull, "w")) if rank() else None
@@ -176,6 +177,17 @@ def _claimed(config: RunConfig | EvalConfig, resume: bool) -> Iterator[Path]:
                 (out / "config.json").unlink()
                 out.rmdir()
         raise
+
+
+def _as_begun(plan: Plan, out: Path) -> Plan:
+    """The plan of a run that goes on: it plays what its manifest owes, also where code of now would play otherwise."""
+    owed = None
+    if rank() == 0 and (out / "manifest.json").exists():
+        owed = read_sealed(out / "manifest.json", older=True)["evaluation"]
+    owed = from_first(owed)
+    if owed is None:
+        return plan
+    return dataclasses.replace(plan, repeats=owed["repeats"], noiseless=bool(owed.get("noiseless")))
 
 
 def _check_processes(config: RunConfig, method: Any) -> None:
@@ -378,7 +390,7 @@ def _write_manifest(plan: Plan, policy: Policy, out: Path, demonstrations: dict[
         suite_tasks=len(plan.suite.tasks),
         init_states=plan.protocol.eval_states[: plan.states],
         repeats=plan.repeats,
-        noiseless=len(plan.decodings) > 1,
+        noiseless=plan.noiseless,
         demonstrations=demonstrations,
         trained=plan.trained if isinstance(config, EvalConfig) else None,
     )
@@ -417,20 +429,23 @@ def _save_policy(plan: Plan, policy: Policy, out: Path, spent: Spent) -> None:
     save_policy(out / "policy", policy, card)
 
 
-def _film(plan: Plan, players: dict[str, Policy], rows: Sequence[EpisodeRow], out: Path) -> None:
-    """Films one held-out episode, played by each policy with the same noise seed, as `<name>.mp4`.
-
-    The first episode that failed before and succeeded after; if there is none, the first of all.
-    """
-    from .film import film_policy
-
-    outcome = {(row.phase, row.suite, row.task, row.init_state, row.repeat): row.success for row in rows}
+def _telling(plan: Plan, rows: Sequence[EpisodeRow]) -> Job:
+    """The first held-out episode that failed before and succeeded after; if there is none, the first of all."""
+    decoding, keys = plan.protocol.decoding, ("phase", "suite", "task", "init_state", "repeat")
+    outcome = {tuple(getattr(row, key) for key in keys): row.success for row in rows if row.decoding == decoding}
 
     def of(phase: Phase, job: Job) -> bool | None:
         return outcome.get((phase, job.task.suite, job.task.name, job.init_state, job.repeat))
 
-    jobs = plan.eval_jobs(plan.protocol.decoding)
-    job = next((job for job in jobs if of("base", job) is False and of("final", job) is True), jobs[0])
+    jobs = plan.eval_jobs(decoding)
+    return next((job for job in jobs if of("base", job) is False and of("final", job) is True), jobs[0])
+
+
+def _film(plan: Plan, players: dict[str, Policy], rows: Sequence[EpisodeRow], out: Path) -> None:
+    """Films one held-out episode, played by each policy with the same noise seed, as `<name>.mp4`."""
+    from .film import film_policy
+
+    job = _telling(plan, rows)
     with Pool(plan.suite, plan.protocol, workers=1, video=True) as pool:
         for name, player in players.items():
             who = f"{name} {plan.algorithm}"

@@ -69,7 +69,7 @@ def test_what_is_gained_without_noise_stands_beside(make_run, outcomes):
         "16/16 to 16/16, +0.0",
     ]
     found = [each for each in lint(runs + worse) if "without noise" in each]
-    assert len(found) == 1 and "dppo gains 45.8 points and, without noise, -100.0" in found[0]
+    assert len(found) == 1 and "dppo gains 45.8 points and, without noise, none (24/24 to 0/24" in found[0]
     older = run(make_run, "c", 0, 1, algorithm="rwfm")
     assert [line[-1] for line in gains_table(read_runs([*runs, older])).lines][-1] == "-"
 

@@ -81,10 +81,17 @@ def test_cells_carry_what_stands_behind_them(runs, published):
     }  # fmt: skip
     assert strong["curves"][0] == {"seed": 0, "steps": [200.0, 400.0], "rates": [0.5, 1.0]}
     assert strong["runs"][0]["command"] == "vlarl-bench run"
+    assert {cell["noiseless"] for cell in cells if cell["kind"] == "measured"} == {None}
     assert len({cell["id"] for cell in cells}) == len(cells) == 3 + 4
     copied = [cell for cell in cells if cell["kind"] == "copied"]
     assert all(any("87.2" in finding for finding in cell["findings"]) for cell in copied)
     assert "seeds" not in copied[0]
+
+
+def test_a_score_has_what_was_played_without_noise_beside_it(make_run):
+    run = read_run(make_run("r", base=at_most(1), final=at_most(8), noiseless=(at_most(8), at_most(1))))
+    base, fpo = cells_of(make_page([run], []))
+    assert base["noiseless"] is None and fpo["noiseless"].startswith("8/8 to 2/8, -75.0 [")
 
 
 def test_films_are_linked_to_where_they_are(filmed):

@@ -5,6 +5,7 @@ import pytest
 
 from vlarl_bench import cli, registry
 from vlarl_bench.errors import BenchError
+from vlarl_bench.records import EpisodeLog, read_rows
 from vlarl_bench.report.leaderboard import make_page
 from vlarl_bench.report.methods import base_of, compared_methods
 from vlarl_bench.report.render import to_json
@@ -100,6 +101,19 @@ def test_damage_is_one_line_too(finished, tmp_path):
     (folder / "episodes.jsonl").write_text(text.replace('"success":false', '"success":true ', 1))
     pack, (line,) = submit([folder], SENDER, tmp_path / "results")
     assert pack is None and "damaged line" in line
+
+
+def test_rows_without_noise_are_of_the_same_base_policy(finished, tmp_path, outcomes):
+    folder = finished("theirs", noiseless=(outcomes["half"], outcomes["always"]))
+    assert submit([folder], SENDER, tmp_path / "results")[0] is not None
+    rows = read_rows(folder / "episodes.jsonl")
+    (folder / "episodes.jsonl").unlink()
+    with EpisodeLog(folder / "episodes.jsonl") as log:
+        for row in rows:
+            other = (row.phase, row.decoding) == ("base", "zero-noise")
+            log.append(dataclasses.replace(row, checkpoint="2" * 12) if other else row)
+    pack, (line,) = submit([folder], SENDER, tmp_path / "others")
+    assert pack is None and "not of checkpoint" in line
 
 
 @pytest.mark.parametrize(("field", "value"), [("by", ""), ("by", "???"), ("contact", "two\nlines"), ("licence", " ")])

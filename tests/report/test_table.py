@@ -11,6 +11,7 @@ from vlarl_bench.errors import BenchError
 from vlarl_bench.files import write_json_atomic
 from vlarl_bench.protocol import Protocol
 from vlarl_bench.records import EpisodeLog, read_rows
+from vlarl_bench.report.lint import lint_runs
 from vlarl_bench.report.render import print_table, to_csv, to_json, to_markdown
 from vlarl_bench.report.rows import Rows
 from vlarl_bench.report.runs import read_run, read_runs
@@ -108,7 +109,7 @@ def test_what_was_played_without_noise_stands_apart(make_run, outcomes):
     assert quiet[0] == "all 2 tasks, without noise"
     assert quiet[1].startswith("6/8 75%") and quiet[2].startswith("2/8 25%") and quiet[3].startswith("-50.0 [")
     (cell,) = table.cells
-    assert (cell["episodes"], cell["without_noise"]["episodes"], cell["without_noise"]["difference"]) == (16, 8, -0.5)
+    assert (cell["episodes"], cell["noiseless"]["episodes"], cell["noiseless"]["difference"]) == (16, 8, -0.5)
     assert any(note.startswith("Without noise: ") for note in table.notes)
     (line,) = summary_table([run]).lines
     assert line[-1].startswith("6/8 to 2/8, -50.0 [")
@@ -136,13 +137,34 @@ def test_without_noise_over_seeds_resamples_seeds(make_run, outcomes):
 
 
 def test_episodes_without_noise_that_are_missing_are_seen(make_run, outcomes):
-    folder = make_run("r", base=outcomes["half"], final=outcomes["always"], noiseless=(some(4), some(4, 5)), skip=(4,))
-    run = read_run(folder)
-    assert run.missing == 4 + 2
-    assert "INCOMPLETE" in comparison_table(run).lines[-1][2] and "INCOMPLETE" in summary_table([run]).lines[-1][-1]
-    unfinished = dataclasses.replace(run, rows=run.rows.where(run.rows.column("decoding") == "sampled"))
-    assert comparison_table(unfinished).lines[-1][1:3] == ("not run", "not run")
-    assert summary_table([unfinished]).lines[-1][-1] == "not run"
+    whole = read_run(make_run("r", base=outcomes["half"], final=outcomes["always"], noiseless=(some(4), some(4, 5))))
+    sampled, final = whole.rows.column("decoding") == "sampled", whole.rows.column("phase") == "final"
+    part = sampled | ~(final & (whole.rows.column("init_state") == 4))
+    for kept, missing, text in ((part, 2, "2/8 to 2/6, +33.3 INCOMPLETE"), (sampled, 16, "not run")):
+        run = dataclasses.replace(whole, rows=whole.rows.where(kept))
+        assert run.missing == missing
+        assert summary_table([run]).lines[-1][-1] == text
+        for table in (comparison_table(run), summary_table([run])):
+            assert any(note.startswith("INCOMPLETE") for note in table.notes)
+        assert any("fpo lacks some of those without noise" in each for each in lint_runs([run]))
+    assert comparison_table(run).lines[-1][1:3] == ("not run", "not run")
+    assert not any("lacks" in each for each in lint_runs([whole]))
+
+
+@pytest.mark.parametrize(("protocol", "phase", "decoding"), [
+    ("sampled", "eval", "zero-noise"), ("zero-noise", "final", "sampled"), ("zero-noise", "base", "sampled"),
+])  # fmt: skip
+def test_scores_that_are_decoded_otherwise_than_the_protocol_says_are_refused(
+    make_run, outcomes, protocol, phase, decoding
+):
+    told = Protocol("p", 1, "state", {"suite_a": 200}, 10, 8, (0, 1), (4, 5), decoding=protocol)
+    played = (
+        {"evaluated": outcomes["half"]} if phase == "eval" else {"base": outcomes["half"], "final": outcomes["half"]}
+    )
+    run = read_run(make_run("r", protocol=told, **played))
+    rows = [dataclasses.replace(row, decoding=decoding) if row.phase == phase else row for row in run.rows]
+    with pytest.raises(BenchError, match=f"is {decoding}, but the protocol decodes {protocol}"):
+        dataclasses.replace(run, rows=Rows.of(rows))
 
 
 def test_suites_of_a_group_have_cells_of_their_own(make_run, outcomes):

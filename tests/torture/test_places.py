@@ -63,7 +63,7 @@ def test_a_full_an_unmounted_and_a_read_only_disk_cost_nothing(toy, finished, di
     assert "the disk is full; free some space and continue with --resume" in line
     full, rows = load_latest(run / "checkpoints"), read_rows(run / "episodes.jsonl")
     assert not full.problems
-    assert [row.phase for row in rows].count("base") == TOY["budget"]["eval_states"]
+    assert [(row.phase, row.decoding) for row in rows].count(("base", "sampled")) == TOY["budget"]["eval_states"]
 
     mount("-o", "remount,size=99m", kept)
     slow.touch()

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from ..errors import BenchError
 from .comparisons import change, change_text, separation
-from .methods import Method, base_of, cell, compared_methods, in_order, suites_of, without_noise_of
+from .methods import Method, base_of, cell, compared_methods, in_order, noiseless_of, suites_of
 from .paper import SEPARATED
 from .runs import RunFolder
 from .table import (
@@ -12,11 +12,11 @@ from .table import (
     WITHOUT_NOISE,
     Record,
     Table,
+    noiseless_note,
+    noiseless_text,
     p_text,
     protocol_notes,
     training_text,
-    without_noise_note,
-    without_noise_text,
 )
 
 
@@ -36,30 +36,30 @@ def gains_table(runs: Sequence[RunFolder]) -> Table:
             before, of = _counts(base, method, suite)
             names = ("algorithm", "policy", "base_checkpoint", "settings", "suite", "protocol", "decoding", "seeds",
                      "expected", "episodes", "successes", "complete")  # fmt: skip
-            quiet = without_noise_of(method, suite)
             record: Record = {
                 **{name: shown[name] for name in names}, **method.budget(),
                 "base_episodes": of, "base_successes": before, "gain": gain, "p_holm": p if p == p else None,
-                "without_noise": quiet,
+                "noiseless": noiseless_of(method, suite),
             }  # fmt: skip
             records.append(record)
             counts = [f"{n}/{m} {100 * n / m:.0f}%" if m else "not run"
                       for n, m in ((before, of), (shown["successes"], shown["episodes"]))]  # fmt: skip
             start, spent = f"{method.policy} {method.checkpoint}", training_text(method.budget())
-            found = (change_text(gain), p_text(record["p_holm"]), without_noise_text(quiet))
+            found = (change_text(gain), p_text(record["p_holm"]))
             lines.append((suite, method.label, start, spent, str(len(method.seeds)), *counts, *found))
-    columns = ["suite", "method", "base policy", TRAINING, "seeds", "before", "after", "gain, pp [95%]", "p"]
-    if any(record["without_noise"] for record in records):
-        columns.append(WITHOUT_NOISE)
+    columns: tuple[str, ...] = ("suite", "method", "base policy", TRAINING, "seeds", "before", "after")
+    columns += ("gain, pp [95%]", "p")
+    if any(record["noiseless"] for record in records):
+        columns += (WITHOUT_NOISE,)
+        lines = [(*line, noiseless_text(record["noiseless"])) for line, record in zip(lines, records, strict=True)]
     notes = (
         *protocol_notes(runs),
         "Before: the base policy on the episodes that it shares with the method. Gain: the mean change on these; its "
         "95% interval resamples training seeds (Student's t), with one seed initial states.",
         f"p: of the comparison with the base policy. {SEPARATED}",
-        *without_noise_note(records),
+        *noiseless_note(records),
     )
-    lines = [line[: len(columns)] for line in lines]
-    return Table("What each method gained", notes, tuple(columns), tuple(lines), 0, tuple(records), tuple(records))
+    return Table("What each method gained", notes, columns, tuple(lines), 0, tuple(records), tuple(records))
 
 
 def _counts(base: Method, method: Method, suite: str) -> tuple[int, int]:

@@ -16,13 +16,13 @@ from ..protocol import TUNING
 from .comparisons import best, change
 from .lint import lint_methods, lint_published, lint_run
 from .method_pages import link, method_pages
-from .methods import Method, base_of, cell, compared_methods, planned_tasks, suites_of, untrained, without_noise_of
+from .methods import Method, base_of, cell, compared_methods, noiseless_of, planned_tasks, suites_of, untrained
 from .metrics import machine_of, wall_time_curve
 from .paper import SEPARATED, budget_text
 from .published import Published
 from .runs import RunFolder, training_curve
 from .spans import spans
-from .table import without_noise_text
+from .table import noiseless_text
 
 MOST_EPISODES = 200_000
 """Beyond so many scored episodes the page leaves out single ones, to stay below 2 MB."""
@@ -36,6 +36,8 @@ NOTES = (
     "A change is coloured where its interval, which speaks of this one comparison, excludes 0.",
     "Best: separated above every other measured score from the same base policy on the same suite, tasks and protocol, "
     f"controls aside: p < 0.05. {SEPARATED}",
+    "Without noise: each held-out initial state once more, before and after, decoded from zero noise or, of tokens, "
+    "the likeliest. A gain that is not there either may come of drawing less noise alone.",
     "Scores under different protocols do not compare, nor do scores on different tasks of a suite. Trials in which "
     "settings were chosen, on training states, stand below all others.",
 )
@@ -118,7 +120,7 @@ def _measured_cell(
                                           "submitted", "complete", "rate", "low", "high", "resamples")},
         "best": is_best,
         "change": change(method, base, suite) if base else None,
-        "without_noise": without_noise_text(quiet) if (quiet := without_noise_of(method, suite)) else None,
+        "noiseless": noiseless_text(noiseless) if (noiseless := noiseless_of(method, suite)) else None,
         "budget": budget_text(method),
         "steps": method.budget()["env_steps"],
         "curves": curves,

@@ -19,14 +19,15 @@ from .methods import (
     base_of,
     cell,
     compared_methods,
+    noiseless_of,
     scored,
     suites_of,
     titles,
-    without_noise_of,
 )
 from .pack import PACK
 from .published import Published, read_published
 from .runs import RunFolder, read_all
+from .table import noiseless_text
 
 FEW_SEEDS = 3
 """Fewer training seeds than this say next to nothing about a method."""
@@ -99,6 +100,10 @@ def lint_methods(methods: Sequence[Method]) -> list[str]:
             f"{title[method]} has {found['episodes']} of {found['expected']} episodes"
             for method, found in cells if not found["complete"]
         ]  # fmt: skip
+        for method in present:
+            found = noiseless_of(method, suite)
+            if found and not found["complete"]:
+                missing.append(f"{title[method]} lacks some of those without noise")
         if missing:
             findings.append(f"{suite}: episodes are missing: {_listed(missing)}")
         findings += _lint_budgets(present, suite) + _lint_claims(present, suite) + _lint_noise(present, suite)
@@ -171,14 +176,15 @@ def _lint_noise(methods: Sequence[Method], suite: str) -> list[str]:
     """Gains that are there only while noise is drawn."""
     findings = []
     for method in methods:
-        base, quiet = base_of(method, methods), without_noise_of(method, suite)
+        base, noiseless = base_of(method, methods), noiseless_of(method, suite)
         gain = change(method, base, suite) if base else None
-        if gain is None or quiet is None or quiet["difference"] is None or not quiet["complete"]:
+        if gain is None or noiseless is None or noiseless["difference"] is None or not noiseless["complete"]:
             continue
-        if (gain["low"] or 0) > 0 >= quiet["difference"]:
+        least = gain["value"] if gain["low"] is None else gain["low"]  # seeds that all agree have no interval
+        if least > 0 >= noiseless["difference"]:
             findings.append(
                 f"{suite}, {method.policy}: {method.label} gains {100 * gain['value']:.1f} points and, without noise, "
-                f"{100 * quiet['difference']:+.1f}: it may have learned no more than to draw less noise"
+                f"none ({noiseless_text(noiseless)}): it may have learned no more than to draw less noise"
             )
     return findings
 

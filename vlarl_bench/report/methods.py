@@ -13,7 +13,7 @@ from ..errors import BenchError
 from ..stats import mean, seeds_estimate, wilson_interval
 from .rows import Rows
 from .runs import RunFolder
-from .table import Record, settings_labels, submitter, without_noise
+from .table import Record, noiseless_cell, settings_labels, submitter
 
 BASE = "base policy"
 
@@ -235,10 +235,10 @@ def planned_tasks(method: Method, suite: str) -> list[str]:
     return [key.split("/", 1)[1] for key in keys if key.startswith(f"{suite}/")]
 
 
-def without_noise_of(method: Method, suite: str) -> Record | None:
-    """What it scored on a suite without noise, before and after, as `table.without_noise` has it."""
+def noiseless_of(method: Method, suite: str) -> Record | None:
+    """What it scored on a suite without noise, before and after, as `table.noiseless_cell` has it."""
     keys = [f"{suite}/{task}" for task in planned_tasks(method, suite)]
-    return None if method.is_base else without_noise([run for run in method.runs if suite in run.suites], keys)
+    return None if method.is_base else noiseless_cell([run for run in method.runs if suite in run.suites], keys)
 
 
 def planned_episodes(method: Method, suite: str, seeds: Collection[int] | None = None) -> int:

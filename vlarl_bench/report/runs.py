@@ -70,6 +70,12 @@ class RunFolder:
             rows.column("protocol") != protocol["hash"],
             lambda row: f"has protocol {row.protocol}, but the manifest says {label}",
         )
+        others = (rows.column("decoding") != self.decoding) & (rows.column("decoding") != "explore")
+        besides = (self.decoding == "sampled") & np.isin(rows.column("phase"), ("base", "final"))
+        self._refuse(
+            others & ~(besides & (rows.column("decoding") == "zero-noise")),
+            lambda row: f"is {row.decoding}, but the protocol decodes {self.decoding}",
+        )
         for suite, task in set(zip(rows.column("suite"), rows.column("task"), strict=True)):
             if f"{suite}/{task}" not in tasks:
                 of_it = (rows.column("suite") == suite) & (rows.column("task") == task)
@@ -97,24 +103,23 @@ class RunFolder:
     @functools.cached_property
     def evaluated(self) -> Rows:
         """The scored rows: `final`, or `eval` in a folder of `vlarl-bench eval`; those of the latest iteration."""
-        return self._latest("final" if self.compares else "eval", besides=False)
+        return self._latest("final" if self.compares else "eval")
 
     @functools.cached_property
     def base(self) -> Rows:
         """The base policy's rows."""
-        return self._latest("base", besides=False)
+        return self._latest("base")
 
     @functools.cached_property
     def noiseless(self) -> tuple[Rows, Rows]:
         """What base and fine-tuned policy played without noise besides; none in a run from before there was that, in
         an evaluation, and where the protocol draws no noise anyway."""
-        return self._latest("base", besides=True), self._latest("final", besides=True)
+        return self._latest("base", noiseless=True), self._latest("final", noiseless=True)
 
-    def _latest(self, phase: Phase, besides: bool) -> Rows:
+    def _latest(self, phase: Phase, noiseless: bool = False) -> Rows:
         """Rows of a phase and its latest iteration, decoded as the protocol says or without noise besides."""
-        without = self.decoding == "sampled"
-        apart = (self.rows.column("decoding") == "zero-noise") & without
-        rows = self.rows.where((self.rows.column("phase") == phase) & (apart == besides))
+        apart = (self.rows.column("decoding") == "zero-noise") & (self.decoding == "sampled")
+        rows = self.rows.where((self.rows.column("phase") == phase) & (apart == noiseless))
         iteration = rows.column("iteration")
         return rows.where(iteration == iteration.max(initial=0))
 

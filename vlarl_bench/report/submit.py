@@ -88,7 +88,8 @@ def problems(run: RunFolder) -> list[str]:
         told = protocol["observation"] if name == "observation" else manifest[name]
         if name == "observation" or run.compares:
             check((rows.column(name) == told).all(), f"some rows have another {name} than {told}")
-    check((run.base.column("checkpoint") == manifest["base_checkpoint"]).all(),
+    base = rows.column("checkpoint")[rows.column("phase") == "base"]
+    check((base == manifest["base_checkpoint"]).all(),
           f"rows of the base policy are not of checkpoint {manifest['base_checkpoint']}")  # fmt: skip
     machine = {name: value for name, value in manifest["fingerprint"].items() if name != "hash"}
     check(fingerprint_hash(machine) == manifest["fingerprint"]["hash"], "the machine's fingerprint has another hash")

@@ -60,10 +60,9 @@ def comparison_table(run: RunFolder) -> Table:
     for suite in run.suites:
         mine = [key for key in keys if key.startswith(f"{suite}/")]
         tasks = [_record(run, [key]) | {"task": key.split("/", 1)[1]} for key in mine]
-        cells.append(_cell([_record(run, mine)]) | {"per_task": tasks, "without_noise": without_noise([run], mine)})
+        cells.append(_cell([_record(run, mine)]) | {"per_task": tasks, "noiseless": noiseless_cell([run], mine)})
     compared = ("base", name, "change, pp [95%]", "p") if run.compares else (name,)
-    notes = _notes([run], records)
-    notes += without_noise_note(cells)
+    notes = _notes([run], records) + noiseless_note(cells)
     if run.compares:
         notes += (f"Base policy {run.manifest['policy']} {run.start}. Training: {spent_text(run.spent, run)}.",)
     columns = ("task", *compared)
@@ -78,17 +77,17 @@ def summary_table(runs: Sequence[RunFolder]) -> Table:
     """
     if not runs:
         raise BenchError("runs: none given; name at least one run folder")
-    groups: dict[tuple[str, ...], list[Record]] = {}
+    groups: dict[tuple[str, ...], list[tuple[Record, RunFolder, list[str]]]] = {}
     seen: dict[tuple[Any, ...], RunFolder] = {}
     for run, settings in zip(runs, settings_labels(runs), strict=True):
         for suite in run.suites:
             keys = [key for key in run.manifest["evaluation"]["tasks"] if key.startswith(f"{suite}/")]
             record = _record(run, keys) | {"suite": suite, "settings": settings}
-            record["without_noise"] = _quiet_record(run, keys)
+            record["noiseless"] = noiseless_cell([run], keys)
             name = run.method if run.compares else f"{run.method} (evaluation)".strip()
             start = f"{record['policy']} {run.start}"
             experiment = (name, start, suite, settings, run.submitted_by)
-            groups.setdefault(experiment, []).append(record)
+            groups.setdefault(experiment, []).append((record, run, keys))
             other = seen.setdefault((experiment, record["seed"]), run)
             if other is not run:
                 raise BenchError(
@@ -96,14 +95,14 @@ def summary_table(runs: Sequence[RunFolder]) -> Table:
                 )
     groups = dict(sorted(groups.items(), key=_place))
     several_settings = len({group[3] for group in groups}) > 1
-    any_noiseless = any(record["without_noise"] for members in groups.values() for record in members)
+    any_noiseless = any(record["noiseless"] for members in groups.values() for record, *_ in members)
     lines: list[tuple[str, ...]] = []
     records: list[Record] = []
     cells: list[Record] = []
     for group, unsorted in groups.items():
-        members = sorted(unsorted, key=lambda record: record["seed"])
-        cell = _cell(members)
-        cell["without_noise"] = _cell_without_noise([record["without_noise"] for record in members])
+        by_seed = sorted(unsorted, key=lambda member: member[0]["seed"])
+        members = [record for record, *_ in by_seed]
+        cell = _cell(members) | {"noiseless": noiseless_cell([run for _, run, _ in by_seed], by_seed[0][2])}
         cells.append(cell | {"runs": members})
         for record in members + ([cell] if len(members) > 1 else []):
             seed = str(record["seed"]) if "seed" in record else f"all {len(members)} seeds"
@@ -114,7 +113,7 @@ def summary_table(runs: Sequence[RunFolder]) -> Table:
             )
             line += (group[3] or "-",) if several_settings else ()
             line += (training_text(record), seed, _coverage(record), *_score_texts(record, True))
-            line += (without_noise_text(record["without_noise"]),) if any_noiseless else ()
+            line += (noiseless_text(record["noiseless"]),) if any_noiseless else ()
             lines.append(line)
             records.append(record)
     columns: tuple[str, ...] = ("algorithm", "base policy", "suite")
@@ -124,15 +123,15 @@ def summary_table(runs: Sequence[RunFolder]) -> Table:
     notes = _notes(runs, records)
     if any(len(members) > 1 for members in groups.values()):
         notes += ("All seeds: the mean change with 95% interval and p, which resample training seeds (Student's t).",)
-    notes += without_noise_note(records)
+    notes += noiseless_note(records)
     return Table(f"{len(runs)} runs" if len(runs) > 1 else "1 run", notes, columns, tuple(lines), 0, tuple(records),
                  tuple(cells))  # fmt: skip
 
 
-def _place(group: tuple[tuple[str, ...], list[Record]]) -> tuple[Any, ...]:
+def _place(group: tuple[tuple[str, ...], list[tuple[Record, RunFolder, list[str]]]]) -> tuple[Any, ...]:
     """Groups are sorted by suite and policy, then by their score, the best first."""
     (_, policy, suite, *_), members = group
-    rates = [record["rate"] for record in members if record["rate"] is not None]
+    rates = [record["rate"] for record, *_ in members if record["rate"] is not None]
     return suite, policy, -float(np.mean(rates)) if rates else 0.0, group[0]
 
 
@@ -141,22 +140,22 @@ def _owes_noiseless(run: RunFolder) -> bool:
     return bool(run.manifest["evaluation"].get("noiseless"))
 
 
-def without_noise(runs: Sequence[RunFolder], keys: Sequence[str]) -> Record | None:
-    """What runs of one experiment scored on these tasks without noise, before and after, as one record; None where not
-    all of them have played so."""
-    return _cell_without_noise([_quiet_record(run, keys) for run in runs])
+NOISELESS = (
+    *(base + name for base in ("", "base_") for name in ("expected", "episodes", "successes", "rate", "low", "high")),
+    *("difference", "difference_low", "difference_high", "difference_resamples", "p_value", "resamples", "complete"),
+)
 
 
-def _quiet_record(run: RunFolder, keys: Sequence[str]) -> Record | None:
-    return _record(run, keys, noiseless=True) if _owes_noiseless(run) else None
+def noiseless_cell(runs: Sequence[RunFolder], keys: Sequence[str]) -> Record | None:
+    """What runs of one experiment scored on these tasks without noise, before and after: the entries `NOISELESS` of a
+    record. None where not all of them play so."""
+    if not runs or not all(map(_owes_noiseless, runs)):
+        return None
+    cell = _cell([_record(run, keys, noiseless=True) for run in runs])
+    return {name: cell[name] for name in NOISELESS}
 
 
-def _cell_without_noise(members: Sequence[Record | None]) -> Record | None:
-    found = [record for record in members if record is not None]
-    return _cell(found) if found and len(found) == len(members) else None
-
-
-def without_noise_text(record: Record | None) -> str:
+def noiseless_text(record: Record | None) -> str:
     """`66/75 to 56/75, -13.3 [-24.0, -2.7]`, below the heading `WITHOUT_NOISE`."""
     if record is None:
         return "-"
@@ -165,13 +164,14 @@ def without_noise_text(record: Record | None) -> str:
     return f"{before} to {reached}, {change}" if record["difference"] is not None else after
 
 
-def without_noise_note(records: Sequence[Record]) -> tuple[str, ...]:
-    """What to say of the records' `without_noise`, if there is any."""
+def noiseless_note(records: Sequence[Record]) -> tuple[str, ...]:
+    """What to say of the records' `noiseless`, if there is any."""
     told = (
         "Without noise: each held-out initial state once more, with flows and diffusion decoded from zero noise and of "
-        "tokens the likeliest. A gain that is not there either may come of drawing less noise alone."
+        "tokens the likeliest; a base policy does the same then in every seed. A gain that is not there without noise "
+        "may come of drawing less noise alone."
     )
-    return (told,) if any(record.get("without_noise") for record in records) else ()
+    return (told,) if any(record.get("noiseless") for record in records) else ()
 
 
 def _record(run: RunFolder, keys: Sequence[str], noiseless: bool = False) -> Record:
@@ -347,7 +347,7 @@ def _notes(runs: Sequence[RunFolder], records: Sequence[Record]) -> tuple[str, .
         "state and repeat; 95% interval and two-sided p (exact sign-flip test) resample initial states.",
         *machines,
     ]
-    if not all(record["complete"] for record in records):
+    if not all(part["complete"] for record in records for part in (record, record.get("noiseless")) if part):
         again = "; continue with `vlarl-bench run --resume DIR`" if any(run.compares for run in runs) else ""
         notes.append(f"INCOMPLETE: episodes are missing{again}.")
     return tuple(notes)

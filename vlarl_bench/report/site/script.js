@@ -214,7 +214,7 @@ function measured(cell) {
   const body = [facts([
     ["Score", cell.rate === null ? "not run" : `${percent(cell.rate)}%${interval}`],
     ["Episodes", `${cell.successes} successes of ${cell.episodes}; ${cell.expected} planned`],
-    ["Against its base", against], ["Without noise", cell.without_noise && `${cell.without_noise} points`], ["Base policy", cell.policy], ["Settings", cell.settings], ["Protocol", cell.protocol],
+    ["Against its base", against], ["Without noise, points", cell.noiseless], ["Base policy", cell.policy], ["Settings", cell.settings], ["Protocol", cell.protocol],
     ["Decoding", cell.decoding], ["Budget", cell.budget], ["Seeds", cell.seeds.join(", ")]])];
   if (cell.curves.length) body.push(element("h3", {}, "Learning curve"), curve(cell, "steps"));
   if (cell.curves.length && cell.curves.every((c) => c.seconds)) {
