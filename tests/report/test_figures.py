@@ -144,6 +144,15 @@ def test_gains_are_sorted_and_say_seeds_and_counts(folders, other):
     assert [bool(bar.get_hatch()) for bar in axes.patches] == [False, False, True]
 
 
+def test_a_gain_has_that_without_noise_as_a_diamond(make_run, folders):
+    noiseless = (at_most(8), at_most(2))  # of the four states of a task, all before and one after
+    quiet = make_run("q", base=at_most(2), final=at_most(8), algorithm="narrow", noiseless=noiseless)
+    axes = drawn(gains, [*folders, quiet])
+    assert [line.get_xdata()[0] for line in axes.get_lines() if line.get_marker() == "D"] == [-75]
+    assert "diamond: the same without noise" in axes.get_xlabel()
+    assert "diamond" not in drawn(gains, folders).get_xlabel()
+
+
 def test_gains_with_missing_episodes_are_hollow_and_have_no_interval(folders, make_run):
     part = make_run("part", base=at_most(2), final=at_most(8), algorithm="part", skip=(4,))
     axes = drawn(gains, [*folders, part])

@@ -18,7 +18,18 @@ from ..errors import BenchError
 from ..files import atomic_file
 from ..stats import mean, performance_profile, seeds_estimate
 from .comparisons import change, change_text, families
-from .methods import Method, base_of, cell, compared_methods, in_order, planned_tasks, scores, suites_of, titles
+from .methods import (
+    Method,
+    base_of,
+    cell,
+    compared_methods,
+    in_order,
+    noiseless_of,
+    planned_tasks,
+    scores,
+    suites_of,
+    titles,
+)
 from .metrics import cpu_hours, machines_of, wall_time_curve
 from .runs import RunFolder, training_curve
 
@@ -297,8 +308,8 @@ def ablation(figure: Figure, methods: Sequence[Method], suite: str) -> bool:
 
 def _bars(figure: Figure, methods: Sequence[Method], suite: str, groups: Sequence[Sequence[Method]]) -> bool:
     """A bar for each method that has a gain, a colour a group. Controls are hatched; what has episodes missing is
-    hollow."""
-    title, name, y = titles(methods), {}, 0.0
+    hollow. A diamond is the gain without noise."""
+    title, name, y, diamond = titles(methods), {}, 0.0, ""
     axes = figure.add_subplot()
     for i, group in enumerate(groups):
         for method in group:
@@ -309,6 +320,10 @@ def _bars(figure: Figure, methods: Sequence[Method], suite: str, groups: Sequenc
             axes.barh(y, 100 * gain["value"], 0.7, color=colour if whole else "none", alpha=0.75, edgecolor=colour,
                       hatch="//" if method.is_control else None, xerr=_error(gain),
                       error_kw={"capsize": 3, "ecolor": "0.2"})  # fmt: skip
+            noiseless = noiseless_of(method, suite)
+            if noiseless and noiseless["complete"] and noiseless["difference"] is not None:
+                axes.plot(100 * noiseless["difference"], y, "D", color="white", markeredgecolor="0.1", markersize=6)
+                diamond = "; diamond: the same without noise"
             seeds = f"{len(method.seeds)} seed{'s' * (len(method.seeds) > 1)}"
             told = f"{change_text(gain)}, {seeds}, {shown['successes']}/{shown['episodes']}"
             axes.annotate(told, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=8)
@@ -319,8 +334,8 @@ def _bars(figure: Figure, methods: Sequence[Method], suite: str, groups: Sequenc
     axes.set_yticks(list(name), list(name.values()), fontsize=8)
     axes.invert_yaxis()
     axes.axvline(0, color="0.4", linewidth=0.8)
-    axes.set_xlabel(f"change against the base policy (points); beside it interval, seeds, successes/episodes\n{BARS}",
-                    fontsize=8)  # fmt: skip
+    told = f"change against the base policy (points){diamond}; beside it interval, seeds, successes/episodes"
+    axes.set_xlabel(f"{told}\n{BARS}", fontsize=8)
     return bool(name)
 
 
