@@ -12,6 +12,7 @@ Everything is a file of the sweep's folder, and nothing of it is a pickle:
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import secrets
@@ -24,9 +25,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from . import attempts
+from . import attempts, registry
 from .attempts import Attempt
 from .files import explained
 from .provenance import cores
@@ -34,6 +35,9 @@ from .sealed import read_sealed, write_sealed
 from .sweep import Cell, Sweep
 from .sweep_cell import beating, begun
 from .sweep_slurm import COMMAND, ask, queued
+
+if TYPE_CHECKING:
+    from .config import RunConfig
 
 Word = Literal["done", "running", "queued", "failed", "interrupted", "missing", "impossible"]
 TO_RUN: tuple[Word, ...] = ("missing", "interrupted")
@@ -77,7 +81,8 @@ def read_states(sweep: Sweep) -> list[State]:
 
 
 def packed_runs(sweep: Sweep) -> dict[str, Path]:
-    """Cell -> the run of the sweep's pack (PACK/NAME) that it is: the same experiment and seed, whatever its name."""
+    """Cell -> the run of the sweep's pack (PACK/NAME) that it is: the same experiment and seed, whatever its name. None
+    is one from a prior that no longer ships."""
     pack = sweep.path.parent / sweep.file.packed
     if not sweep.file.packed or not pack.exists():
         return {}
@@ -88,8 +93,26 @@ def packed_runs(sweep: Sweep) -> dict[str, Path]:
         kept = {name: value for name, value in config.items() if name not in PLACE_AND_SPEED or name == "seed"}
         return json.dumps(kept, sort_keys=True)
 
-    runs = {decides(entry.config): pack / entry.name for entry in read_pack(pack)}
-    return {cell.name: runs[key] for cell in sweep.cells if (key := decides(cell.config.to_dict())) in runs}
+    def from_here(config: RunConfig, checkpoint: str) -> bool:
+        return config.base != "prior" or checkpoint == _prior(config.policy, config.suite)
+
+    runs = {decides(entry.config): entry for entry in read_pack(pack)}
+    found = [(cell, runs[key]) for cell in sweep.cells if (key := decides(cell.config.to_dict())) in runs]
+    return {
+        cell.name: pack / entry.name
+        for cell, entry in found
+        if from_here(cell.config, entry.manifest["base_checkpoint"])
+    }
+
+
+@functools.cache
+def _prior(policy: str, suite: str) -> str:
+    """Hash of the prior that ships with a policy for a suite."""
+    from .policies.store import content_hash
+
+    spec = registry.get("policy", policy)
+    folder = spec.prior_folder(registry.get("suite", suite).benchmark)
+    return "" if folder is None else content_hash(spec.load(folder))
 
 
 def _state(sweep: Sweep, cell: Cell, path: Path | None, now: float) -> State:
