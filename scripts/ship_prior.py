@@ -57,7 +57,8 @@ def ship(run: Path, name: str) -> None:
         "It is a start for comparing fine-tuning methods in simulation and good for nothing else: it is small, has\n"
         "seen scripted demonstrations only, and must not drive a robot. Its scores are no scores of the published\n"
         "models that it is shaped after.\n\n"
-        "Below is what that run scored on held-out initial states before its weights were halved.\n\n"
+        "Below is what that run scored on held-out initial states, before its weights were rounded to half\n"
+        "precision.\n\n"
     )
     found = read_run(run)
     write_text_atomic(folder / CARD, text + by_suite(found) + "\n" + to_markdown(comparison_table(found)))
@@ -66,15 +67,17 @@ def ship(run: Path, name: str) -> None:
 def by_suite(found: RunFolder) -> str:
     """A Markdown table of successes and their Wilson 95% intervals, with noise and without. A prior of which the two
     differ by much is no start for a comparison: whatever narrows it would seem to teach it."""
-    lines = ["| suite | success | without noise |", "|---|---|---|"]
+    scored = [("success", found.evaluated), ("without noise", found.noiseless[1])]
+    scored = [(name, rows) for name, rows in scored if len(rows)]
+    lines = ["| suite | " + " | ".join(name for name, _ in scored) + " |", "|---|" + "---|" * len(scored)]
     for suite in found.suites:
         cells = []
-        for rows in (found.evaluated, found.noiseless[1]):
+        for _, rows in scored:
             outcomes = rows.column("success")[rows.column("suite") == suite]
             n, successes = len(outcomes), int(outcomes.sum())
             low, high = wilson_interval(successes, n) if n else (0, 1)
             cells.append(f"{successes}/{n} {successes / n:.0%} [{low:.0%}, {high:.0%}]" if n else "-")
-        lines.append(f"| {suite} | {cells[0]} | {cells[1]} |")
+        lines.append(f"| {suite} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -317,8 +317,9 @@ def _bars(figure: Figure, methods: Sequence[Method], suite: str, groups: Sequenc
             if gain is None:
                 continue
             colour, whole = COLOURS[i % len(COLOURS)], gain["complete"]
-            axes.barh(y, 100 * gain["value"], 0.7, color=colour if whole else "none", alpha=0.75, edgecolor=colour,
-                      hatch="//" if method.is_control else None, xerr=_error(gain),
+            axes.barh(y, 100 * gain["value"], 0.7, color=colour if whole else "none", alpha=0.75,
+                      edgecolor="0.15" if method.is_control else colour, hatch="//" if method.is_control else None,
+                      xerr=_error(gain),
                       error_kw={"capsize": 3, "ecolor": "0.2"})  # fmt: skip
             noiseless = noiseless_of(method, suite)
             if noiseless and noiseless["complete"] and noiseless["difference"] is not None:

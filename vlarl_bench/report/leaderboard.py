@@ -36,8 +36,8 @@ NOTES = (
     "A change is coloured where its interval, which speaks of this one comparison, excludes 0.",
     "Best: separated above every other measured score from the same base policy on the same suite, tasks and protocol, "
     f"controls aside: p < 0.05. {SEPARATED}",
-    "Without noise: each held-out initial state once more, before and after, decoded from zero noise or, of tokens, "
-    "the likeliest. A gain that is not there either may come of drawing less noise alone.",
+    "Without noise: each held-out initial state once more, before and after, decoded from zero noise; "
+    "token policies take the likeliest token. A gain that is not there either may be due to drawing less noise alone.",
     "Scores under different protocols do not compare, nor do scores on different tasks of a suite. Trials in which "
     "settings were chosen, on training states, stand below all others.",
 )

@@ -167,9 +167,9 @@ def noiseless_text(record: Record | None) -> str:
 def noiseless_note(records: Sequence[Record]) -> tuple[str, ...]:
     """What to say of the records' `noiseless`, if there is any."""
     told = (
-        "Without noise: each held-out initial state once more, with flows and diffusion decoded from zero noise and of "
-        "tokens the likeliest; a base policy does the same then in every seed. A gain that is not there without noise "
-        "may come of drawing less noise alone."
+        "Without noise: each held-out initial state once more, with flows and diffusion decoded from zero noise and "
+        "token policies taking the likeliest token; a base policy then plays the same in every seed. A gain that is "
+        "not there without noise may be due to drawing less noise alone."
     )
     return (told,) if any(record.get("noiseless") for record in records) else ()
 
