@@ -75,8 +75,8 @@ def by_suite(found: RunFolder) -> str:
         for _, rows in scored:
             outcomes = rows.column("success")[rows.column("suite") == suite]
             n, successes = len(outcomes), int(outcomes.sum())
-            low, high = wilson_interval(successes, n) if n else (0, 1)
-            cells.append(f"{successes}/{n} {successes / n:.0%} [{low:.0%}, {high:.0%}]" if n else "-")
+            low, high = wilson_interval(successes, n)
+            cells.append(f"{successes}/{n} {successes / n:.0%} [{low:.0%}, {high:.0%}]")
         lines.append(f"| {suite} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

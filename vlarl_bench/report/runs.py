@@ -172,11 +172,16 @@ class RunFolder:
         return str(self.manifest["protocol"]["decoding"])
 
     @property
+    def owes_noiseless(self) -> bool:
+        """Whether it plays the held-out states without noise besides."""
+        return bool(self.manifest["evaluation"].get("noiseless"))
+
+    @property
     def missing(self) -> int:
         """How many of the evaluation episodes that it owes are not there."""
         plan, missing = self.manifest["evaluation"], 0
         evaluations = [(self.base, self.evaluated, plan["repeats"])]
-        evaluations += [(*self.noiseless, 1)] if plan.get("noiseless") else []
+        evaluations += [(*self.noiseless, 1)] if self.owes_noiseless else []
         for before, after, repeats in evaluations:
             owed = len(plan["tasks"]) * len(plan["init_states"]) * repeats
             for rows in (after, *((before,) if self.compares and self.config.get("base") != "scratch" else ())):

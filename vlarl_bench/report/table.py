@@ -52,7 +52,7 @@ def comparison_table(run: RunFolder) -> Table:
         lines.append((shown.replace("_", " "), *_score_texts(record, run.compares)))
         records.append(record | {"task": key.split("/", 1)[1]})
     totals = [(f"all {len(keys)} tasks", _record(run, keys))]
-    if _owes_noiseless(run):
+    if run.owes_noiseless:
         totals.append((f"all {len(keys)} tasks, without noise", _record(run, keys, noiseless=True)))
     for shown, total in totals:
         lines.append((shown, *_score_texts(total, run.compares)))
@@ -135,11 +135,6 @@ def _place(group: tuple[tuple[str, ...], list[tuple[Record, RunFolder, list[str]
     return suite, policy, -float(np.mean(rates)) if rates else 0.0, group[0]
 
 
-def _owes_noiseless(run: RunFolder) -> bool:
-    """Whether it plays the held-out states without noise besides; old ones do not."""
-    return bool(run.manifest["evaluation"].get("noiseless"))
-
-
 NOISELESS = (
     *(base + name for base in ("", "base_") for name in ("expected", "episodes", "successes", "rate", "low", "high")),
     *("difference", "difference_low", "difference_high", "difference_resamples", "p_value", "resamples", "complete"),
@@ -149,7 +144,7 @@ NOISELESS = (
 def noiseless_cell(runs: Sequence[RunFolder], keys: Sequence[str]) -> Record | None:
     """What runs of one experiment scored on these tasks without noise, before and after: the entries `NOISELESS` of a
     record. None where not all of them play so."""
-    if not runs or not all(map(_owes_noiseless, runs)):
+    if not runs or not all(run.owes_noiseless for run in runs):
         return None
     cell = _cell([_record(run, keys, noiseless=True) for run in runs])
     return {name: cell[name] for name in NOISELESS}
