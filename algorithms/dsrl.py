@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from vlarl_bench.algorithm import Algorithm
 from vlarl_bench.decisions import decisions
@@ -39,6 +39,9 @@ class DSRLSettings:
 
     bound: float = 0.7
     """b: every number of the noise lies in [-b, b]; authors 1 on LIBERO, 1.5 on square."""
+    repeat: bool = False
+    """Whether a chunk's noise is that of one action, repeated along it (the authors with pi0), or of each of its own
+    (the authors with diffusion policies)."""
     utd: float = 1.0
     """Gradient steps a collected decision, which take about as many operations as the dearest of the other methods'
     updates; authors 20."""
@@ -54,7 +57,9 @@ class DSRLSettings:
     width: int = 128
     """Hidden width of the actor, two layers; authors three of 128 (LIBERO) or 2048 (square)."""
     critics: int = 2
-    """Members of the Q-ensemble, of which the least counts; authors 10 (LIBERO) or 2 (square)."""
+    """Members of the Q-ensemble; authors 10 (LIBERO) or 2 (square)."""
+    critic_reduction: Literal["min", "mean"] = "min"
+    """Which of their values counts: the least (SAC, the authors on square), or the mean (the authors on LIBERO)."""
     critic_lr: float = 3e-4
     """Critic learning rate (Adam, authors)."""
     critic_width: int = 256
@@ -112,9 +117,9 @@ class DSRL(Algorithm):
 
         self.settings = s = settings
         self.generator, self.updates, self.iterations = torch.Generator().manual_seed(seed), 0, budget.iterations
-        self.steering = steer(policy, {"bound": s.bound, "width": s.width}, seed)
+        self.steering = steer(policy, {"bound": s.bound, "width": s.width, "repeat": s.repeat}, seed)
         self.optimizer = torch.optim.Adam(only_actor_learns(policy), lr=s.lr, fused=True)
-        shape = (policy.feature_dim + 1, policy.chunk * policy.latent_dim)
+        shape = (policy.feature_dim + 1, self.steering.own * policy.latent_dim)
         self.target_entropy = s.target_entropy * shape[1]
         self.critic = QEnsemble(s.critics, *shape, s.critic_width, self.generator, s.critic_norm)
         self.target = QEnsemble(s.critics, *shape, s.critic_width, self.generator, s.critic_norm)
@@ -127,6 +132,7 @@ class DSRL(Algorithm):
     def act(self, policy: NoisePolicy, context: Any, generators: Sequence[torch.Generator] | None) -> Sample:
         """The policy's own decoding, with its noise as trace. Until the first update that is N(0, I), cut off at b."""
         noise = policy.start(context, generators).clamp(-self.settings.bound, self.settings.bound)
+        noise = self.steering.spread(noise)
         return dataclasses.replace(policy.decode(context, noise), trace=noise)
 
     def update(self, policy: NoisePolicy, rollout: Rollout) -> dict[str, float]:
@@ -159,7 +165,7 @@ class DSRL(Algorithm):
 
         with torch.no_grad():
             following, next_logp = self._draw(batch["next_features"], later)
-            value = self.target(batch["next_features"], following).amin(0)
+            value = self._reduced(self.target(batch["next_features"], following))
             if s.entropy_in_target:
                 value = value - temperature * next_logp
             if s.bounded:
@@ -169,7 +175,7 @@ class DSRL(Algorithm):
         critic_loss = 0.5 * (error**2).mean(1).sum()
         self._descend(self.critic_optimizer, critic_loss)
 
-        value = self.critic(batch["features"], action).amin(0)
+        value = self._reduced(self.critic(batch["features"], action))
         actor_loss = (temperature * logp - value).mean()
         self._descend(self.optimizer, actor_loss)
         self.target.follow(self.critic, s.polyak)
@@ -183,10 +189,17 @@ class DSRL(Algorithm):
         }
 
     def _draw(self, features: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
-        """The actor's w / b [B, H, A] and its log-density [B]. It does not see the time that critics see: a policy is
-        not told how much is left."""
+        """The actor's w / b, of the actions that have their own, and its log-density [B]. It does not see the time that
+        critics see: a policy is not told how much is left."""
         noise, logp = self.steering(features[:, :-1], unit)
-        return noise / self.settings.bound, logp
+        return self._action(noise), logp
+
+    def _action(self, noise: Tensor) -> Tensor:
+        """What critics judge of noise [B, H, A]."""
+        return noise[:, : self.steering.own] / self.settings.bound
+
+    def _reduced(self, values: Tensor) -> Tensor:
+        return values.amin(0) if self.settings.critic_reduction == "min" else values.mean(0)
 
     def _descend(self, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -198,7 +211,7 @@ class DSRL(Algorithm):
         assert taken.trace is not None
         fresh = {
             "features": taken.features,
-            "action": taken.trace / self.settings.bound,
+            "action": self._action(taken.trace),
             "reward": taken.reward,
             "ended": taken.ended,
             "next_features": taken.next_features,
@@ -212,7 +225,7 @@ class DSRL(Algorithm):
 
         assert taken.trace is not None
         with torch.no_grad():
-            predicted = self.critic(taken.features, taken.trace / self.settings.bound).mean(0)
+            predicted = self.critic(taken.features, self._action(taken.trace)).mean(0)
         return explained_variance(taken.returns(self.settings.gamma), predicted)
 
     def state_dict(self) -> dict[str, Any]:

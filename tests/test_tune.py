@@ -78,6 +78,15 @@ def test_settings_that_are_texts_or_truths_are_trials_as_well(tmp_path, monkeypa
     ]
 
 
+def test_what_a_file_varies_beyond_the_searched_is_told_as_well(tmp_path):
+    file = tmp_path / "tuning.toml"
+    written = trials(Tune(numbers=BUDGETS["smoke"], algo=("dsrl",), trials=2), tmp_path)
+    file.write_text(written.replace("settings = { ", "settings = { repeat = true, "))
+    lines = report(read_sweep(file)).splitlines()
+    assert "| trial | lr | bound | temperature | repeat | before | after | gradient steps | TFLOP |  |" in lines
+    assert [line.split(" | ")[4] for line in lines if re.match(r"\| \d", line)] == ["False", "True"]
+
+
 def test_trials_are_runs_that_stay_and_are_not_run_again(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     numbers = dataclasses.replace(BUDGETS["smoke"], tasks=1, episodes=2)

@@ -115,7 +115,7 @@ def _runs(sweep: Sweep) -> dict[int, RunFolder]:
 
 
 def _table_of(name: str, policy: str, rows: Sequence[Row], runs: Mapping[int, RunFolder]) -> str:
-    names = tuple(registry.get("algorithm", name).search)
+    names = _varied(name, rows)
     lines, scores = [], []
     for number, row in enumerate(rows):
         values = [_shown(getattr(row.config.settings, setting)) for setting in names]
@@ -131,6 +131,14 @@ def _table_of(name: str, policy: str, rows: Sequence[Row], runs: Mapping[int, Ru
         chosen = [f"{setting} = {json.dumps(getattr(settings, setting))}" for setting in names]
         text += [f"Best: trial {best}.", "", "```toml", f"[settings.{name}]", *chosen, "```", ""]
     return "\n".join([f"## {name} on {policy}", "", *text])
+
+
+def _varied(name: str, rows: Sequence[Row]) -> tuple[str, ...]:
+    """Settings that the method searches, and whichever others these trials vary: a file may be edited."""
+    searched = tuple(registry.get("algorithm", name).search)
+    settings = [vars(row.config.settings) for row in rows]
+    others = [key for key in settings[0] if key not in searched and any(s[key] != settings[0][key] for s in settings)]
+    return (*searched, *others)
 
 
 def _shown(value: Any) -> str:

@@ -119,25 +119,43 @@ def test_actor_gradient_against_finite_differences():
             assert at[k].item() == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-5, abs=1e-8)
 
 
+@pytest.mark.parametrize("reduction", ["min", "mean"])
 @pytest.mark.parametrize(("entropy", "bounded"), [(True, False), (False, False), (False, True)])
-def test_critic_goal_by_hand(entropy, bounded):
-    """r where an episode ends; else r + gamma (min of the slow critics [- temperature log pi]) at a fresh noise."""
-    algorithm, batch, _ = filled(rows=4, critic_lr=1e-9, lr=1e-9, gamma=0.9, entropy_in_target=entropy, bounded=bounded)
+def test_critic_goal_by_hand(entropy, bounded, reduction):
+    """r where an episode ends; else r + gamma (min or mean of the slow critics [- temperature log pi]) at a fresh
+    noise; the actor climbs the same of the critics."""
+    algorithm, batch, _ = filled(
+        rows=4,
+        critic_lr=1e-9,
+        lr=1e-9,
+        gamma=0.9,
+        entropy_in_target=entropy,
+        bounded=bounded,
+        critic_reduction=reduction,
+    )
+    reduced = {"min": min, "mean": lambda *values: sum(values) / len(values)}[reduction]
     later = formula(12, 4, 2, 2)
     with torch.no_grad():
+        for member in algorithm.target.members:
+            member[1].bias -= 0.5
         noise, logp = algorithm._draw(batch["next_features"], later)
         slow = algorithm.target(batch["next_features"], noise)
         now = algorithm.critic(batch["features"], batch["action"])
-    assert not 0 <= slow.amin(0)[1] <= 1  # the bound has something to do
+        chosen, chosen_logp = algorithm._draw(batch["features"], formula(11, 4, 2, 2))
+        climbed = algorithm.critic(batch["features"], chosen)
+    assert any(not 0 <= reduced(*slow[:, row].tolist()) <= 1 for row in (0, 1, 3))  # the bound has something to do
     goal = []
     for row in range(4):
-        value = min(slow[0, row].item(), slow[1, row].item()) - entropy * 0.2 * logp[row].item()
+        value = reduced(*slow[:, row].tolist()) - entropy * 0.2 * logp[row].item()
         value = min(1.0, max(0.0, value)) if bounded else value
         reward = batch["reward"][row].item()
         goal.append(reward if batch["ended"][row] else reward + 0.9 * value)
     assert batch["ended"].tolist() == [False, False, True, False]
     by_hand = sum((now[m, row].item() - goal[row]) ** 2 for m in range(2) for row in range(4)) / 4 / 2
-    assert algorithm.step(batch, formula(11, 4, 2, 2), later)["critic_loss"] == pytest.approx(by_hand, rel=1e-5)
+    found = algorithm.step(batch, formula(11, 4, 2, 2), later)
+    assert found["critic_loss"] == pytest.approx(by_hand, rel=1e-5)
+    actor = sum(0.2 * chosen_logp[row].item() - reduced(*climbed[:, row].tolist()) for row in range(4)) / 4
+    assert found["actor_loss"] == pytest.approx(actor, rel=1e-5)
 
 
 @pytest.mark.parametrize("target", [-30.0, 0.6])
@@ -177,6 +195,27 @@ def test_it_steers_and_leaves_the_rest_alone():
     for name, parameter in policy.named_parameters():
         assert name.startswith("steering.") == parameter.requires_grad
         assert name.startswith("steering.") or torch.equal(parameter, weights[name])
+
+
+def test_one_actions_noise_serves_the_chunk():
+    """With `repeat` all is as if a chunk were one action: density, entropy aimed at, and what critics see."""
+    algorithm, policy = start(bound=0.5, repeat=True)
+    data = two_stages(policy, 16, 0, algorithm.act)
+    context = policy.preprocess([episode.observations[0] for episode in data.episodes])
+    seeds = lambda: [torch.Generator().manual_seed(i) for i in range(len(context))]  # noqa: E731
+    base = torch.stack([torch.randn(2, 2, generator=g) for g in seeds()])
+    acted = algorithm.act(policy, context, seeds())
+    assert torch.equal(acted.trace, base[:, :1].clamp(-0.5, 0.5).expand(-1, 2, -1))
+    assert torch.equal(acted.latent, policy.decode(context, acted.trace).latent)
+    algorithm.update(policy, data)
+    assert algorithm.replay["action"].shape[1:] == (1, 2)
+    assert algorithm.target_entropy == -0.5 * 2
+    steered, logp = policy.steering(policy.features(context), base)
+    assert torch.equal(steered[:, 0], steered[:, 1])
+    hidden = policy.steering.layers((policy.features(context) - policy.steering.mean) / policy.steering.std)
+    normal = torch.distributions.Normal(policy.steering.centre(hidden), policy.steering.log_deviation(hidden).exp())
+    oracle = torch.distributions.TransformedDistribution(normal, torch.distributions.TanhTransform())
+    torch.testing.assert_close(logp, oracle.log_prob(steered[:, 0] / 0.5).sum(1), rtol=1e-3, atol=1e-4)
 
 
 def test_replay_keeps_rounds_and_no_more_than_it_may():

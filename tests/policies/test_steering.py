@@ -25,10 +25,10 @@ def encoded(policy, spec):
         return policy.encode(policy.preprocess([observe(i, spec) for i in range(3)]))
 
 
-def steered(spec):
+def steered(spec, repeat=False):
     """A policy whose steering has some weights."""
     policy = make(spec)
-    steering = steer(policy, {"bound": 0.8, "width": 16})
+    steering = steer(policy, {"bound": 0.8, "width": 16, "repeat": repeat})
     steering.standardise(policy.features(encoded(policy, spec)))
     with torch.no_grad():
         for parameter in steering.parameters():
@@ -36,12 +36,13 @@ def steered(spec):
     return policy
 
 
+@pytest.mark.parametrize("repeat", [False, True])
 @pytest.mark.parametrize("spec", [PI0_TINY, OCTO_TINY], ids=lambda spec: spec.name)
-def test_stored_and_loaded_it_is_steered(spec, tmp_path):
-    policy = steered(spec)
+def test_stored_and_loaded_it_is_steered(spec, repeat, tmp_path):
+    policy = steered(spec, repeat)
     context = encoded(policy, spec)
     save_policy(tmp_path / "policy", policy, {"made_by": "a test"})
-    assert read_policy(tmp_path / "policy")[0]["steering"] == {"bound": 0.8, "width": 16}
+    assert read_policy(tmp_path / "policy")[0]["steering"] == {"bound": 0.8, "width": 16, "repeat": repeat}
     loaded = spec.load(tmp_path / "policy")
     assert content_hash(loaded) == content_hash(policy) != content_hash(make(spec))
     for generators in (seeds, lambda: None):
@@ -59,7 +60,7 @@ def test_stored_and_loaded_it_is_steered(spec, tmp_path):
 def test_until_it_is_ready_it_is_the_base(spec, tmp_path):
     policy, base = make(spec), make(spec)
     context = encoded(policy, spec)
-    steer(policy, {"bound": 1.0, "width": 8})
+    steer(policy, {"bound": 1.0, "width": 8, "repeat": False})
     assert content_hash(policy) == content_hash(base)
     assert torch.equal(policy.sample(context, seeds()).latent, base.sample(context, seeds()).latent)
     save_policy(tmp_path / "policy", policy, {})
@@ -68,12 +69,16 @@ def test_until_it_is_ready_it_is_the_base(spec, tmp_path):
 
 
 def test_what_cannot_be_steered():
-    for bad in ({}, {"bound": 0.0, "width": 8}, {"bound": 1.0, "width": "x"}, {"bound": math.inf, "width": 1}):
+    fine = {"bound": 1.0, "width": 8, "repeat": False}
+    for wrong in ({"bound": 0.0}, {"bound": math.inf}, {"width": "x"}, {"repeat": 1}, {"repeat": None}):
+        with pytest.raises(BenchError, match=r"^steering: .*bound"):
+            steer(make(), {**fine, **wrong})
+    for bad in ({}, {"bound": 1.0, "width": 8}):
         with pytest.raises(BenchError, match=r"^steering: .*bound"):
             steer(make(), bad)
     policy = steered(PI0_TINY)
     with pytest.raises(BenchError, match=r"^base: a steered policy"):
-        steer(policy, {"bound": 1.0, "width": 8})
+        steer(policy, {"bound": 1.0, "width": 8, "repeat": False})
     with pytest.raises(BenchError, match=r"^lora: .*steered"):
         add_lora(policy)
 

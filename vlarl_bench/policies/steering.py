@@ -21,16 +21,21 @@ if TYPE_CHECKING:
 
 
 class Steering(nn.Module):
-    """Noise w = bound tanh(u), u ~ N(mean(features), deviation(features)^2), number by number.
+    """Noise w = bound tanh(u), u ~ N(mean(features), deviation(features)^2), number by number: of every action of a
+    chunk or, with `repeat`, of one, which then serves the whole chunk.
 
     It begins with mean 0 and deviation 1 everywhere. Features are standardised by what `standardise` was shown first;
     until then it is not `ready`, and the policy that carries it decodes from N(0, I) as if it were not there.
     """
 
-    def __init__(self, features: int, chunk: int, latent_dim: int, bound: float, width: int, seed: int = 0) -> None:
+    def __init__(
+        self, features: int, chunk: int, latent_dim: int, bound: float, width: int, repeat: bool, seed: int = 0
+    ) -> None:
         """Weights from `seed`; the global generator is left as it was."""
         super().__init__()
-        self.chunk, self.latent_dim, self.bound, self.width = chunk, latent_dim, bound, width
+        self.chunk, self.latent_dim, self.bound, self.width, self.repeat = chunk, latent_dim, bound, width, repeat
+        self.own = 1 if repeat else chunk
+        """Actions of a chunk, from its first, that have noise of their own."""
         self.mean: Tensor
         self.std: Tensor
         self.register_buffer("mean", torch.zeros(features))
@@ -38,8 +43,8 @@ class Steering(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.layers = nn.Sequential(nn.Linear(features, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
-            self.centre = nn.Linear(width, chunk * latent_dim)
-            self.log_deviation = nn.Linear(width, chunk * latent_dim)
+            self.centre = nn.Linear(width, self.own * latent_dim)
+            self.log_deviation = nn.Linear(width, self.own * latent_dim)
         for head in (self.centre, self.log_deviation):
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
@@ -47,7 +52,7 @@ class Steering(nn.Module):
     @property
     def config(self) -> dict[str, Any]:
         """What `steer` needs to make another of the same shape."""
-        return {"bound": self.bound, "width": self.width}
+        return {"bound": self.bound, "width": self.width, "repeat": self.repeat}
 
     @property
     def ready(self) -> bool:
@@ -62,17 +67,21 @@ class Steering(nn.Module):
 
     def forward(self, features: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
         """Noise [B, H, A] for features [B, F] from draws of N(0, 1) [B, H, A], and the log-density [B] of noise / bound
-        (Haarnoja et al., 2018, eq. 21). Both differentiable, and where the features are, whatever the device of the
-        weights; draws of 0 give bound tanh(mean)."""
+        (Haarnoja et al., 2018, eq. 21), each number that repeats counted once. Both differentiable, and where the
+        features are, whatever the device of the weights; draws of 0 give bound tanh(mean)."""
         home, features, unit = features.device, features.to(self.mean), unit.to(self.mean)
         hidden = self.layers((features - self.mean) / self.std)
         log_deviation = self.log_deviation(hidden).clamp(-20, 2)  # the authors' limits
-        unit = unit.flatten(1)
+        unit = unit[:, : self.own].flatten(1)
         u = self.centre(hidden) + log_deviation.exp() * unit
         density = -0.5 * unit**2 - log_deviation - 0.5 * math.log(2 * math.pi)
         slope = 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 - tanh(u)^2), also where that rounds to 0
-        noise = self.bound * torch.tanh(u)
-        return noise.view(-1, self.chunk, self.latent_dim).to(home), (density - slope).sum(1).to(home)
+        noise = self.spread(self.bound * torch.tanh(u).view(-1, self.own, self.latent_dim))
+        return noise.to(home), (density - slope).sum(1).to(home)
+
+    def spread(self, noise: Tensor) -> Tensor:
+        """Noise [B, H or own, A] -> [B, H, A], what repeats as its first action has it."""
+        return noise[:, : self.own].repeat(1, self.chunk // self.own, 1)
 
 
 def steer(policy: NoisePolicy, config: Mapping[str, Any], seed: int = 0) -> Steering:
@@ -83,11 +92,12 @@ def steer(policy: NoisePolicy, config: Mapping[str, Any], seed: int = 0) -> Stee
     if policy.steering is not None:
         raise BenchError("base: a steered policy; its steering has its noise already, start from what it steers")
     try:
-        bound, width = float(config["bound"]), int(config["width"])
-        if not (0 < bound < math.inf and width >= 1):
+        bound, width, repeat = float(config["bound"]), int(config["width"]), config["repeat"]
+        if not (0 < bound < math.inf and width >= 1 and isinstance(repeat, bool)):
             raise ValueError
     except (KeyError, TypeError, ValueError):
-        raise BenchError(f"steering: {config!r:.200}; it must be like {{'bound': 1.0, 'width': 128}}") from None
-    made = Steering(policy.feature_dim, policy.chunk, policy.latent_dim, bound, width, seed)
+        example = "{'bound': 1.0, 'width': 128, 'repeat': False}"
+        raise BenchError(f"steering: {config!r:.200}; it must be like {example}") from None
+    made = Steering(policy.feature_dim, policy.chunk, policy.latent_dim, bound, width, repeat, seed)
     policy.steering = made.to(policy.device)
     return policy.steering
