@@ -9,7 +9,7 @@ from vlarl_bench import registry
 from vlarl_bench.cli import main
 from vlarl_bench.config import BUDGETS, RunConfig
 from vlarl_bench.errors import BenchError
-from vlarl_bench.run import _claimed
+from vlarl_bench.run_folder import claimed
 from vlarl_bench.sealed import read_sealed
 
 RUN = ["run", "--algo", "fpo", "--suite", "libero", "--no-video"]
@@ -171,7 +171,7 @@ def test_a_read_only_folder(name, tmp_path):
     if me == 0:
         os.seteuid(65534)
     try:
-        with pytest.raises(BenchError, match=words), _claimed(config, resume=False):
+        with pytest.raises(BenchError, match=words), claimed(config, resume=False):
             pass
     finally:
         os.seteuid(me)
@@ -180,11 +180,11 @@ def test_a_read_only_folder(name, tmp_path):
 def test_a_folder_is_taken_once_and_given_back_if_nothing_was_started(tmp_path):
     settings = registry.get("algorithm", "sft").Settings()
     config = RunConfig("sft", "libero", "pi0-tiny", BUDGETS["smoke"], settings, str(tmp_path / "run"), base="scratch")
-    mine = _claimed(config, resume=False)
+    mine = claimed(config, resume=False)
     out = mine.__enter__()
     assert read_sealed(out / "config.json") == json.loads(json.dumps(config.to_dict()))
     with pytest.raises(BenchError, match="exists; choose another folder"):
-        _claimed(config, resume=False).__enter__()
+        claimed(config, resume=False).__enter__()
     assert mine.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None) is False
     assert not list(tmp_path.iterdir())
 

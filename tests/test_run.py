@@ -118,8 +118,8 @@ def test_what_is_filmed_is_told_by_episodes_as_the_protocol_decodes(calm):
     budget = dataclasses.replace(config.budget, eval_states=2)
     plan = plan_run(dataclasses.replace(config, budget=budget))
     assert plan.protocol.eval_states[:2] == (2, 3)
-    assert run._telling(plan, judged).init_state == 3
-    assert run._telling(plan, []).init_state == 2
+    assert film.telling(plan, judged).init_state == 3
+    assert film.telling(plan, []).init_state == 2
 
 
 def test_a_run_begun_by_older_code_plays_on_what_it_owed(toy, tmp_path, monkeypatch):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import imageio
@@ -18,8 +19,10 @@ from .pool import Pool
 from .rollout import Job, run_episodes
 
 if TYPE_CHECKING:
+    from .plan import Plan
     from .policies.base import Policy
     from .protocol import Protocol
+    from .records import EpisodeRow, Phase
     from .suite import Suite, Task
 
 SIZE = 256
@@ -46,6 +49,27 @@ def film_policy(
     steps = [min(i * EVERY, episode.steps) for i in range(len(frames))]
     _write(path, suite, job.task, frames, steps, who, episode.success)
     return episode.success
+
+
+def telling(plan: Plan, rows: Sequence[EpisodeRow]) -> Job:
+    """The first held-out episode that failed before and succeeded after; if there is none, the first of all."""
+    decoding, keys = plan.protocol.decoding, ("phase", "suite", "task", "init_state", "repeat")
+    outcome = {tuple(getattr(row, key) for key in keys): row.success for row in rows if row.decoding == decoding}
+
+    def of(phase: Phase, job: Job) -> bool | None:
+        return outcome.get((phase, job.task.suite, job.task.name, job.init_state, job.repeat))
+
+    jobs = plan.eval_jobs(decoding)
+    return next((job for job in jobs if of("base", job) is False and of("final", job) is True), jobs[0])
+
+
+def film_run(plan: Plan, players: dict[str, Policy], rows: Sequence[EpisodeRow], out: Path) -> None:
+    """Films one held-out episode, played by each policy with the same noise seed, as `<name>.mp4`."""
+    job = telling(plan, rows)
+    with Pool(plan.suite, plan.protocol, workers=1, video=True) as pool:
+        for name, player in players.items():
+            who = f"{name} {plan.algorithm}"
+            film_policy(out / f"{name}.mp4", pool, plan.suite, plan.protocol, player, job, plan.config.slots, who)
 
 
 def film_expert(

@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shlex
 import shutil
-import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,14 +26,15 @@ from .device import find_device
 from .distributed import check_same, from_first, rank, world_size
 from .doctor import require_gl
 from .errors import BenchError, Diverged
-from .files import explained, read_json, write_text_atomic
+from .files import read_json, write_text_atomic
+from .film import film_run
 from .plan import NOTHING, Plan, Spent, plan_evaluation, plan_run
 from .pool import LostEpisode, Pool
 from .progress import Progress
 from .protocol import Decoding
-from .provenance import code_version, make_manifest
-from .records import STOPPED, EpisodeLog, EpisodeRow, LostLog, Phase
-from .rollout import Episode, Job, run_shared
+from .records import STOPPED, EpisodeLog, LostLog, Phase
+from .rollout import Episode, run_shared
+from .run_folder import as_begun, claimed, save_last_policy, write_manifest
 from .sealed import read_sealed, write_sealed
 from .trackers import TrackedMetrics
 from .training import check_whole, same_hash, spent_so_far, state, train
@@ -61,8 +60,8 @@ def run(config: RunConfig, resume: bool = False, tracker: str = "", keep: int = 
     method = registry.get("algorithm", config.algorithm)
     _check_processes(config, method)
     with ExitStack() as stack:
-        out = stack.enter_context(_claimed(config, resume) if rank() == 0 else nullcontext(Path(config.out)))
-        plan = _as_begun(plan, out)
+        out = stack.enter_context(claimed(config, resume) if rank() == 0 else nullcontext(Path(config.out)))
+        plan = as_begun(plan, out)
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(config.threads)
         silent = stack.enter_context(open(os.devnull, "w")) if rank() else None
@@ -74,7 +73,7 @@ def run(config: RunConfig, resume: bool = False, tracker: str = "", keep: int = 
         adapt(policy, config)
         policy.to(device)
         if rank() == 0:
-            _write_manifest(plan, policy, out, learned_from)
+            write_manifest(plan, policy, out, learned_from)
         algorithm = method(config.settings, policy, config.budget, config.seed)
         log, metrics = _records(stack, out, tracker, config, progress)
         for found in (log, metrics):
@@ -121,12 +120,12 @@ def run(config: RunConfig, resume: bool = False, tracker: str = "", keep: int = 
             _evaluate(plan, "final", done, policy, pool, log, progress, spent)
         if rank():
             return out
-        _save_policy(plan, policy, out, spent)
+        save_last_policy(plan, policy, out, spent)
         rows = log.rows
     _report(out)
     if config.video:
         before = {} if plan.base is None else {"before": plan.load_base().to(device)}
-        _film(plan, {**before, "after": policy}, rows, out)
+        film_run(plan, {**before, "after": policy}, rows, out)
     return out
 
 
@@ -135,59 +134,18 @@ def evaluate(config: EvalConfig) -> Path:
     require_gl()
     device, plan = find_device(config.device), plan_evaluation(config)
     with ExitStack() as stack:
-        out = stack.enter_context(_claimed(config, resume=False))
+        out = stack.enter_context(claimed(config, resume=False))
         policy = _first_policy(plan, None).to(device)
         progress = stack.enter_context(Progress())
-        _write_manifest(plan, policy, out, None)
+        write_manifest(plan, policy, out, None)
         log = stack.enter_context(EpisodeLog(out / "episodes.jsonl"))
         pool = stack.enter_context(_pool(plan, out, progress))
         spent = read_json(plan.base / "config.json").get("spent", NOTHING) if plan.base else NOTHING
         _evaluate(plan, "eval", 0, policy, pool, log, progress, spent)
     _report(out)
     if config.video:
-        _film(plan, {"eval": policy}, log.rows, out)
+        film_run(plan, {"eval": policy}, log.rows, out)
     return out
-
-
-@contextmanager
-def _claimed(config: RunConfig | EvalConfig, resume: bool) -> Iterator[Path]:
-    """The run folder, claimed by its config.json before anything that takes long, so that a bad name is told at once
-    and no two processes share one. A run that ends before its manifest is there gives the folder back."""
-    out = Path(config.out)
-    if resume:
-        if not (out / "config.json").is_file():
-            raise BenchError(f"resume: {out} is not a run folder; it has no config.json")
-        yield out
-        return
-    again = f", or continue that run with --resume {out}" if isinstance(config, RunConfig) else ""
-    with explained(out):
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise BenchError(f"out: {out} exists; choose another folder{again}")
-        out.mkdir(parents=True, exist_ok=True)
-        try:
-            os.close(os.open(out / "config.json", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        except FileExistsError:
-            raise BenchError(f"out: {out} was just taken by another process; choose another folder") from None
-    try:
-        write_sealed(out / "config.json", config.to_dict())
-        yield out
-    except BaseException:
-        if not (out / "manifest.json").exists():
-            with suppress(OSError):
-                (out / "config.json").unlink()
-                out.rmdir()
-        raise
-
-
-def _as_begun(plan: Plan, out: Path) -> Plan:
-    """The plan of a run that goes on: it plays what its manifest owes, also where code of now would play otherwise."""
-    owed = None
-    if rank() == 0 and (out / "manifest.json").exists():
-        owed = read_sealed(out / "manifest.json", older=True)["evaluation"]
-    owed = from_first(owed)
-    if owed is None:
-        return plan
-    return dataclasses.replace(plan, repeats=owed["repeats"], noiseless=bool(owed.get("noiseless")))
 
 
 def _check_processes(config: RunConfig, method: Any) -> None:
@@ -370,86 +328,6 @@ def _evaluate_decoded(
     invalid = sum(episode.invalid for episode in episodes)
     if invalid:
         progress.say(f"{name}: {invalid} of {sum(len(e.actions) for e in episodes)} decisions spelled no action chunk")
-
-
-def _write_manifest(plan: Plan, policy: Policy, out: Path, demonstrations: dict[str, Any] | None) -> None:
-    """Writes the manifest; a resumed run keeps its own, and must still be the run that it describes."""
-    from .policies.store import content_hash
-
-    config = plan.config
-    manifest = make_manifest(
-        run=plan.name,
-        argv=sys.argv[1:],
-        algorithm=plan.algorithm,
-        policy=config.policy,
-        suite=config.suite,
-        seed=config.seed,
-        base_checkpoint=content_hash(policy),
-        protocol=plan.protocol,
-        tasks=[task.key for task in plan.tasks],
-        suite_tasks=len(plan.suite.tasks),
-        init_states=plan.protocol.eval_states[: plan.states],
-        repeats=plan.repeats,
-        noiseless=plan.noiseless,
-        demonstrations=demonstrations,
-        trained=plan.trained if isinstance(config, EvalConfig) else None,
-    )
-    if not (out / "manifest.json").exists():
-        write_sealed(out / "manifest.json", manifest)
-        return
-    first = read_sealed(out / "manifest.json", older=True)
-    for name, was, now in (
-        ("run", first["run"], manifest["run"]),
-        ("base policy", first["base_checkpoint"], manifest["base_checkpoint"]),
-        ("protocol", first["protocol"]["label"], manifest["protocol"]["label"]),
-        ("tasks", first["evaluation"]["tasks"], manifest["evaluation"]["tasks"]),
-        ("demonstrations", *((m.get("demonstrations") or {}).get("digest") for m in (first, manifest))),
-    ):
-        if was != now:
-            raise BenchError(
-                f"resume: {out}: the {name} was {was} and is now {now}; put it back as it was, or start a new run"
-            )
-
-
-def _save_policy(plan: Plan, policy: Policy, out: Path, spent: Spent) -> None:
-    from .policies.store import save_policy
-    from .report.runs import read_run
-
-    run = read_run(out)
-    card = {
-        "tasks": [task.key for task in plan.tasks],
-        "made_by": shlex.join(["vlarl-bench", *read_sealed(out / "manifest.json", older=True)["argv"]]),
-        "algorithm": plan.algorithm,
-        "protocol": plan.protocol.hash,
-        "train_states": sorted({*plan.protocol.train_states, *plan.learned_from()}),
-        "code": code_version(),
-        "spent": spent,
-        "trained": {"base_checkpoint": run.start, "seed": run.manifest["seed"], "settings": run.settings()},
-    }
-    save_policy(out / "policy", policy, card)
-
-
-def _telling(plan: Plan, rows: Sequence[EpisodeRow]) -> Job:
-    """The first held-out episode that failed before and succeeded after; if there is none, the first of all."""
-    decoding, keys = plan.protocol.decoding, ("phase", "suite", "task", "init_state", "repeat")
-    outcome = {tuple(getattr(row, key) for key in keys): row.success for row in rows if row.decoding == decoding}
-
-    def of(phase: Phase, job: Job) -> bool | None:
-        return outcome.get((phase, job.task.suite, job.task.name, job.init_state, job.repeat))
-
-    jobs = plan.eval_jobs(decoding)
-    return next((job for job in jobs if of("base", job) is False and of("final", job) is True), jobs[0])
-
-
-def _film(plan: Plan, players: dict[str, Policy], rows: Sequence[EpisodeRow], out: Path) -> None:
-    """Films one held-out episode, played by each policy with the same noise seed, as `<name>.mp4`."""
-    from .film import film_policy
-
-    job = _telling(plan, rows)
-    with Pool(plan.suite, plan.protocol, workers=1, video=True) as pool:
-        for name, player in players.items():
-            who = f"{name} {plan.algorithm}"
-            film_policy(out / f"{name}.mp4", pool, plan.suite, plan.protocol, player, job, plan.config.slots, who)
 
 
 def _report(out: Path) -> None:
