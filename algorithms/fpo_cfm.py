@@ -48,20 +48,23 @@ class FPOCFMSettings:
     minibatch: int = 128
     """Decisions a gradient step; each counts with all its draws."""
     draws: int = 8
-    """Stored (tau, eps) pairs a decision, N_mc (FPO; FPO++'s code 16)."""
+    """Stored (tau, eps) pairs a decision, N_mc (FPO, and FPO++ for manipulation)."""
     tau_min: float = 0.2
     """Smallest tau drawn (1 = noise) of flow policies; diffusion's decoder looks everywhere, and so is drawn for. FPO
     draws from the times at which its decoder of 10 steps looks, so never below 0.1; decoders here may have 5 steps."""
     ratio: Literal["sample", "mean"] = "sample"
     """One ratio a draw (FPO++), or one of the mean loss over draws (FPO)."""
-    numbers: Literal["mean", "sum"] = "mean"
-    """How the errors of a chunk's executed numbers become its loss. FPO takes the mean, of one action; FPO++ the sum
-    over a chunk's steps, with steps small enough for it."""
+    numbers: Literal["mean", "steps"] = "mean"
+    """How the errors of a chunk's executed numbers become its loss. FPO takes the mean, of one action's; FPO++ that of
+    each of a chunk's steps, and the sum over them (`steps`)."""
+    huber: float = 0.0
+    """An error of a number counts squared up to this size, and in proportion beyond (2 huber |e| - huber^2), so that no
+    outlier carries the loss; 0: squared whatever its size (FPO). FPO++ 0.1 to 1 by task."""
     objective: Literal["clip", "spo", "aspo"] = "clip"
     """Trust region: PPO's clip; SPO, a quadratic penalty; ASPO, the clip where the advantage is above 0, SPO elsewhere.
     FPO++ found ASPO to hurt when fine-tuning manipulation."""
     clip_eps: float = 0.05
-    """Clip range, and SPO's (FPO; FPO++'s code 0.01)."""
+    """Clip range, and SPO's (FPO); FPO++ 0.01 to 0.03 by task, of its sum over steps."""
     log_ratio_limit: float = 3.0
     """Log-ratios beyond it count as it (FPO), with gradients as if they did not (FPO++)."""
     gamma: float = 0.99
@@ -93,14 +96,19 @@ class FPOCFMSettings:
             raise BenchError(f"algo.draws: {self.draws}; it must be at least 1")
         if not 0 <= self.tau_min < 1:
             raise BenchError(f"algo.tau_min: {self.tau_min}; it must be in [0, 1)")
+        if not 0 <= self.huber < float("inf"):
+            raise BenchError(f"algo.huber: {self.huber}; it must be at least 0, where errors count squared, and finite")
         if not 0 < self.clip_eps < 1:
             raise BenchError(f"algo.clip_eps: {self.clip_eps}; it must be in (0, 1)")
 
 
-def chunk_loss(error: Tensor, mask: Tensor, numbers: str) -> Tensor:
-    """[B, K] losses of squared errors [B, K, H, A]: those of the executed steps (mask [B, H]) summed or averaged."""
-    total = (error * mask[:, None, :, None]).sum((2, 3))
-    return total if numbers == "sum" else total / (mask.sum(1, keepdim=True) * error.shape[-1])
+def chunk_loss(error: Tensor, mask: Tensor, numbers: str, huber: float = 0.0) -> Tensor:
+    """[B, K] losses of squared errors [B, K, H, A]: of each executed step (mask [B, H]) the mean over its numbers, and
+    of those the mean or (`numbers` is `steps`) the sum."""
+    if huber:
+        error = torch.where(error <= huber**2, error, 2 * huber * error.clamp_min(huber**2).sqrt() - huber**2)
+    total = (error.mean(3) * mask[:, None]).sum(2)
+    return total if numbers == "steps" else total / mask.sum(1, keepdim=True)
 
 
 def surrogate(ratio: Tensor, advantage: Tensor, objective: str, eps: float) -> Tensor:
@@ -159,7 +167,7 @@ class FPOCFM(Algorithm):
         """What stands for log-probabilities at stored tau [N, K] and eps [N, K, H, A]: minus the losses [B, K], or
         minus their mean [B, 1]. Numbers that only pad a latent do not count."""
         error = policy.draw_loss(taken.view(i), taken.latent[i], tau[i], eps[i])[..., : policy.action_dim]
-        loss = chunk_loss(error, taken.mask[i], self.settings.numbers)
+        loss = chunk_loss(error, taken.mask[i], self.settings.numbers, self.settings.huber)
         loss = loss if self.settings.ratio == "sample" else loss.mean(1, keepdim=True)
         nothing = torch.zeros(len(loss))
         return Score(-loss, torch.ones_like(loss, dtype=torch.bool), nothing, nothing)

@@ -50,7 +50,7 @@ class RWFMSettings:
     weight: Literal["filtered", "exponential"] = "exponential"
     """`exponential`: exp(alpha R), R being success, 0 or 1; `filtered`: R, so failures do not count at all."""
     alpha: float = 1.0
-    """A success counts exp(alpha) times as much as a failure (`exponential` only); the authors cap that at 20."""
+    """A success counts exp(alpha) times as much as a failure (`exponential` only); the authors try 0 to 40."""
     window: int = 4
     """Iterations whose episodes are imitated."""
     explore_size: float = 0.1

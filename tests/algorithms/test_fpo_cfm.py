@@ -55,12 +55,12 @@ def test_the_authors_numbers(ratio):
 
 
 @pytest.mark.parametrize("objective", ["clip", "spo", "aspo"])
-@pytest.mark.parametrize("numbers", ["mean", "sum"])
-def test_gradient_is_that_of_finite_differences(objective, numbers):
+@pytest.mark.parametrize(("numbers", "huber"), [("mean", 0.0), ("steps", 0.0), ("steps", 0.5)])
+def test_gradient_is_that_of_finite_differences(objective, numbers, huber):
     n = 6
     policy, taken = copy_of_the_golden_flow(), seen(n, latent=formula(7, n, 2, 2))
     taken = dataclasses.replace(taken, mask=torch.tensor([[1.0, 0.0], [1.0, 1.0]] * 3, dtype=torch.float64))
-    algorithm = FPOCFM(settings(numbers=numbers), policy, BUDGET, 0)
+    algorithm = FPOCFM(settings(numbers=numbers, huber=huber), policy, BUDGET, 0)
     tau, eps, advantage = (formula(9, n, 3) + 1) / 2, formula(8, n, 3, 2, 2), formula(5, n)
     old = algorithm.score(policy, taken, torch.arange(n), tau, eps).logp.detach()
     with torch.no_grad():
@@ -93,8 +93,22 @@ def test_chunk_loss_counts_what_was_executed():
     error = torch.arange(8.0).view(1, 1, 4, 2).repeat(1, 2, 1, 1)
     error[:, 1] *= 10
     mask = torch.tensor([[1.0, 1.0, 0.0, 0.0]])
-    assert chunk_loss(error, mask, "sum").tolist() == [[6.0, 60.0]]
+    assert chunk_loss(error, mask, "steps").tolist() == [[3.0, 30.0]]  # (0 + 1) / 2 and (2 + 3) / 2 are executed
     assert chunk_loss(error, mask, "mean").tolist() == [[1.5, 15.0]]
+
+
+def test_the_loss_of_fpo_plus_plus():
+    """Of the manipulation code (`get_cfm_loss`, `forward_fpo`, and the chunk's sum of its trainer): Huber's kernel of
+    each number, twice torch's, the mean over an action's numbers and the sum over executed steps; gradients as well."""
+    error = (2 * formula(3, 2, 3, 4, 5)).requires_grad_(True)
+    mask = torch.tensor([[1.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0]], dtype=torch.float64)
+    kernel = 2 * torch.nn.functional.huber_loss(error, torch.zeros_like(error), reduction="none", delta=0.5)
+    assert 0 < (error.abs() > 0.5).double().mean() < 1
+    expected = (kernel.mean(-1) * mask[:, None]).sum(-1)
+    found = chunk_loss(error**2, mask, "steps", 0.5)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    slopes = [torch.autograd.grad(loss.sum(), error)[0] for loss in (found, expected)]
+    torch.testing.assert_close(*slopes, rtol=1e-12, atol=0)
 
 
 def test_padding_of_the_latent_does_not_count():
@@ -163,7 +177,8 @@ def test_metrics_have_no_entropy_and_say_the_loss_of_fresh_draws():
 
 @pytest.mark.parametrize(
     "bad",
-    [{"draws": 0}, {"tau_min": 1.0}, {"clip_eps": 0.0}, {"log_ratio_limit": 0.0}, {"critic_width": 0}, {"lr": 0.0}],
+    [{"draws": 0}, {"tau_min": 1.0}, {"clip_eps": 0.0}, {"log_ratio_limit": 0.0}, {"huber": -1.0}, {"critic_width": 0}]
+    + [{"lr": 0.0}],
     ids=str,
 )
 def test_settings_out_of_range(bad):
