@@ -127,10 +127,9 @@ class TPO(Algorithm):
         # windows that GRAPE compares are equally long.
         length = taken.episode.bincount()
         if not self.tokens:
-            with torch.no_grad():
-                numbers = torch.cat([taken.mask[i].sum(1) * policy.action_dim for i in rows.values()])
-                errors = -2 * s.deviation**2 * torch.cat([score(i) for i in rows.values()])
-                metrics["cfm_loss"] = float((errors / numbers).mean())
+            with torch.no_grad():  # also of groups without pairs, which no gradient step sees
+                errors = -2 * s.deviation**2 * torch.cat([score(i) for i in torch.arange(len(taken)).split(128)])
+                metrics["cfm_loss"] = float((errors / (taken.mask.sum(1) * policy.action_dim)).mean())
         with self._at_reference(), torch.no_grad():
             reference = {group: score(i) for group, i in rows.items()}
         seen: dict[str, list[float]] = {"loss": [], "preferred": [], "won": [], "lost": []}
