@@ -87,11 +87,11 @@ def _run(args: list[str]) -> int:
             raise BenchError(f"resume: {resume.resume} is an evaluation, and only runs resume; evaluate again")
         changes = {"workers": resume.workers} if resume.workers else {}
         config = RunConfig.from_dict({**stored, **changes, "out": resume.resume})
-        tracker, keep, processes = resume.tracker, resume.keep, resume.processes
+        tracker, keep, processes, base_from = resume.tracker, resume.keep, resume.processes, ""
     else:
         options = parse_run(args)
         config, tracker = run_config(options), options.tracker
-        keep, processes = options.keep, options.processes
+        keep, processes, base_from = options.keep, options.processes, options.base_from
     check_range("processes", processes, 1, MOST_PROCESSES)
     check_tracker(tracker)
     if keep < 1:
@@ -108,7 +108,7 @@ def _run(args: list[str]) -> int:
         from .run import run
 
         with joined():
-            run(config, resume=resuming, tracker=tracker, keep=keep)
+            run(config, resume=resuming, tracker=tracker, keep=keep, base_from=base_from)
     except KeyboardInterrupt:
         if ranks > 1:
             return 130  # the launcher tells

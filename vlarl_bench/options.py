@@ -80,6 +80,9 @@ class Run(Generic[Settings]):
     """Where metrics are shown besides the run folder: wandb (offline), tensorboard or trackio."""
     keep: int = 2
     """Newest checkpoints that stay, of one per round; `vlarl-bench analyze` shows the policy of each."""
+    base_from: str = ""
+    """Folder of runs, of which one may have played the same base evaluation on this code and machine: it is then taken
+    from there, as the cells of a sweep do."""
     processes: int = 1
     """Processes that share the run, each with --workers, --slots and --threads of its own; torchrun starts them on
     several machines. Another number gives results that differ in rounding."""
@@ -460,7 +463,17 @@ def to_arguments(config: RunConfig) -> list[str]:
     for name, value in _differing(dataclasses.asdict(config.settings), defaults).items():
         args += _argument(f"algo.{name}", value)
     for field in dataclasses.fields(Run):
-        if field.name in ("algo", "suite", "settings", "budget", "numbers", "tracker", "keep", "processes"):
+        if field.name in (
+            "algo",
+            "suite",
+            "settings",
+            "budget",
+            "numbers",
+            "tracker",
+            "keep",
+            "processes",
+            "base_from",
+        ):
             continue
         value = getattr(config, field.name)
         if field.name in ("freeze", "tasks"):

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import registry
+from .base_rows import played_by_another
 from .checkpoint import load_checkpoint, load_latest, save_checkpoint
 from .config import EvalConfig, RunConfig
 from .device import find_device
@@ -44,10 +45,11 @@ if TYPE_CHECKING:
     from .suite import Demonstration
 
 
-def run(config: RunConfig, resume: bool = False, tracker: str = "", keep: int = 2) -> Path:
+def run(config: RunConfig, resume: bool = False, tracker: str = "", keep: int = 2, base_from: str = "") -> Path:
     """Runs or, with `resume`, continues `config`; prints the table and returns the run folder. `tracker` names one of
-    `trackers.TRACKERS`; the newest `keep` checkpoints stay. Where a launcher started several processes
-    (`distributed.joined`), all of them call this and share the work, and the first one writes.
+    `trackers.TRACKERS`; the newest `keep` checkpoints stay; of the runs in the folder `base_from` one may have played
+    the base evaluation already. Where a launcher started several processes (`distributed.joined`), all of them call
+    this and share the work, and the first one writes.
 
     Raises:
         BenchError: for whatever the user can mend, if possible before anything heavy starts.
@@ -89,6 +91,7 @@ def run(config: RunConfig, resume: bool = False, tracker: str = "", keep: int = 
             raise BenchError(f"resume: {out} has rows of later rounds but no checkpoint to go on from; start a new run")
         if restored is None:
             if plan.base is not None:  # random weights solve nothing
+                _take_over(plan, policy, base_from, log, progress)
                 _evaluate(plan, "base", 0, policy, pool, log, progress, NOTHING)
             if rank() == 0:
                 save_checkpoint(out / "checkpoints", 0, state(policy, algorithm, log, metrics))
@@ -285,6 +288,17 @@ def _pool(plan: Plan, out: Path, progress: Progress) -> Pool:
     return Pool(plan.suite, plan.protocol, plan.config.workers, on_loss=tell)
 
 
+def _take_over(plan: Plan, policy: Policy, base_from: str, log: EpisodeLog, progress: Progress) -> None:
+    """Has the log begin with the base evaluation of another run in this folder, if one has played the same."""
+    if not base_from:
+        return
+    checkpoint = same_hash(policy)
+    other, rows = from_first(played_by_another(plan, checkpoint, Path(base_from)) if rank() == 0 else ("", []))
+    if other:
+        log.append_all(rows)
+        progress.say(f"base evaluation: {len(rows)} episodes, the same as {other} has played, are taken from there")
+
+
 def _evaluate(
     plan: Plan,
     phase: Phase,
@@ -315,6 +329,8 @@ def _evaluate_decoded(
     spent: Spent,
 ) -> None:
     jobs = [job for job in plan.eval_jobs(decoding) if plan.key(phase, iteration, job, decoding) not in log]
+    if not jobs:
+        return
     protocol = dataclasses.replace(plan.protocol, decoding=decoding)
     name = {"base": "base evaluation", "final": "final evaluation"}.get(phase, "evaluation")
     name += "" if decoding == plan.protocol.decoding else " without noise"

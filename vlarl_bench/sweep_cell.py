@@ -150,7 +150,8 @@ def _arguments(config: RunConfig, tracker: str) -> list[str]:
     """The command that starts a cell's run or, if it had begun, continues it."""
     from .options import to_arguments
 
-    start = ["run", "--resume", config.out] if begun(config) else to_arguments(config)
+    shared = ["--base-from", str(Path(config.out).parent)]
+    start = ["run", "--resume", config.out] if begun(config) else [*to_arguments(config), *shared]
     return [*start, *(["--tracker", tracker] if tracker else [])]
 
 

@@ -163,7 +163,7 @@ def run_here(sweep: Sweep, cells: Sequence[tuple[Cell, int]]) -> None:
             continue
         try:
             with beating(claim):
-                run(config, resume=begun(config), tracker=sweep.file.tracker)
+                run(config, begun(config), tracker=sweep.file.tracker, base_from=str(Path(config.out).parent))
         except KeyboardInterrupt:
             claim.end("interrupted", "stopped by Ctrl-C")
             raise
