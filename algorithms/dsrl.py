@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from vlarl_bench.algorithm import Algorithm
+from vlarl_bench.config import added
 from vlarl_bench.decisions import decisions
 from vlarl_bench.errors import BenchError
 from vlarl_bench.lazy import lazy_import
@@ -39,7 +40,7 @@ class DSRLSettings:
 
     bound: float = 0.7
     """b: every number of the noise lies in [-b, b]; authors 1 on LIBERO, 1.5 on square."""
-    repeat: bool = False
+    repeat: bool = added(False, before=False)
     """Whether a chunk's noise is that of one action, repeated along it (the authors with pi0), or of each of its own
     (the authors with diffusion policies)."""
     utd: float = 1.0
@@ -58,7 +59,7 @@ class DSRLSettings:
     """Hidden width of the actor, two layers; authors three of 128 (LIBERO) or 2048 (square)."""
     critics: int = 2
     """Members of the Q-ensemble; authors 10 (LIBERO) or 2 (square)."""
-    critic_reduction: Literal["min", "mean"] = "min"
+    critic_reduction: Literal["min", "mean"] = added("min", before="min")
     """Which of their values counts: the least (SAC, the authors on square), or the mean (the authors on LIBERO)."""
     critic_lr: float = 3e-4
     """Critic learning rate (Adam, authors)."""
@@ -130,7 +131,8 @@ class DSRL(Algorithm):
         self.replay: dict[str, Tensor] = {}
 
     def act(self, policy: NoisePolicy, context: Any, generators: Sequence[torch.Generator] | None) -> Sample:
-        """The policy's own decoding, with its noise as trace. Until the first update that is N(0, I), cut off at b."""
+        """The policy's own decoding, with its noise as trace. Until the first update that is N(0, I), cut off at b and
+        repeated where it is to be."""
         noise = policy.start(context, generators).clamp(-self.settings.bound, self.settings.bound)
         noise = self.steering.spread(noise)
         return dataclasses.replace(policy.decode(context, noise), trace=noise)
@@ -156,7 +158,8 @@ class DSRL(Algorithm):
 
     def step(self, batch: dict[str, Tensor], now: Tensor, later: Tensor) -> dict[str, float]:
         """One gradient step of temperature, critics and actor (Haarnoja et al., 2018, eq. 5, 7, 18), in the authors'
-        order; `now` and `later` [B, H, A] are draws of N(0, 1) for the noise at both ends of the transitions."""
+        order; `now` and `later` are draws of N(0, 1), of the shape of actions, for the noise at both ends of the
+        transitions."""
         s = self.settings
         action, logp = self._draw(batch["features"], now)
         temperature = self.log_temperature.detach().exp()

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from vlarl_bench.algorithm import Algorithm
+from vlarl_bench.config import added
 from vlarl_bench.decisions import decisions
 from vlarl_bench.errors import BenchError
 from vlarl_bench.lazy import lazy_import
@@ -57,7 +58,7 @@ class FPOCFMSettings:
     numbers: Literal["mean", "steps"] = "mean"
     """How the errors of a chunk's executed numbers become its loss. FPO takes the mean, of one action's; FPO++ that of
     each of a chunk's steps, and the sum over them (`steps`)."""
-    huber: float = 0.0
+    huber: float = added(0.0, before=0.0)
     """An error of a number counts squared up to this size, and in proportion beyond (2 huber |e| - huber^2), so that no
     outlier carries the loss; 0: squared whatever its size (FPO). FPO++ 0.1 to 1 by task."""
     objective: Literal["clip", "spo", "aspo"] = "clip"

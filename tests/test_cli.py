@@ -7,10 +7,6 @@ import pytest
 
 from vlarl_bench import registry
 from vlarl_bench.cli import main
-from vlarl_bench.config import BUDGETS, RunConfig
-from vlarl_bench.errors import BenchError
-from vlarl_bench.run_folder import claimed
-from vlarl_bench.sealed import read_sealed
 
 RUN = ["run", "--algo", "fpo", "--suite", "libero", "--no-video"]
 HEAVY = ("torch", "transformers", "mujoco", "libero", "robosuite", "scipy", "matplotlib", "pandas")
@@ -156,37 +152,6 @@ def test_a_folder_that_cannot_be_made(out, capsys, tmp_path, monkeypatch):
     assert error.startswith("vlarl-bench: error: ")
     assert out in error
     assert error.count("\n") == 1
-
-
-@pytest.mark.parametrize("name", [".", "run"])
-def test_a_read_only_folder(name, tmp_path):
-    """As somebody whom permissions stop, which root is not."""
-    words = "permission denied or read-only; change its permissions or choose another place"
-    settings = registry.get("algorithm", "sft").Settings()
-    config = RunConfig(
-        "sft", "libero", "pi0-tiny", BUDGETS["smoke"], settings, out=str(tmp_path / name), base="scratch"
-    )
-    tmp_path.chmod(0o555)
-    me = os.geteuid()
-    if me == 0:
-        os.seteuid(65534)
-    try:
-        with pytest.raises(BenchError, match=words), claimed(config, resume=False):
-            pass
-    finally:
-        os.seteuid(me)
-
-
-def test_a_folder_is_taken_once_and_given_back_if_nothing_was_started(tmp_path):
-    settings = registry.get("algorithm", "sft").Settings()
-    config = RunConfig("sft", "libero", "pi0-tiny", BUDGETS["smoke"], settings, str(tmp_path / "run"), base="scratch")
-    mine = claimed(config, resume=False)
-    out = mine.__enter__()
-    assert read_sealed(out / "config.json") == json.loads(json.dumps(config.to_dict()))
-    with pytest.raises(BenchError, match="exists; choose another folder"):
-        claimed(config, resume=False).__enter__()
-    assert mine.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None) is False
-    assert not list(tmp_path.iterdir())
 
 
 def test_more_tasks_than_the_prior_knows(capsys, tmp_path):

@@ -1,5 +1,6 @@
 import json
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -7,10 +8,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlarl_bench import registry
-from vlarl_bench.config import BUDGETS, MOST_SLOTS, MOST_WORKERS, Budget, RunConfig, check_settings, select_tasks
+from vlarl_bench.config import (
+    BUDGETS,
+    MOST_SLOTS,
+    MOST_WORKERS,
+    Budget,
+    RunConfig,
+    check_settings,
+    select_tasks,
+    settings_before,
+)
 from vlarl_bench.errors import BenchError
 from vlarl_bench.protocol import Protocol
 from vlarl_bench.sealed import write_sealed
+from vlarl_bench.sweep import plan_sweep
 from vlarl_bench.sweep_cell import begun
 
 FPO = registry.get("algorithm", "fpo").Settings
@@ -70,6 +81,26 @@ def test_runs_of_before_a_device_could_be_chosen_are_read_and_their_cells_go_on(
     assert begun(wanted)
     with pytest.raises(BenchError, match=r"config\.json: seed is 0, but the sweep's cell has 1"):
         begun(replace(wanted, seed=1))
+
+
+@pytest.mark.parametrize("name", [name for name in registry.names("algorithm") if settings_before(name)])
+def test_runs_of_before_a_setting_was_added_are_read_and_their_cells_go_on(name, tmp_path):
+    before = settings_before(name)
+    data = {"algorithms": [name], "policies": ["pi0-tiny"], "suites": ["libero"], "seeds": [0], "budget": "smoke"}
+    cell = plan_sweep({**data, "settings": {name: before}}, tmp_path / "sweep.toml").cells[0]
+    written = cell.config.to_dict()
+    stored = {**written, "settings": {k: v for k, v in written["settings"].items() if k not in before}}
+    assert stored != written and RunConfig.from_dict(stored) == cell.config
+    other = {key: not value for key, value in before.items() if isinstance(value, bool)} or {
+        key: value + 1 for key, value in before.items()
+    }
+    changed = plan_sweep({**data, "settings": {name: other}}, tmp_path / "sweep.toml").cells[0]
+    assert changed.name != cell.name
+    run = Path(cell.config.out)
+    run.mkdir(parents=True)
+    (run / "manifest.json").touch()
+    write_sealed(run / "config.json", stored)
+    assert begun(cell.config)
 
 
 def test_every_changed_setting_survives():

@@ -19,19 +19,21 @@ if TYPE_CHECKING:
     from .plan import Plan
     from .records import EpisodeRow
 
-SAME = ("policy", "lora", "threads", "device")
-"""Settings of a run on which its base rows depend beyond what rows say: how it computes."""
+SAME = ("policy", "suite", "seed", "lora", "slots", "threads", "device")
+"""What two runs must have been asked alike for their base rows to be the same, beyond what rows say."""
 
 
 def played_by_another(plan: Plan, checkpoint: str, folder: Path) -> tuple[str, list[EpisodeRow]]:
     """Name of a run in `folder` that has played all of this plan's base evaluation, with the base policy of hash
     `checkpoint`, on this code and machine; and its rows as this run would have written them. Nothing if there is none,
-    or if the code is not a commit's."""
+    or if the code is not a commit's. Raises BenchError if there is no such folder."""
+    if not folder.is_dir():
+        raise BenchError(f"base_from: {str(folder)!r}; there is no such folder")
     code = code_version()
-    if code.endswith((".dirty", "+unknown")):
+    if "+g" not in code or code.endswith(".dirty"):
         return "", []
     mine = plan.config.to_dict()
-    for run in sorted(folder.iterdir()) if folder.is_dir() else []:
+    for run in sorted(folder.iterdir()):
         if run.name == plan.name or not (run / "episodes.jsonl").is_file():
             continue
         try:

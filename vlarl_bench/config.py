@@ -123,7 +123,9 @@ class RunConfig:
             data = {"device": "cpu", **data}  # of before it could be chosen
         config = dict(read(RunConfig, data, "config"))
         settings = registry.get("algorithm", config["algorithm"]).Settings
-        config["settings"] = settings(**read(settings, config["settings"], "algo"))
+        given = config["settings"]
+        given = {**settings_before(config["algorithm"]), **given} if isinstance(given, Mapping) else given
+        config["settings"] = settings(**read(settings, given, "algo"))
         config["budget"] = Budget(**config["budget"])
         return RunConfig(**config)
 
@@ -206,6 +208,20 @@ def select_tasks(suite: Suite, wanted: tuple[str, ...], count: int, field: str =
             raise BenchError(f"{field}: {word!r} names {len(matches)} tasks; write {matches[0].key!r}")
         chosen.add(matches[0])
     return tuple(task for task in tasks if task in chosen)
+
+
+def added(default: Any, before: Any) -> Any:
+    """A field of an algorithm's settings that came later: runs whose configuration lacks it did as with `before`."""
+    return dataclasses.field(default=default, metadata={"before": before})
+
+
+def settings_before(algorithm: str) -> dict[str, Any]:
+    """Of an algorithm's settings those that were `added`, and what runs without them did; none of an algorithm that is
+    not here, such as another group's."""
+    if algorithm not in registry.names("algorithm"):
+        return {}
+    fields = dataclasses.fields(registry.get("algorithm", algorithm).Settings)
+    return {f.name: f.metadata["before"] for f in fields if "before" in f.metadata}
 
 
 def read(annotation: Any, value: Any, where: str) -> Any:

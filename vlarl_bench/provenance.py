@@ -106,6 +106,7 @@ def make_manifest(
     init_states: Sequence[int],
     repeats: int,
     noiseless: bool = False,
+    base_from: str = "",
     demonstrations: Mapping[str, Any] | None = None,
     trained: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -113,9 +114,9 @@ def make_manifest(
 
     tasks are `suite/task` keys; suite_tasks is how many tasks the whole suite has; each of base and final evaluation
     plays tasks x init_states x repeats episodes and, if noiseless, tasks x init_states without noise besides; reports
-    mark those that are missing. demonstrations says what the run learned from
-    (`demonstrations.describe_demonstrations`), where it learned from any; trained says of an evaluated policy how it
-    came from another one (`Plan.trained`), where it did.
+    mark those that are missing; base_from names the run whose base episodes were taken over, if any were.
+    demonstrations says what the run learned from (`demonstrations.describe_demonstrations`), where it learned from any;
+    trained says of an evaluated policy how it came from another one (`Plan.trained`), where it did.
     """
     learned_from = {} if demonstrations is None else {"demonstrations": dict(demonstrations)}
     learned_from |= {} if trained is None else {"trained": dict(trained)}
@@ -134,6 +135,7 @@ def make_manifest(
             "init_states": list(init_states),
             "repeats": repeats,
             "noiseless": noiseless,
+            **({"base_from": base_from} if base_from else {}),
         },
         **learned_from,
         "code": code_version(),

@@ -28,12 +28,11 @@ from .distributed import check_same, from_first, rank, world_size
 from .doctor import require_gl
 from .errors import BenchError, Diverged
 from .files import read_json, write_text_atomic
-from .film import film_run
 from .plan import NOTHING, Plan, Spent, plan_evaluation, plan_run
 from .pool import LostEpisode, Pool
 from .progress import Progress
 from .protocol import Decoding
-from .records import STOPPED, EpisodeLog, LostLog, Phase
+from .records import STOPPED, EpisodeLog, EpisodeRow, LostLog, Phase
 from .rollout import Episode, run_shared
 from .run_folder import as_begun, claimed, save_last_policy, write_manifest
 from .sealed import read_sealed, write_sealed
@@ -74,14 +73,19 @@ def run(config: RunConfig, resume: bool = False, tracker: str = "", keep: int = 
         policy = _first_policy(plan, demonstrations)
         adapt(policy, config)
         policy.to(device)
+        other, base_rows = _played_by_another(plan, policy, "" if resume else base_from)
         if rank() == 0:
-            write_manifest(plan, policy, out, learned_from)
+            write_manifest(plan, policy, out, learned_from, other)
         algorithm = method(config.settings, policy, config.budget, config.seed)
         log, metrics = _records(stack, out, tracker, config, progress)
         for found in (log, metrics):
             if found.torn:
                 progress.say(f"{found.path}: its last line had no end and was removed ({found.torn} bytes)")
         pool = stack.enter_context(_pool(plan, out, progress))
+        if other:
+            progress.say(
+                f"base evaluation: {other} has played the same, and its {len(base_rows)} episodes are taken over"
+            )
         progress.say(
             f"{config.algorithm} on {config.policy}: {len(plan.tasks)} of the {len(plan.suite.tasks)} tasks of "
             f"{config.suite}, protocol {plan.protocol.label}{f', {world_size()} processes' if world_size() > 1 else ''}"
@@ -91,7 +95,7 @@ def run(config: RunConfig, resume: bool = False, tracker: str = "", keep: int = 
             raise BenchError(f"resume: {out} has rows of later rounds but no checkpoint to go on from; start a new run")
         if restored is None:
             if plan.base is not None:  # random weights solve nothing
-                _take_over(plan, policy, base_from, log, progress)
+                log.append_all(base_rows)
                 _evaluate(plan, "base", 0, policy, pool, log, progress, NOTHING)
             if rank() == 0:
                 save_checkpoint(out / "checkpoints", 0, state(policy, algorithm, log, metrics))
@@ -127,6 +131,8 @@ def run(config: RunConfig, resume: bool = False, tracker: str = "", keep: int = 
         rows = log.rows
     _report(out)
     if config.video:
+        from .film import film_run
+
         before = {} if plan.base is None else {"before": plan.load_base().to(device)}
         film_run(plan, {**before, "after": policy}, rows, out)
     return out
@@ -147,6 +153,8 @@ def evaluate(config: EvalConfig) -> Path:
         _evaluate(plan, "eval", 0, policy, pool, log, progress, spent)
     _report(out)
     if config.video:
+        from .film import film_run
+
         film_run(plan, {"eval": policy}, log.rows, out)
     return out
 
@@ -288,15 +296,12 @@ def _pool(plan: Plan, out: Path, progress: Progress) -> Pool:
     return Pool(plan.suite, plan.protocol, plan.config.workers, on_loss=tell)
 
 
-def _take_over(plan: Plan, policy: Policy, base_from: str, log: EpisodeLog, progress: Progress) -> None:
-    """Has the log begin with the base evaluation of another run in this folder, if one has played the same."""
-    if not base_from:
-        return
+def _played_by_another(plan: Plan, policy: Policy, base_from: str) -> tuple[str, list[EpisodeRow]]:
+    """`played_by_another` of the first process, on all of them."""
+    if not base_from or plan.base is None:
+        return "", []
     checkpoint = same_hash(policy)
-    other, rows = from_first(played_by_another(plan, checkpoint, Path(base_from)) if rank() == 0 else ("", []))
-    if other:
-        log.append_all(rows)
-        progress.say(f"base evaluation: {len(rows)} episodes, the same as {other} has played, are taken from there")
+    return from_first(played_by_another(plan, checkpoint, Path(base_from)) if rank() == 0 else ("", []))
 
 
 def _evaluate(

@@ -67,8 +67,11 @@ def as_begun(plan: Plan, out: Path) -> Plan:
     return dataclasses.replace(plan, repeats=owed["repeats"], noiseless=bool(owed.get("noiseless")))
 
 
-def write_manifest(plan: Plan, policy: Policy, out: Path, demonstrations: dict[str, Any] | None) -> None:
-    """Writes the manifest; a resumed run keeps its own, and must still be the run that it describes."""
+def write_manifest(
+    plan: Plan, policy: Policy, out: Path, demonstrations: dict[str, Any] | None, base_from: str = ""
+) -> None:
+    """Writes the manifest; a resumed run keeps its own, and must still be the run that it describes. `base_from` names
+    the run that the base evaluation is taken from, if it is."""
     from .policies.store import content_hash
 
     config = plan.config
@@ -86,6 +89,7 @@ def write_manifest(plan: Plan, policy: Policy, out: Path, demonstrations: dict[s
         init_states=plan.protocol.eval_states[: plan.states],
         repeats=plan.repeats,
         noiseless=plan.noiseless,
+        base_from=base_from,
         demonstrations=demonstrations,
         trained=plan.trained if isinstance(config, EvalConfig) else None,
     )

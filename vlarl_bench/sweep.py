@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from . import registry
-from .config import BUDGETS, Budget, RunConfig, read
+from .config import BUDGETS, Budget, RunConfig, read, settings_before
 from .errors import BenchError
 from .files import explained
 from .plan import plan_run
@@ -230,6 +230,8 @@ def plan_sweep(data: Mapping[str, Any], path: Path) -> Sweep:
 def _cells(row: Row) -> Iterator[Cell]:
     """The row's cells, each with its folder name: readable, and with a digest of everything that decides its rows."""
     decides = {name: value for name, value in row.written.items() if name not in IGNORED}
+    before = settings_before(row.algorithm)  # cells keep the names that they had before there was a choice
+    decides["settings"] = {k: v for k, v in decides["settings"].items() if k not in before or v != before[k]}
     same = hashlib.sha256(json.dumps({**decides, "ablation": row.ablation}, sort_keys=True).encode())
     words = [row.algorithm, row.policy, row.suite, row.ablation]
     readable = "-".join(re.sub(r"[^A-Za-z0-9_]+", "_", word)[:40] for word in words if word != DEFAULT)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from . import attempts
 from .attempts import BEAT, Claim
-from .config import RunConfig
+from .config import RunConfig, settings_before
 from .errors import BenchError
 from .files import explained
 from .sealed import read_sealed
@@ -165,6 +165,8 @@ def begun(config: RunConfig) -> bool:
                 shutil.rmtree(run)
         return False
     stored, wanted = read_sealed(run / "config.json", older=True), config.to_dict()
+    if isinstance(stored.get("settings"), dict):
+        stored["settings"] = settings_before(config.algorithm) | stored["settings"]
     for field in wanted:
         if field not in ("out", "workers", "device") and stored.get(field) != wanted[field]:
             raise BenchError(

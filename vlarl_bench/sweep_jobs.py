@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from . import attempts, registry
 from .attempts import Attempt
+from .config import settings_before
 from .files import explained
 from .provenance import cores
 from .sealed import read_sealed, write_sealed
@@ -91,6 +92,7 @@ def packed_runs(sweep: Sweep) -> dict[str, Path]:
 
     def decides(config: Mapping[str, Any]) -> str:
         kept = {name: value for name, value in config.items() if name not in PLACE_AND_SPEED or name == "seed"}
+        kept["settings"] = settings_before(config["algorithm"]) | kept["settings"]
         return json.dumps(kept, sort_keys=True)
 
     def from_here(config: RunConfig, checkpoint: str) -> bool:

@@ -98,14 +98,14 @@ def test_the_surrogate_is_half_the_squared_error_at_stored_draws():
     algorithm, policy = start(ToyFlow, beta=0.4, lr=0.0, deviation=0.5, tau_min=0.3)
     with torch.no_grad():
         policy.b += 0.3
-    outcomes = [1, 0, 0, 1]
+    outcomes = [1, 0, 0, 1] + [1] * 4  # the second group has no pairs, and counts in `cfm_loss`
     rollout = play(algorithm, policy, outcomes)
     taken = decisions(policy, rollout)
     twin = torch.Generator().manual_seed(0)  # the algorithm's own generator draws the same
     n = len(taken)
     t, noise = 0.3 + 0.7 * torch.rand(n, 4, generator=twin), torch.randn(n, 4, 2, 2, generator=twin)
     base = ToyFlow(0, inputs=2)
-    ratio, errors = [0.0] * 4, []
+    ratio, errors = [0.0] * 8, []
     for i in range(n):
         view, x = taken.view(torch.tensor([i])), taken.latent[i : i + 1]
         now, then = (p.draw_loss(view, x, t[i : i + 1], noise[i : i + 1])[0, :, 0].detach() for p in (policy, base))

@@ -42,7 +42,9 @@ def test_stored_and_loaded_it_is_steered(spec, repeat, tmp_path):
     policy = steered(spec, repeat)
     context = encoded(policy, spec)
     save_policy(tmp_path / "policy", policy, {"made_by": "a test"})
-    assert read_policy(tmp_path / "policy")[0]["steering"] == {"bound": 0.8, "width": 16, "repeat": repeat}
+    assert read_policy(tmp_path / "policy")[0]["steering"] == {"bound": 0.8, "width": 16} | (
+        {"repeat": True} if repeat else {}  # as it was before there was a choice, so that hashes stay
+    )
     loaded = spec.load(tmp_path / "policy")
     assert content_hash(loaded) == content_hash(policy) != content_hash(make(spec))
     for generators in (seeds, lambda: None):
@@ -73,7 +75,7 @@ def test_what_cannot_be_steered():
     for wrong in ({"bound": 0.0}, {"bound": math.inf}, {"width": "x"}, {"repeat": 1}, {"repeat": None}):
         with pytest.raises(BenchError, match=r"^steering: .*bound"):
             steer(make(), {**fine, **wrong})
-    for bad in ({}, {"bound": 1.0, "width": 8}):
+    for bad in ({}, {"bound": 1.0}):
         with pytest.raises(BenchError, match=r"^steering: .*bound"):
             steer(make(), bad)
     policy = steered(PI0_TINY)

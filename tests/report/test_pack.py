@@ -78,6 +78,8 @@ def test_what_is_read_is_what_was_packed(folders, tmp_path):
         (["--out=x"], ["--out=fpo0"]),
         (["--base", "/home/me/runs/x/policy"], ["--base", "x/policy"]),
         (["--base=runs/x/policy"], ["--base=runs/x/policy"]),
+        (["--base-from", "/home/me/runs", "--out=x"], ["--out=fpo0"]),
+        (["--out=x", "--base-from=/home/me/runs"], ["--out=fpo0"]),
     ],
 )
 def test_the_command_of_a_packed_run_names_no_place(folders, tmp_path, asked, packed):

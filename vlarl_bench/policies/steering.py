@@ -52,7 +52,7 @@ class Steering(nn.Module):
     @property
     def config(self) -> dict[str, Any]:
         """What `steer` needs to make another of the same shape."""
-        return {"bound": self.bound, "width": self.width, "repeat": self.repeat}
+        return {"bound": self.bound, "width": self.width, **({"repeat": True} if self.repeat else {})}
 
     @property
     def ready(self) -> bool:
@@ -92,11 +92,11 @@ def steer(policy: NoisePolicy, config: Mapping[str, Any], seed: int = 0) -> Stee
     if policy.steering is not None:
         raise BenchError("base: a steered policy; its steering has its noise already, start from what it steers")
     try:
-        bound, width, repeat = float(config["bound"]), int(config["width"]), config["repeat"]
+        bound, width, repeat = float(config["bound"]), int(config["width"]), config.get("repeat", False)
         if not (0 < bound < math.inf and width >= 1 and isinstance(repeat, bool)):
             raise ValueError
     except (KeyError, TypeError, ValueError):
-        example = "{'bound': 1.0, 'width': 128, 'repeat': False}"
+        example = "{'bound': 1.0, 'width': 128}, and may have 'repeat': True"
         raise BenchError(f"steering: {config!r:.200}; it must be like {example}") from None
     made = Steering(policy.feature_dim, policy.chunk, policy.latent_dim, bound, width, repeat, seed)
     policy.steering = made.to(policy.device)

@@ -65,9 +65,12 @@ def read_entries(path: Path) -> list[Entry]:
 
 
 def _placed(argv: Sequence[str], name: str) -> list[str]:
-    """The command with `--out NAME`, and a base policy by the end of its path: where things lay on a machine is
-    nobody's business."""
+    """The command with `--out NAME`, a base policy by the end of its path, and no `--base-from`: where things lay on a
+    machine is nobody's business."""
     placed, change = list(argv), {"--out": lambda _: name, "--base": _anywhere}
+    for i in reversed(range(len(placed))):
+        if placed[i].partition("=")[0] == "--base-from":
+            del placed[i : i + (1 if "=" in placed[i] else 2)]
     for i, argument in enumerate(placed):
         option, equals, value = argument.partition("=")
         if equals and option in change:

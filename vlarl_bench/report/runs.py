@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ..config import settings_before
 from ..errors import BenchError
 from ..protocol import Protocol
 from ..records import STOPPED, EpisodeRow, Phase, is_torn, read_rows
@@ -203,14 +204,15 @@ class RunFolder:
     def settings(self) -> dict[str, Any]:
         """Everything in which runs of one experiment must agree, flat: `budget.iterations` -> 12. Of an evaluation of
         a fine-tuned policy, what that was trained with, as if it had been judged so at once."""
+        before = {f"settings.{name}": value for name, value in settings_before(self.manifest["algorithm"]).items()}
         if self.trained:
             judged = {"protocol": "protocol", "budget.eval_states": "states", "budget.eval_repeats": "repeats"}
             here = {name: self.config[was] for name, was in judged.items() if was in self.config}
-            return {**self.trained["settings"], **here}
+            return {**before, **self.trained["settings"], **here}
         flat = _flatten({name: value for name, value in self.config.items() if name not in PLACE_AND_SPEED})
         given = self.manifest.get("demonstrations")
         learned_from = {"demonstrations": given["digest"]} if given else {}
-        return flat | {"base": self.start} | learned_from  # a path says less than what was found there
+        return before | flat | {"base": self.start} | learned_from  # a path says less than what was found there
 
     @property
     def start(self) -> str:
