@@ -116,7 +116,7 @@ class DPPO(Algorithm):
     requires = frozenset({"chain"})
     learns_from = "rollouts"
     Settings = DPPOSettings
-    search = MappingProxyType({"lr": (1e-5, 3e-5, 1e-4), "clip_eps": (0.01, 0.03, 0.1), "epochs": (2, 4, 8)})
+    search = MappingProxyType({"lr": (3e-6, 1e-5, 3e-5), "clip_eps": (0.01, 0.03, 0.1), "epochs": (2, 4, 8)})
 
     def __init__(self, settings: DPPOSettings, policy: LikelihoodPolicy, budget: Budget, seed: int) -> None:
         from vlarl_bench.policies.noise import LearnedNoise

@@ -40,7 +40,7 @@ class DSRLSettings:
 
     bound: float = 0.7
     """b: every number of the noise lies in [-b, b]; authors 1 on LIBERO, 1.5 on square."""
-    repeat: bool = added(False, before=False)
+    repeat: bool = added(True, before=False)
     """Whether a chunk's noise is that of one action, repeated along it (the authors with pi0), or of each of its own
     (the authors with diffusion policies)."""
     utd: float = 1.0
@@ -52,7 +52,7 @@ class DSRLSettings:
     """Latest decisions that replay keeps; authors 10 million."""
     gamma: float = 0.99
     """Discount a decision; authors 0.999."""
-    lr: float = 1e-3
+    lr: float = 3e-4
     """Learning rate of the temperature, and of the actor, where it falls to 0 over the run (Adam); authors 1e-4 on
     LIBERO, 3e-4 on square, constant."""
     width: int = 128
@@ -110,7 +110,7 @@ class DSRL(Algorithm):
     requires = frozenset({"noise"})
     learns_from = "rollouts"
     Settings = DSRLSettings
-    search = MappingProxyType({"lr": (1e-4, 3e-4, 1e-3), "bound": (0.7, 1.0, 1.5), "temperature": (0.001, 0.01, 0.1)})
+    search = MappingProxyType({"lr": (1e-4, 3e-4, 1e-3), "bound": (0.7, 1.0, 1.5), "repeat": (False, True)})
 
     def __init__(self, settings: DSRLSettings, policy: NoisePolicy, budget: Budget, seed: int) -> None:
         from vlarl_bench.critics import QEnsemble

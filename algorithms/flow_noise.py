@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class FlowNoiseSettings:
     """Settings; where the authors' (pi0) differ, theirs are named."""
 
-    lr: float = 6e-5
+    lr: float = 2e-5
     """Actor learning rate (Adam); authors 5e-6 on 300 M parameters, which does not fall."""
     noise_lr: float = 3e-4
     """Learning rate of the noise network; authors the actor's, over many more gradient steps: in as few as here it
@@ -76,7 +76,7 @@ class FlowNoise(ReinFlow):
     name = "flow-noise"
     summary = "Flow-Noise (pi_RL): PPO on a flow with learned noise, joint density averaged over its steps"
     Settings = FlowNoiseSettings
-    search = MappingProxyType({"lr": (7e-6, 2e-5, 6e-5), "clip_eps": (0.1, 0.2, 0.3), "epochs": (2, 4, 8)})
+    search = MappingProxyType({"lr": (7e-6, 2e-5, 6e-5), "clip_eps": (0.05, 0.1, 0.2), "epochs": (2, 4, 8)})
 
     def score(self, policy: StochasticFlow, taken: Decisions, i: Tensor) -> Score:
         """[B, 1] mean over steps of the log-density of each one's executed numbers."""

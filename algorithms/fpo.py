@@ -52,7 +52,7 @@ LEARNERS = ("optimizer", "critic", "target", "critic_optimizer")
 class FPOSettings:
     """The paper gives no values; these are ours, found as docs/experiments.md tells."""
 
-    lr: float = 3e-5
+    lr: float = 1e-5
     """Actor learning rate (Adam) of the first iteration."""
     anneal_lr: bool = True
     """Whether the learning rate falls linearly towards 0 over the budget's iterations, as the other methods' does."""
@@ -64,7 +64,7 @@ class FPOSettings:
     """Stored (tau, eps) pairs a decision."""
     tau_min: float = 0.2
     """Smallest tau drawn (1 = noise) of flow policies (`draw_times` says why); the paper draws from all of [0, 1]."""
-    clip_eps: float = 0.05
+    clip_eps: float = 0.02
     """Clip range e of eq. 4; 0 turns clipping off (ablation)."""
     ratio: Literal["difference", "scaled", "standardised", "none"] = "difference"
     """rho from the loss change dl (eq. 2-3): `difference` exp(beta dl); `scaled` exp(beta dl / std);
@@ -176,7 +176,7 @@ class FPO(Algorithm):
     requires = frozenset({"denoising"})
     learns_from = "rollouts"
     Settings = FPOSettings
-    search = MappingProxyType({"lr": (3e-5, 1e-4, 3e-4), "clip_eps": (0.02, 0.05, 0.1), "epochs": (2, 4, 8)})
+    search = MappingProxyType({"lr": (3e-6, 1e-5, 3e-5), "clip_eps": (0.01, 0.02, 0.05), "epochs": (2, 4, 8)})
 
     def __init__(self, settings: FPOSettings, policy: DenoisingPolicy, budget: Budget, seed: int) -> None:
         """Raises BenchError if the settings need a velocity and the policy has none."""

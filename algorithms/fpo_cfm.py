@@ -42,7 +42,7 @@ else:
 class FPOCFMSettings:
     """Settings; where the authors' differ, theirs are named: FPO's, and FPO++'s for manipulation."""
 
-    lr: float = 3e-5
+    lr: float = 1e-5
     """Actor learning rate (Adam); FPO 3e-4, FPO++ 1e-5."""
     epochs: int = 4
     """Passes over an iteration's decisions; FPO 16, FPO++ 10."""
@@ -64,8 +64,8 @@ class FPOCFMSettings:
     objective: Literal["clip", "spo", "aspo"] = "clip"
     """Trust region: PPO's clip; SPO, a quadratic penalty; ASPO, the clip where the advantage is above 0, SPO elsewhere.
     FPO++ found ASPO to hurt when fine-tuning manipulation."""
-    clip_eps: float = 0.05
-    """Clip range, and SPO's (FPO); FPO++ 0.01 to 0.03 by task, of its sum over steps."""
+    clip_eps: float = 0.01
+    """Clip range, and SPO's; FPO 0.05, FPO++ 0.01 to 0.03 by task, of its sum over steps."""
     log_ratio_limit: float = 3.0
     """Log-ratios beyond it count as it (FPO), with gradients as if they did not (FPO++)."""
     gamma: float = 0.99
@@ -132,7 +132,7 @@ class FPOCFM(Algorithm):
     requires = frozenset({"denoising"})
     learns_from = "rollouts"
     Settings = FPOCFMSettings
-    search = MappingProxyType({"lr": (3e-5, 1e-4, 3e-4), "clip_eps": (0.02, 0.05, 0.1), "epochs": (2, 4, 8)})
+    search = MappingProxyType({"lr": (3e-6, 1e-5, 3e-5), "clip_eps": (0.005, 0.01, 0.05), "epochs": (2, 4, 8)})
 
     def __init__(self, settings: FPOCFMSettings, policy: DenoisingPolicy, budget: Budget, seed: int) -> None:
         self.settings = settings

@@ -92,7 +92,7 @@ class GRPO(Algorithm):
     requires = frozenset({"likelihood"})
     learns_from = "rollouts"
     Settings = GRPOSettings
-    search = MappingProxyType({"lr": (3e-5, 1e-4, 3e-4), "sde_level": (0.3, 0.5, 0.7), "epochs": (2, 4, 8)})
+    search = MappingProxyType({"lr": (1e-5, 3e-5, 1e-4), "sde_level": (0.3, 0.5, 0.7), "epochs": (2, 4, 8)})
 
     def __init__(self, settings: GRPOSettings, policy: LikelihoodPolicy, budget: Budget, seed: int) -> None:
         self.settings, self.group = settings, settings.group_size

@@ -35,8 +35,8 @@ else:
 class ReinFlowSettings:
     """Settings; where the authors' (Robomimic and Franka Kitchen) differ, theirs are named."""
 
-    lr: float = 4.5e-5
-    """Actor learning rate (AdamW; authors' from state, 3.5e-6 from pixels)."""
+    lr: float = 1.5e-5
+    """Actor learning rate (AdamW); authors 4.5e-5 from state, 3.5e-6 from pixels."""
     noise_lr: float = 3e-4
     """Learning rate of the noise network; authors the actor's, over many more gradient steps: in as few as here it
     would stay where it begins."""
@@ -46,17 +46,18 @@ class ReinFlowSettings:
     """Decisions a gradient step, each with its whole chain."""
     noise_least: float = 0.08
     """Smallest standard deviation of a step (authors')."""
-    noise_most: float = 0.16
-    """Largest standard deviation of a step (authors', 0.14 to 0.24)."""
+    noise_most: float = 0.14
+    """Largest standard deviation of a step (authors' for Robomimic; 0.16 to 0.24 elsewhere)."""
     noise_width: int = 64
     """Hidden width of the noise network (authors')."""
-    clip_eps: float = 0.01
-    """Clip range of the ratio (authors')."""
+    clip_eps: float = 0.002
+    """Clip range of the ratio; authors 0.01."""
     numbers: Literal["mean", "sum"] = "mean"
     """How the log-densities of a chain's numbers become that of the chain: the joint density is their sum, as in the
     paper; the authors' code takes the mean, and the clip range is meant for it."""
-    entropy: float = 0.01
-    """Weight of the mean entropy of a number (authors' for Robomimic, whose robot LIBERO has; 0.03 elsewhere)."""
+    entropy: float = 0.0
+    """Weight of the mean entropy of a number, which drives the noise to its most; with 0 it falls to its least. Authors
+    0.01 for Robomimic, whose robot LIBERO has, 0.03 for locomotion, 0 for shortcut models."""
     gamma: float = 0.99
     """Discount a decision (authors')."""
     gae_lambda: float = 0.3
@@ -109,7 +110,7 @@ class ReinFlow(Algorithm):
     requires = frozenset({"flow", "likelihood"})
     learns_from = "rollouts"
     Settings = ReinFlowSettings
-    search = MappingProxyType({"lr": (1.5e-5, 4.5e-5, 1.5e-4), "clip_eps": (0.005, 0.01, 0.03), "epochs": (2, 4, 8)})
+    search = MappingProxyType({"lr": (4.5e-6, 1.5e-5, 4.5e-5), "clip_eps": (0.001, 0.002, 0.01), "epochs": (2, 4, 8)})
 
     def __init__(self, settings: Any, policy: StochasticFlow, budget: Budget, seed: int) -> None:
         from vlarl_bench.policies.noise import LearnedNoise

@@ -49,7 +49,7 @@ class RWFMSettings:
     """Smallest t drawn (1 = noise) of flow policies (`draw_times` says why)."""
     weight: Literal["filtered", "exponential"] = "exponential"
     """`exponential`: exp(alpha R), R being success, 0 or 1; `filtered`: R, so failures do not count at all."""
-    alpha: float = 1.0
+    alpha: float = 5.0
     """A success counts exp(alpha) times as much as a failure (`exponential` only); the authors try 0 to 40."""
     window: int = 4
     """Iterations whose episodes are imitated."""
@@ -120,7 +120,7 @@ class RWFM(Algorithm):
     requires = frozenset({"denoising"})
     learns_from = "rollouts"
     Settings = RWFMSettings
-    search = MappingProxyType({"lr": (3e-5, 1e-4, 3e-4), "alpha": (1.0, 3.0, 6.0), "gradient_steps": (30, 60, 120)})
+    search = MappingProxyType({"lr": (3e-5, 1e-4, 3e-4), "alpha": (1.0, 5.0, 10.0), "gradient_steps": (30, 60, 120)})
 
     def __init__(self, settings: RWFMSettings, policy: DenoisingPolicy, budget: Budget, seed: int) -> None:
         self.settings = settings

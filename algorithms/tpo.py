@@ -40,12 +40,12 @@ else:
 class TPOSettings:
     """Settings; where GRAPE's value differs, it is named."""
 
-    lr: float = 1e-5
+    lr: float = 3e-6
     """Actor learning rate (Adam); GRAPE 2e-5 with LoRA on 7.5 B parameters."""
     epochs: int = 4
     """Passes over an iteration's groups; a gradient step takes all pairs of one group."""
-    beta: float = 0.1
-    """How much a nat of an episode's log-ratio counts (GRAPE); small values let the policy go far from the base."""
+    beta: float = 0.3
+    """How much a nat of an episode's log-ratio counts; GRAPE 0.1. Small values let the policy go far from the base."""
     group_size: int = 8
     """Episodes from each initial state; each success is paired with each failure."""
     temperature: float = 1.0
@@ -55,8 +55,8 @@ class TPOSettings:
     tau_min: float = 0.2
     """Smallest t drawn (1 = noise) of flow policies (`draw_times` says why)."""
     deviation: float = 0.1
-    """Standard deviation of the Gaussian under which the surrogate reads a denoising error. With `beta` 0.1 it makes
-    beta / deviation^2 = 10; Diffusion-DPO has some 90 in these units. At deviation 1 no pair is ever told apart, and
+    """Standard deviation of the Gaussian under which the surrogate reads a denoising error. With `beta` 0.3 it makes
+    beta / deviation^2 = 30; Diffusion-DPO has some 90 in these units. At deviation 1 no pair is ever told apart, and
     nothing holds the policy to the base."""
     grad_norm: float = 1.0
     """Largest gradient norm; longer gradients are scaled down to it."""
@@ -90,7 +90,7 @@ class TPO(Algorithm):
     requires = frozenset({"likelihood"})
     learns_from = "rollouts"
     Settings = TPOSettings
-    search = MappingProxyType({"lr": (3e-6, 1e-5, 3e-5), "beta": (0.03, 0.1, 0.3), "epochs": (2, 4, 8)})
+    search = MappingProxyType({"lr": (1e-6, 3e-6, 1e-5), "beta": (0.1, 0.3, 1.0), "epochs": (2, 4, 8)})
 
     def __init__(self, settings: TPOSettings, policy: Any, budget: Budget, seed: int) -> None:
         self.settings, self.group = settings, settings.group_size

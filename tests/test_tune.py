@@ -81,10 +81,10 @@ def test_settings_that_are_texts_or_truths_are_trials_as_well(tmp_path, monkeypa
 def test_what_a_file_varies_beyond_the_searched_is_told_as_well(tmp_path):
     file = tmp_path / "tuning.toml"
     written = trials(Tune(numbers=BUDGETS["smoke"], algo=("dsrl",), trials=2), tmp_path)
-    file.write_text(written.replace("settings = { ", "settings = { repeat = true, "))
+    file.write_text(written.replace("settings = { ", "settings = { critics = 3, "))
     lines = report(read_sweep(file)).splitlines()
-    assert "| trial | lr | bound | temperature | repeat | before | after | gradient steps | TFLOP |  |" in lines
-    assert [line.split(" | ")[4] for line in lines if re.match(r"\| \d", line)] == ["False", "True"]
+    assert "| trial | lr | bound | repeat | critics | before | after | gradient steps | TFLOP |  |" in lines
+    assert [line.split(" | ")[4] for line in lines if re.match(r"\| \d", line)] == ["2", "3"]
 
 
 def test_trials_are_runs_that_stay_and_are_not_run_again(tmp_path, monkeypatch):
@@ -99,7 +99,7 @@ def test_trials_are_runs_that_stay_and_are_not_run_again(tmp_path, monkeypatch):
     text = Path("tuning/trials.md").read_text()
     assert text in told
     default = registry.get("algorithm", "dsrl").Settings()
-    searched = rf"{default.lr:g} \| {default.bound:g} \| {default.temperature:g}"
+    searched = rf"{default.lr:g} \| {default.bound:g} \| {default.repeat}"
     assert re.search(rf"^\| 0 \| {searched} \| [01]/[12] \| [01]/[12] \|", text, flags=re.MULTILINE)
     assert "protocol `tuning`" in text
     assert "Best: trial " in text

@@ -14,7 +14,7 @@ from vlarl_bench.config import BUDGETS
 from vlarl_bench.errors import BenchError
 
 BUDGET = BUDGETS["smoke"]
-QUICK = {"utd": 0.1, "batch": 8, "width": 8, "critic_width": 8}
+QUICK = {"utd": 0.1, "batch": 8, "width": 8, "critic_width": 8, "repeat": False}
 
 
 def start(**changes):

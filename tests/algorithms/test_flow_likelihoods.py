@@ -39,7 +39,7 @@ def scored(cls, **changes):
 def golden_setup(cls):
     """The golden flow, its chain, and deviations that are the same everywhere."""
     policy, chain = copy_of_the_golden_flow(), torch.tensor(GOLDEN["chain"], dtype=torch.float64)
-    algorithm = make(cls, policy)
+    algorithm = make(cls, policy, **({"noise": 0.5} if cls is FlowSDE else {"noise_least": 0.08, "noise_most": 0.16}))
     learning = policy.actor_parameters()
     if cls is not FlowSDE:
         algorithm.noise.double()
@@ -149,7 +149,7 @@ def test_the_hybrid_draws_and_scores_one_random_step(numbers):
 
 
 def test_without_the_hybrid_all_steps_draw():
-    algorithm, policy, _, taken = scored(FlowSDE, hybrid=False)
+    algorithm, policy, _, taken = scored(FlowSDE, hybrid=False, noise=0.5)
     assert (taken.trace[:, -1] == -1).all()
     got = algorithm.score(policy, taken, torch.arange(3))
     found = policy.log_prob(taken.view(torch.arange(3)), taken.trace[:3, :-1], taken.mask[:3], 0.5)
@@ -228,7 +228,7 @@ def test_the_noise_network_learns_beside_the_actor_and_is_kept_in_the_state(cls)
 @LEARNED
 def test_an_entropy_bonus_makes_more_noise(cls):
     """With no advantage at all, entropy is all there is to gain."""
-    algorithm, policy, data, taken = scored(cls, entropy=1.0, lr=1e-2)
+    algorithm, policy, data, taken = scored(cls, entropy=1.0, lr=1e-2, noise_most=0.16)
     before = algorithm.score(policy, taken, torch.arange(4)).mean_entropy.item()
     for episode in data.episodes:
         episode.success = False

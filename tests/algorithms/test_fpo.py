@@ -237,7 +237,8 @@ def success_rate(policy, seed):
 )
 def test_it_learns_a_one_step_problem(changes):
     policy = ToyFlow(1)
-    algorithm = FPO(settings(lr=1e-2, minibatch=16, critic_steps=25, critic_width=32, **changes), policy, BUDGET, 0)
+    toy = {"lr": 1e-2, "clip_eps": 0.05, "minibatch": 16, "critic_steps": 25, "critic_width": 32}
+    algorithm = FPO(settings(**toy, **changes), policy, BUDGET, 0)
     before = success_rate(policy, 999)
     for i in range(12):
         metrics = algorithm.update(policy, rollout(policy, wants, 64, i, act=algorithm.act))

@@ -52,6 +52,7 @@ def stochastic(seed):
     return flow(seed, ToyStochasticFlow)
 
 
+# A policy of a dozen numbers takes other steps than one of a million: rates and trust regions are its own.
 CASES = {
     "ar-ppo": (ARPPO, tokens, {"lr": 3e-2}),
     "ar-ppo-chunk": (ARPPO, tokens, {"lr": 3e-2, "ratio": "chunk"}),
@@ -62,6 +63,7 @@ CASES = {
         flow,
         {
             "bound": 2.0,
+            "repeat": False,
             "utd": 0.2,
             "batch": 64,
             "lr": 3e-3,
@@ -71,18 +73,22 @@ CASES = {
             "temperature": 0.02,
         },
     ),
-    "fpo": (FPO, flow, {"lr": 2e-2}),
+    "fpo": (FPO, flow, {"lr": 2e-2, "clip_eps": 0.05}),
     "grpo": (GRPO, tokens, {"lr": 3e-2}),
     "grpo-rloo": (GRPO, tokens, {"lr": 3e-2, "baseline": "rloo"}),
     "grpo-chain": (GRPO, chain, {"lr": 1e-2, "noise": 0.3, "clip_chain": 0.1}),
     "grpo-flow": (GRPO, stochastic, {"lr": 1e-2, "clip_chain": 0.1}),
-    "tpo": (TPO, tokens, {"lr": 3e-2}),
-    "tpo-surrogate": (TPO, flow, {"lr": 2e-2}),
+    "tpo": (TPO, tokens, {"lr": 3e-2, "beta": 0.1}),
+    "tpo-surrogate": (TPO, flow, {"lr": 2e-2, "beta": 0.1}),
     "rwfm": (RWFM, flow, {**IMITATION, "alpha": 6.0}),
     "rwfm-filtered": (RWFM, flow, {**IMITATION, "weight": "filtered"}),
-    "fpo-cfm": (FPOCFM, flow, {"lr": 2e-2}),
-    "reinflow": (ReinFlow, stochastic, {"lr": 2e-2, "noise_least": 0.1, "noise_most": 0.3, "target_kl": 1.0}),
-    "flow-sde": (FlowSDE, stochastic, {"lr": 1e-2}),
+    "fpo-cfm": (FPOCFM, flow, {"lr": 2e-2, "clip_eps": 0.05}),
+    "reinflow": (
+        ReinFlow,
+        stochastic,
+        {"lr": 2e-2, "noise_least": 0.1, "noise_most": 0.3, "clip_eps": 0.01, "entropy": 0.01, "target_kl": 1.0},
+    ),
+    "flow-sde": (FlowSDE, stochastic, {"lr": 1e-2, "noise": 0.5}),
     "flow-noise": (FlowNoise, stochastic, {"lr": 1e-2, "noise_least": 0.1, "noise_most": 0.3}),
 }
 
