@@ -48,7 +48,7 @@ class ARPPOSettings:
     ratio: Literal["token", "chunk"] = "token"
     """What a ratio belongs to: each token, as in language models, or the whole chunk, as in VLA-RL, whose chunk is one
     action of 7 tokens; over a chunk of many more tokens the product of their ratios leaves the clip range at once."""
-    temperature: float = 0.8
+    temperature: float = 1.3
     """Softmax temperature while collecting; VLA-RL 1.5."""
     entropy: float = 0.0
     """Weight of the entropy bonus."""
