@@ -54,8 +54,9 @@ bench-sim: $(STAMP) ## speed of LIBERO and ALOHA against the stock environments 
 bench-policies: $(STAMP) ## speed of the policies, and of pi0 against transformers' own sampler
 	$(BIN)/python -m pytest tests/benchmarks/test_policy_speed.py --benchmark-only --benchmark-columns=min,median,rounds -s
 
-bench-updates: $(STAMP) ## cost of each method's update, and of FPO's draws with and without a shared prefix
+bench-updates: $(STAMP) ## cost of each method's update, of FPO's draws with and without a shared prefix; DPPO=CHECKOUT: DPPO's against its public implementation's
 	$(BIN)/python -m pytest tests/benchmarks/test_update_speed.py --benchmark-only --benchmark-columns=min,rounds -s
+	$(if $(DPPO),PYTHONPATH=. $(BIN)/python scripts/bench_dppo.py '$(DPPO)' --epochs 5)
 
 clean: ## remove .venv and caches (runs, demonstrations and results stay)
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis

@@ -119,8 +119,10 @@ def test_the_last_two_are_kept_and_a_repeated_iteration_is_replaced(tmp_path):
     restored = load_latest(tmp_path)
     assert restored is not None
     assert restored.state["x"].item() == 40
-    save_checkpoint(tmp_path, 5, {}, keep=1)
-    assert [path.name for path in checkpoints(tmp_path)] == ["000005"]
+    save_checkpoint(tmp_path, 5, {}, keep=1, also=3)
+    assert [path.name for path in checkpoints(tmp_path)] == ["000005", "000003"]
+    save_checkpoint(tmp_path, 6, {}, keep=1)
+    assert [path.name for path in checkpoints(tmp_path)] == ["000006"]
 
 
 def test_nothing_there_is_none(tmp_path):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vlarl_bench.distributed import descend
 from vlarl_bench.errors import Diverged
 from vlarl_bench.metering import Meter, check_finite
 
@@ -69,6 +70,15 @@ def test_a_gradient_that_is_not_finite_is_told_by_name_and_step():
     stray = torch.optim.SGD(critic.parameters(), lr=0.1)
     with Meter(net), pytest.raises(Diverged, match=r"a tensor of shape \(1, 3\) outside the policy"):
         learn(critic, x * float("inf"), stray)
+
+
+def test_the_tensor_that_is_told_is_the_one_whose_gradient_it_was():
+    """And not the first one, which a gradient norm that is no number would have made all of them into."""
+    net, x = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1)), torch.randn(5, 3)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    loss = net(x).square().mean() + float("inf") * net[1].bias.sum()
+    with Meter(net), pytest.raises(Diverged, match=r"the gradient of 1\.bias is not finite at gradient step 1"):
+        descend(optimizer, loss, 1.0)
 
 
 def test_numbers_that_are_not_finite_are_told_by_name():

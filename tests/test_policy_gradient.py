@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vlarl_bench.config import BUDGETS
-from vlarl_bench.errors import BenchError
+from vlarl_bench.errors import BenchError, Diverged
 from vlarl_bench.policy_gradient import (
     ActorCritic,
     Score,
@@ -231,6 +231,16 @@ def test_a_score_that_does_not_repeat_is_an_error():
         return Score((shift + 0.01 * next(calls))[None], torch.ones(1, 1, dtype=torch.bool), *nothing(i))
 
     with pytest.raises(BenchError, match=r"ratio: off 1 by 0\.01"):
+        step(score, shift, torch.ones(1))
+
+
+def test_a_score_that_is_no_number_has_destroyed_the_policy():
+    shift = torch.zeros(1, requires_grad=True)
+
+    def score(i):
+        return Score((shift + math.nan)[None], torch.ones(1, 1, dtype=torch.bool), *nothing(i))
+
+    with pytest.raises(Diverged, match="log-probabilities are not finite before the update"):
         step(score, shift, torch.ones(1))
 
 

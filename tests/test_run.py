@@ -219,8 +219,38 @@ def test_a_run_that_destroys_its_policy_stops_and_counts_as_it_was(toy, tmp_path
     assert [(row.checkpoint, row.success, row.iteration) for row in base] == [
         (row.checkpoint, row.success, row.iteration) for row in final
     ]
+    (line,) = {(row.env_steps, row.gradient_steps, row.flops > 0) for row in final}  # what was spent in vain, too
+    trained = [row.steps for row in read_rows(folder / "episodes.jsonl") if row.phase == "train"]
+    assert line == (sum(trained), 1, True)
     note = f"destroyed was stopped in round 1, and is scored as it was before: {stopped['reason']}."
     assert note in (folder / "table.md").read_text()
+    before = outcome(folder)
+    vlarl("run", "--resume", folder)
+    assert outcome(folder) == before
+
+
+def test_a_collapsed_policy_counts_with_its_cost_and_the_one_that_last_succeeded_stays(toy, tmp_path, monkeypatch):
+    folder, rounds, played = tmp_path / "collapsed", [], training.run_shared
+
+    def failing(*given, **options):
+        episodes = played(*given, **options)
+        rounds.append(episodes)
+        for episode in episodes:
+            episode.success = len(rounds) == 1
+        return episodes
+
+    monkeypatch.setattr(training, "run_shared", failing)
+    monkeypatch.setattr(training, "COLLAPSED", 5)
+    vlarl(*TOY, "--out", folder)
+    stopped = read_sealed(folder / "stopped.json")
+    assert stopped["iteration"] == 3
+    assert stopped["reason"].endswith("the policy that last succeeded is checkpoint 0")
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["000000", "000001", "000002"]
+    rows = read_rows(folder / "episodes.jsonl")
+    trained = [row for row in rows if row.phase == "train"]
+    assert {row.iteration for row in trained} == {1, 2, 3}
+    final = [row for row in rows if row.phase == "final"]
+    assert {(row.iteration, row.env_steps) for row in final} == {(2, sum(row.steps for row in trained))}
     before = outcome(folder)
     vlarl("run", "--resume", folder)
     assert outcome(folder) == before

@@ -33,8 +33,11 @@ class Restored(NamedTuple):
     """One line for each newer checkpoint that was passed over because it is damaged."""
 
 
-def save_checkpoint(folder: str | os.PathLike[str], iteration: int, state: dict[Any, Any], keep: int = 2) -> Path:
-    """Writes `folder/000012` for iteration 12 and removes all but the newest `keep` checkpoints.
+def save_checkpoint(
+    folder: str | os.PathLike[str], iteration: int, state: dict[Any, Any], keep: int = 2, also: int | None = None
+) -> Path:
+    """Writes `folder/000012` for iteration 12 and removes all but the newest `keep` checkpoints and that of iteration
+    `also`.
 
     folder is the run's `checkpoints` folder. state nests dicts (keys str or int), lists and tuples of tensors, bool,
     int, float, str and None; anything else raises TypeError. A crash at any point leaves either the old or the new
@@ -68,7 +71,8 @@ def save_checkpoint(folder: str | os.PathLike[str], iteration: int, state: dict[
                 shutil.rmtree(temporary)
             raise
         for old in [path for path in checkpoints(folder) if path != target][max(keep, 1) - 1 :]:
-            shutil.rmtree(old)
+            if int(old.name) != also:
+                shutil.rmtree(old)
         for leftover in folder.glob(".*.tmp"):
             shutil.rmtree(leftover)
     return target

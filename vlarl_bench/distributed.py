@@ -202,7 +202,10 @@ def descend(optimizer: torch.optim.Optimizer, loss: Tensor, grad_norm: float) ->
             loss.backward()
     if world_size() > 1:
         _sum_gradients(parameters)
-    torch.nn.utils.clip_grad_norm_(parameters, grad_norm)
+    learned = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(learned)
+    if norm.isfinite():  # else scaling would spread that to all of them, and the Meter is to name the one
+        torch.nn.utils.clip_grads_with_norm_(parameters, grad_norm, norm)
     optimizer.step()
 
 

@@ -75,7 +75,7 @@ class Meter(TorchDispatchMode):
         super().__exit__(*error)
         for hook in self._hooks:
             hook.remove()
-        if error[0] is None:
+        if error[0] in (None, Diverged):  # of which all processes have the same
             self.flops += int(total(self._shared))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

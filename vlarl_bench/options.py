@@ -79,7 +79,8 @@ class Run(Generic[Settings]):
     tracker: str = ""
     """Where metrics are shown besides the run folder: wandb (offline), tensorboard or trackio."""
     keep: int = 2
-    """Newest checkpoints that stay, of one per round; `vlarl-bench analyze` shows the policy of each."""
+    """Newest checkpoints that stay, of one per round, besides that of the policy that last succeeded in training;
+    `vlarl-bench analyze` shows the policy of each."""
     base_from: str = ""
     """Folder of runs, of which one may have played the same base evaluation on this code and machine: it is then taken
     from there, as the cells of a sweep do."""
@@ -101,7 +102,8 @@ class Resume:
     tracker: str = ""
     """Where metrics are shown besides the run folder: wandb (offline), tensorboard or trackio."""
     keep: int = 2
-    """Newest checkpoints that stay, of one per round; `vlarl-bench analyze` shows the policy of each."""
+    """Newest checkpoints that stay, of one per round, besides that of the policy that last succeeded in training;
+    `vlarl-bench analyze` shows the policy of each."""
     processes: int = 1
     """Processes that share the run from here on; it need not be the number that began it."""
 

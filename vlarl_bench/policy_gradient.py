@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from .distributed import descend
-from .errors import BenchError
+from .errors import BenchError, Diverged
 from .lazy import lazy_import
 
 if TYPE_CHECKING:
@@ -282,7 +282,8 @@ def ascend(
     overflows; its gradient passes as if it did not. `old` is what all score before, where that is known. Stops before
     the first step at which the policy is `target_kl` from where it began (mean over units, estimator k3 of Schulman,
     2020). Metrics are means over the steps taken; `kl` is over the last epoch's, and says how far the policy went.
-    Raises BenchError if the first ratio is not 1, for then `score` gives the same policy two scores.
+    Raises BenchError if the first ratio is not 1, for then `score` gives the same policy two scores, and
+    Diverged if it is no number.
     """
     n = len(advantage)
     if old is None:
@@ -295,7 +296,9 @@ def ascend(
         log_ratio = log_ratio + (log_ratio.clamp(-log_ratio_limit, log_ratio_limit) - log_ratio).detach()
         ratio, units = log_ratio.exp(), now.mask.sum().clamp_min(1)
         off = (ratio.detach() - 1).abs()
-        if not seen["kl"] and not float(off.max()) <= 1e-3:  # also when it is not a number
+        if not seen["kl"] and not off.isfinite().all():
+            raise Diverged("the policy's log-probabilities are not finite before the update")
+        if not seen["kl"] and float(off.max()) > 1e-3:
             raise BenchError(
                 f"ratio: off 1 by {float(off.max()):.2g} before the first update; `score` must give the same policy "
                 "the same log-probabilities"

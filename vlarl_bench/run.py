@@ -117,13 +117,13 @@ def run(config: RunConfig, resume: bool = False, tracker: str = "", keep: int = 
             log.rewind(done)
             metrics.rewind(done)
             train(plan, config, policy, algorithm, demonstrations, done, pool, log, metrics, progress, keep)
-        done, spent = len(metrics.lines), spent_so_far(metrics)
+        done, spent = len(metrics.lines), _spent(out, metrics)
         _merge(policy)
         try:
             _evaluate(plan, "final", done, policy, pool, log, progress, spent)
         except Diverged as error:  # the last update left weights that are finite and decide on what is not
             policy = _without_last_round(plan, config, demonstrations, done, error, log, metrics, progress)
-            done, spent = len(metrics.lines), spent_so_far(metrics)
+            done = len(metrics.lines)
             _evaluate(plan, "final", done, policy, pool, log, progress, spent)
         if rank():
             return out
@@ -271,10 +271,18 @@ def _without_last_round(
     _merge(policy)
     if rank() == 0:  # in an order in which a kill at any point leaves what resuming goes on from
         shutil.rmtree(folder / f"{done:06d}")
-        write_sealed(Path(config.out) / STOPPED, {"iteration": done, "reason": str(error)})
+        stopped = {"iteration": done, "reason": str(error), "spent": spent_so_far(metrics)}
+        write_sealed(Path(config.out) / STOPPED, stopped)
     log.rewind(done - 1)
     metrics.rewind(done - 1)
     return policy
+
+
+def _spent(out: Path, metrics: TrackedMetrics) -> Spent:
+    """What training has cost, a round that was stopped included."""
+    stopped = read_sealed(out / STOPPED, older=True) if (out / STOPPED).exists() else {}
+    spent: Spent = stopped.get("spent") or spent_so_far(metrics)  # until 2026-11-29 it was not said
+    return spent
 
 
 def _merge(policy: Policy) -> None:

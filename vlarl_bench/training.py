@@ -46,9 +46,9 @@ def train(
     progress: Progress,
     keep: int,
 ) -> None:
-    """The rounds that are left; a checkpoint after each, of which the newest `keep` stay. If the policy is destroyed,
-    it is put back as it was after the last whole round, and the run is marked as stopped. Where the run has several
-    processes, the first one writes."""
+    """The rounds that are left; a checkpoint after each, of which the newest `keep` stay, and that of the policy that
+    last succeeded while collecting. If the policy is destroyed, it is put back as it was after the last whole round,
+    and the run is marked as stopped. Where the run has several processes, the first one writes."""
     budget, out = config.budget, Path(config.out)
     left = budget.iterations - done
     length, unit = (left * budget.episodes, "episodes") if demonstrations is None else (left, "rounds")
@@ -56,11 +56,14 @@ def train(
         return
     with progress.phase("fine-tuning" if plan.base else "training", total=length, unit=unit) as bar:
         for iteration in range(done + 1, budget.iterations + 1):
+            spent = spent_so_far(metrics)
             try:
-                line = _round(plan, config, policy, algorithm, demonstrations, iteration, pool, log, metrics, bar)
+                line = _round(
+                    plan, config, policy, algorithm, demonstrations, iteration, pool, log, metrics, spent, bar
+                )
             except Diverged as error:
                 if rank() == 0:
-                    write_sealed(out / STOPPED, {"iteration": iteration, "reason": str(error)})
+                    write_sealed(out / STOPPED, {"iteration": iteration, "reason": str(error), "spent": spent})
                 progress.say(f"stopped in round {iteration} of {budget.iterations}: {error}; it is scored as it was")
                 restored = load_latest(out / "checkpoints")
                 assert restored is not None
@@ -68,7 +71,8 @@ def train(
                 return
             metrics.append(line)
             if rank() == 0:
-                save_checkpoint(out / "checkpoints", iteration, state(policy, algorithm, log, metrics), keep)
+                content = state(policy, algorithm, log, metrics)
+                save_checkpoint(out / "checkpoints", iteration, content, keep, _last_good(log))
 
 
 def _round(
@@ -81,34 +85,39 @@ def _round(
     pool: Pool,
     log: EpisodeLog,
     metrics: MetricsLog,
+    spent: Spent,
     bar: Phase,
 ) -> dict[str, Any]:
-    """Collects, if the method learns from its own episodes, and updates; returns the round's metrics."""
+    """Collects, if the method learns from its own episodes, and updates; returns the round's metrics. `spent` grows by
+    what it costs, also where it ends in Diverged."""
     from .metering import Meter, check_finite, cpu_seconds
 
-    began, cpu, spent = time.monotonic(), cpu_seconds(), spent_so_far(metrics)
+    began, cpu = time.monotonic(), cpu_seconds()
     line: dict[str, Any] = {"iteration": iteration} | ({"processes": world_size()} if world_size() > 1 else {})
     data: Any = demonstrations
     if demonstrations is not None and world_size() > 1:
         same_hash(policy)
     if demonstrations is None:
         episodes = _collect(plan, config, policy, algorithm, iteration, pool, log, spent, bar)
-        _check_collapse(log)
         invalid = sum(episode.invalid for episode in episodes)
         line |= {"train_success": float(np.mean([e.success for e in episodes]))}
         line |= {"invalid_chunks": invalid} if invalid else {}
         spent["env_steps"] += sum(episode.steps for episode in episodes)
         spent["flops"] += _flops_of_acting(policy, algorithm, episodes, config.slots)
+        _check_collapse(log)
         horizon, execute = plan.protocol.horizon, plan.protocol.execute
         data = Rollout(
             _rewarded(plan, config, episodes, iteration),
             {task.suite: -(-horizon[task.suite] // execute) for task in plan.tasks},
         )
-    with Meter(policy) as meter:
-        line |= algorithm.update(policy, data)
+    meter = Meter(policy)
+    try:
+        with meter:
+            line |= algorithm.update(policy, data)
+    finally:
+        spent["gradient_steps"] += meter.gradient_steps
+        spent["flops"] += meter.flops
     check_finite(policy)
-    spent["gradient_steps"] += meter.gradient_steps
-    spent["flops"] += meter.flops
     taken = {"seconds": time.monotonic() - began, "cpu_seconds": total(cpu_seconds() - cpu)}
     for earlier in metrics.lines[-1:]:
         taken = {name: earlier.get(name, 0.0) + more for name, more in taken.items()}  # cpu_seconds: since 2026-11-28
@@ -160,7 +169,16 @@ def _check_collapse(log: EpisodeLog) -> None:
     """Raises Diverged where training had successes once and has had none for very long."""
     outcomes = [row.success for row in log.rows if row.phase == "train"]
     if any(outcomes[:-COLLAPSED]) and not any(outcomes[-COLLAPSED:]):
-        raise Diverged(f"collapsed: none of the last {COLLAPSED} training episodes succeeded, and earlier ones did")
+        raise Diverged(
+            f"collapsed: none of the last {COLLAPSED} training episodes succeeded, and earlier ones did; the policy "
+            f"that last succeeded is checkpoint {_last_good(log)}"
+        )
+
+
+def _last_good(log: EpisodeLog) -> int | None:
+    """The round after which the policy was as it last succeeded while collecting; None where it never did."""
+    last = max((row.iteration for row in log.rows if row.phase == "train" and row.success), default=None)
+    return None if last is None else last - 1
 
 
 def _flops_of_acting(policy: Policy, algorithm: Algorithm, episodes: Sequence[Episode], slots: int) -> int:
@@ -177,7 +195,7 @@ def _flops_of_acting(policy: Policy, algorithm: Algorithm, episodes: Sequence[Ep
 
 
 def spent_so_far(metrics: MetricsLog) -> Spent:
-    """What training has cost up to now."""
+    """What whole rounds of training have cost up to now."""
     return {name: line[name] for line in metrics.lines[-1:] for name in NOTHING} or dict(NOTHING)
 
 
