@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import math
 import textwrap
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,6 +31,7 @@ SHORT = {
     "critic_width": 16,
 }
 """Settings that only cost time here, for those methods that have them; all others are at their defaults."""
+METHODS = Path(__file__).parents[2] / "docs" / "methods"
 PAIRS = [(a, p) for a in ALGORITHMS for p in registry.names("policy") if registry.runs_on(a, p) and p not in SAME]
 
 
@@ -83,12 +85,12 @@ class TestDescription:
         assert imported("algorithm")[name] == []
 
 
-def start(name, stage, budget, seed=0):
+def start(name, stage, budget, seed=0, **changed):
     """A fresh algorithm and its own copy of the policy."""
     policy = copy.deepcopy(stage.policy)
     cls = registry.get("algorithm", name)
     known = {field.name for field in dataclasses.fields(cls.Settings)}
-    settings = cls.Settings(**{name: value for name, value in SHORT.items() if name in known})
+    settings = cls.Settings(**{name: value for name, value in (SHORT | changed).items() if name in known})
     return cls(settings, policy, budget, seed), policy
 
 
@@ -152,6 +154,27 @@ def test_update_trains_and_returns_finite_metrics(updated):
     after = updated.policy.state_dict()
     assert all(tensor.isfinite().all() for tensor in after.values() if tensor.is_floating_point())
     assert moved(updated.policy, updated.before) & updated.trainable
+
+
+def test_its_page_says_what_its_metrics_mean(updated):
+    page = METHODS / f"{updated.name}.md"
+    if not page.is_file():
+        pytest.skip("a plug-in's pages are elsewhere")
+    told = page.read_text() + (METHODS / "README.md").read_text()
+    for metrics in updated.metrics:
+        assert not [name for name in metrics if f"`{name}`" not in told]
+
+
+@pytest.mark.parametrize(("name", "policy_name"), [pair for pair in PAIRS if pair[1].endswith("-tiny")])
+def test_the_first_ratio_is_one(name, policy_name, bench, budget):
+    """Of all decisions, to rounding; what a run refuses is a hundred times as far from it."""
+    stage = bench(policy_name)
+    algorithm, policy = start(name, stage, budget, minibatch=10_000)
+    data = stage.data(algorithm, policy)
+    metrics = algorithm.update(policy, data)
+    clips = any("clip" in field.name for field in dataclasses.fields(algorithm.Settings))
+    assert clips == ("ratio_off_one" in metrics)
+    assert metrics.get("ratio_off_one", 0) < 1e-5
 
 
 def test_update_leaves_the_frozen_part_alone(updated):
