@@ -48,6 +48,8 @@ def publish(folder, form, shards=1, ddp=False):
         if hasattr(policy, part):
             prefix = "module." if ddp else ""
             stored = {prefix + k: v.contiguous() for k, v in getattr(policy, part).state_dict().items()}
+            if part == "proprio_projector":  # as OFT's training leaves it; what it holds is exact in both types
+                stored = {key: tensor.float() for key, tensor in stored.items()}
             save_file(stored, folder / f"{part}--150000_checkpoint.safetensors")
     policy.action_low.copy_(torch.tensor([-0.5] * 6 + [0]))
     policy.action_high.copy_(torch.tensor([1.5] * 6 + [1]))
@@ -100,7 +102,7 @@ def test_every_wrong_tensor_is_named(folder):
     del tensors["projector.fc3.bias"], tensors["vision_backbone.featurizer.norm.weight"]
     tensors["language_model.lora"] = torch.zeros(2)
     tensors["projector.fc1.bias"] = torch.zeros(3, dtype=torch.bfloat16)
-    tensors["projector.fc2.bias"] = tensors["projector.fc2.bias"].float()
+    tensors["projector.fc2.bias"] = tensors["projector.fc2.bias"].int()
     save_file(tensors, folder / "model.safetensors")
     refused(
         folder,
@@ -108,7 +110,7 @@ def test_every_wrong_tensor_is_named(folder):
         "lacks projector.fc3.bias; lacks vision_backbone.featurizer.norm.weight",
         "has unknown language_model.lora",
         "projector.fc1.bias is BF16 [3], should be BF16 [160]",
-        "projector.fc2.bias is F32 [32], should be BF16 [32]",
+        "projector.fc2.bias is I32 [32], should be BF16 [32]",
     )
 
 

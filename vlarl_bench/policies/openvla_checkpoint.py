@@ -68,6 +68,9 @@ def load_published(
     `unnorm_key` names the training data whose scales to use (`libero_object` finds `libero_object_no_noops` too); None
     takes the only one there is. `sizes` are what a checkpoint of another size has in place of `PUBLISHED`.
 
+    Whatever floating type is stored becomes bfloat16, in which the authors load every part: OFT's training keeps the
+    projector of proprioception in float32.
+
     Raises BenchError naming every tensor that is missing, surplus or of another shape, or the file that is unreadable.
     """
     folder = Path(folder)
@@ -93,7 +96,8 @@ def load_published(
         if files:
             expected = {k.removeprefix(f"{part}."): p for k, p in parameters.items() if k.startswith(f"{part}.")}
             stored = {key.removeprefix("module."): key for key in keys_in(files)}  # DDP's prefix
-            tensors |= {f"{part}.{key}": tensor for key, tensor in read_tensors(files, stored, expected).items()}
+            found = read_tensors(files, stored, expected)
+            tensors |= {f"{part}.{key}": tensor for key, tensor in found.items()}
     policy.load_state_dict(tensors, strict=True, assign=True)
     llama = policy.network.language_model.model
     llama.rotary_emb = type(llama.rotary_emb)(llama.config)  # its frequencies are computed, not stored

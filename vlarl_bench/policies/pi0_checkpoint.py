@@ -82,7 +82,7 @@ def load_published(
     own = {published_key(key): key for key, _ in policy.model.named_parameters()}
     parameters = dict(policy.model.named_parameters())
     expected: dict[str, Tensor] = {published: parameters[key] for published, key in own.items()}
-    found = read_tensors(files, stored, expected, cast=True)
+    found = read_tensors(files, stored, expected)
     tensors = {f"model.{own[published]}": tensor for published, tensor in found.items()}
     policy.load_state_dict(tensors | scales, strict=True, assign=True)
     policy.fill_buffers()

@@ -80,7 +80,7 @@ def load_published(
     stored = {key.removeprefix("model."): key for key in keys_in(files)}
     if HEAD in stored and TIED not in stored:  # a base checkpoint has both in one
         del expected[TIED]
-    tensors = read_tensors(files, stored, expected, cast=True)
+    tensors = read_tensors(files, stored, expected)
     if TIED not in tensors:
         tensors[TIED] = tensors[HEAD].clone()
     own = {parameters[key]: tensor for key, tensor in tensors.items()}

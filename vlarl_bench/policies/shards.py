@@ -39,13 +39,11 @@ def keys_in(files: Iterable[Path]) -> dict[str, Path]:
     return where
 
 
-def read_tensors(
-    files: Iterable[Path], stored: Mapping[str, str], expected: Mapping[str, Tensor], cast: bool = False
-) -> dict[str, Tensor]:
+def read_tensors(files: Iterable[Path], stored: Mapping[str, str], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors `expected` by name (shapes and types count), each in one of `files` under its key `stored[name]`.
 
-    All are checked before any is read; with `cast`, any floating type is taken, and turned into the one expected.
-    Raises BenchError naming every tensor that is missing, surplus or of another shape or type.
+    All are checked before any is read; any floating type is taken, and turned into the one expected. Raises BenchError
+    naming every tensor that is missing, surplus, of another shape or of no floating type.
     """
     files = list(files)
     where, wrong = keys_in(files), []
@@ -56,8 +54,7 @@ def read_tensors(
                     view = opened.get_slice(stored[name])
                     kind, shape = view.get_dtype(), list(view.get_shape())
                     right = DTYPES[expected[name].dtype]
-                    fits = kind in DTYPES.values() if cast else kind == right
-                    if not fits or shape != list(expected[name].shape):
+                    if kind not in DTYPES.values() or shape != list(expected[name].shape):
                         wrong.append(f"{name} is {kind} {shape}, should be {right} {list(expected[name].shape)}")
     problems = [f"lacks {name}" for name in sorted(expected.keys() - stored.keys())]
     problems += [f"has unknown {name}" for name in sorted(stored.keys() - expected.keys())] + sorted(wrong)
