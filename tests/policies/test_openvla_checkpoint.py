@@ -87,6 +87,17 @@ def test_a_folder_gives_the_policy_it_was_made_from(form, shards, tmp_path):
     assert (tmp_path / "one/model.safetensors").read_bytes() == (tmp_path / "two/model.safetensors").read_bytes()
 
 
+def test_float32_on_request(tmp_path):
+    made = publish(tmp_path / "published", {**OFT, "head": "l1"})
+    loaded = load_published(tmp_path / "published", dtype="float32", **SIZES)
+    own = dict(made.named_parameters())
+    for key, parameter in loaded.named_parameters():
+        assert parameter.dtype == torch.float32
+        assert torch.equal(parameter, own[key].float()), key
+    assert loaded.config["architecture"]["dtype"] == "float32"
+    refused(tmp_path / "published", "dtype: 'int8'; it must be 'float32' or 'bfloat16'", dtype="int8")
+
+
 def refused(folder, *needles, **arguments):
     told_in_one_line(lambda: load_published(folder, **{**SIZES, **arguments}), *needles)
 

@@ -135,6 +135,21 @@ def test_sampled_log_probability_is_the_teacher_forced_one():
         torch.testing.assert_close(scored.logp[row, :n], drawn, atol=1e-5, rtol=1e-5)
 
 
+def test_a_decision_scores_alike_in_batches_of_other_sizes():
+    """Also in bfloat16, as `ratio` demands; at widths where its rounding shows."""
+    policy = small(dtype="bfloat16", layers=6, head_dim=32, width=256, mlp=512)
+    with torch.no_grad():
+        context = policy.encode(policy.preprocess(observations() * 6))
+        trace = policy.explore(context, generators(*range(12)), 1.0).trace
+        whole = policy.log_prob(context, trace, torch.ones(12, 8), 1.0)
+        for size in (5, 1):
+            parts = torch.arange(12).split(size)
+            found = [policy.log_prob(context.index(i), trace[i], torch.ones(len(i), 8), 1.0) for i in parts]
+            for name in ("logp", "entropy", "mask"):
+                torch.testing.assert_close(torch.cat([getattr(part, name) for part in found]), getattr(whole, name))
+    assert whole.logp.std() > 0.1
+
+
 def test_nothing_before_the_opening_sees_it():
     policy = small()
     with torch.no_grad():

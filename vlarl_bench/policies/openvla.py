@@ -29,7 +29,7 @@ from .inputs import Batch, Rows, object_tokens, object_width, to_batch
 from .openvla_inputs import Prompts, from_bins, pixels, to_bins
 from .openvla_model import L1Head, OpenVLAArchitecture, OpenVLANetwork, ProprioProjector, Tower
 from .quantiles import Quantiles
-from .tokens import TokenPolicy, choose, likelihood, uniforms
+from .tokens import TokenPolicy, choose, likelihood, row_by_row, uniforms
 from .vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -264,6 +264,7 @@ class OpenVLA(_OpenVLA, TokenPolicy):
         latent = from_bins(index, a.bins).unflatten(1, (a.chunk, a.action_dim))
         return Sample(self.unnormalise(latent), latent, index[..., None])
 
+    @row_by_row
     def log_prob(self, context: Context, trace: Tensor, mask: Tensor, noise: float) -> LogProb:
         """Of a trace of bins [B, H A, 1] at temperature `noise`."""
         logp, entropy = likelihood(self.logits(context, trace[..., 0]), trace[..., 0], noise)

@@ -61,18 +61,23 @@ OFT: Mapping[str, Any] = {
 
 
 def load_published(
-    folder: Path | str, name: str = "openvla-7b", unnorm_key: str | None = None, **sizes: Any
+    folder: Path | str,
+    name: str = "openvla-7b",
+    unnorm_key: str | None = None,
+    dtype: str | None = None,
+    **sizes: Any,
 ) -> OpenVLA | OpenVLARegression:
     """The policy in a published folder; OFT's if an `action_head` lies beside the network.
 
     `unnorm_key` names the training data whose scales to use (`libero_object` finds `libero_object_no_noops` too); None
-    takes the only one there is. `sizes` are what a checkpoint of another size has in place of `PUBLISHED`.
-
-    Whatever floating type is stored becomes bfloat16, in which the authors load every part: OFT's training keeps the
-    projector of proprioception in float32.
+    takes the only one there is. `dtype` is `float32` or `bfloat16`; None is bfloat16, in which the authors load every
+    part whatever its file holds: OFT's training keeps the projector of proprioception in float32. `sizes` are what a
+    checkpoint of another size has in place of `PUBLISHED`.
 
     Raises BenchError naming every tensor that is missing, surplus or of another shape, or the file that is unreadable.
     """
+    if dtype not in (None, "float32", "bfloat16"):
+        raise BenchError(f"dtype: {dtype!r}; it must be 'float32' or 'bfloat16'")
     folder = Path(folder)
     config = read_json_object(folder / "config.json")
     if config.get("model_type") != "openvla":
@@ -84,6 +89,8 @@ def load_published(
     heads = {part: _beside(folder, part) for part in ("action_head", "proprio_projector")}
     shape = {**PUBLISHED, **(OFT if heads["action_head"] else ONE_IMAGE), **sizes}
     shape["proprio_token"] = heads["proprio_projector"] is not None
+    if dtype is not None:
+        shape["dtype"] = dtype
     try:
         tokenizer = (folder / "tokenizer.json").read_text()
     except (OSError, UnicodeDecodeError) as error:
