@@ -1,4 +1,7 @@
-"""OpenVLA from a folder as its authors publish it, by path: `openvla-7b`, its LIBERO fine-tunes, and OFT's.
+"""OpenVLA from a folder as its authors publish it, by path: `openvla-7b` and its LIBERO fine-tunes, and OFT's.
+
+Nothing in a folder says how its network decodes: OFT has OpenVLA's tensors, and what differs is Python. So the policy's
+name does, `openvla-7b` or `openvla-oft-7b`.
 
 Read are config.json, the safetensors (one file, or shards with their index), tokenizer.json and the statistics of the
 training data; the folder's Python files never run, and pickles are refused.
@@ -6,7 +9,7 @@ training data; the folder's Python files never run, and pickles are refused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +61,8 @@ OFT: Mapping[str, Any] = {
     "chunk": 8,
     "cameras": ("agentview", "robot0_eye_in_hand"),
 }
+OFT_TOKENS: Mapping[str, Any] = {**OFT, "head": "tokens", "cameras": ("agentview",)}
+"""OFT as SimpleVLA-RL has it, with nothing beside the network."""
 
 
 def load_published(
@@ -67,7 +72,8 @@ def load_published(
     dtype: str | None = None,
     **sizes: Any,
 ) -> OpenVLA | OpenVLARegression:
-    """The policy in a published folder; OFT's if an `action_head` lies beside the network.
+    """The policy in a published folder. That of `openvla-oft-7b` regresses if an `action_head` lies beside the network,
+    else it draws tokens; it looks at one camera where nothing lies there, for how many it was trained on is in no file.
 
     `unnorm_key` names the training data whose scales to use (`libero_object` finds `libero_object_no_noops` too); None
     takes the only one there is. `dtype` is `float32` or `bfloat16`; None is bfloat16, in which the authors load every
@@ -87,8 +93,12 @@ def load_published(
         read_json_object(statistics) if statistics.exists() else config.get("norm_stats"), unnorm_key
     )
     heads = {part: _beside(folder, part) for part in ("action_head", "proprio_projector")}
-    shape = {**PUBLISHED, **(OFT if heads["action_head"] else ONE_IMAGE), **sizes}
-    shape["proprio_token"] = heads["proprio_projector"] is not None
+    shape = {
+        **PUBLISHED,
+        **_form(name, heads, folder),
+        "proprio_token": heads["proprio_projector"] is not None,
+        **sizes,
+    }
     if dtype is not None:
         shape["dtype"] = dtype
     try:
@@ -109,6 +119,18 @@ def load_published(
     llama = policy.network.language_model.model
     llama.rotary_emb = type(llama.rotary_emb)(llama.config)  # its frequencies are computed, not stored
     return policy
+
+
+def _form(name: str, heads: Mapping[str, Sequence[Path] | None], folder: Path) -> Mapping[str, Any]:
+    """How the network decodes, and what it looks at. Raises BenchError for OFT's folder by OpenVLA's name."""
+    beside = [file.name for files in heads.values() for file in files or ()]
+    if name == "openvla-7b":
+        if beside:
+            raise BenchError(f"policy: {folder} has {', '.join(beside)}, so it is OFT's; take 'openvla-oft-7b'")
+        return ONE_IMAGE
+    if not beside:
+        return OFT_TOKENS
+    return OFT if heads["action_head"] else {**OFT, "head": "tokens"}
 
 
 def _scales(stats: Mapping[str, Any], policy: OpenVLA | OpenVLARegression) -> dict[str, Tensor]:

@@ -32,7 +32,18 @@ OPENVLA_7B = PublishedSpec(
     cameras=("agentview",),
     image_size=224,
     family=OPENVLA,
-    source="openvla/openvla-7b, its LIBERO fine-tunes or OFT's",
+    source="openvla/openvla-7b or its LIBERO fine-tunes",
+    checkpoint="vlarl_bench.policies.openvla_checkpoint",
+)
+OPENVLA_OFT_7B = PublishedSpec(
+    name="openvla-oft-7b",
+    summary="OpenVLA-OFT (7.5 B parameters) from a published folder, by tokens or by regression: one or two cameras",
+    capabilities=TOKENS,
+    observation="pixels",
+    cameras=("agentview",),
+    image_size=224,
+    family=OPENVLA,
+    source="an OpenVLA-OFT or SimpleVLA-RL checkpoint for LIBERO",
     checkpoint="vlarl_bench.policies.openvla_checkpoint",
 )
 PI0_TINY = PolicySpec(
