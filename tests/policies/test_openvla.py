@@ -10,7 +10,7 @@ import torch
 from vlarl_bench.errors import BenchError
 from vlarl_bench.policies.openvla import assemble
 from vlarl_bench.policies.openvla_inputs import from_bins, to_bins
-from vlarl_bench.policies.presets import OPENVLA_7B, OPENVLA_TINY, OPENVLA_TINY_PIXELS
+from vlarl_bench.policies.presets import OPENVLA_7B, OPENVLA_AR_TINY, OPENVLA_TINY, OPENVLA_TINY_PIXELS
 from vlarl_bench.policies.vocabulary import Vocabulary
 from vlarl_bench.suite import Embodiment, Observation
 
@@ -31,8 +31,7 @@ def reshape(policy, **changes):
 def build(form):
     if form == "pixels":
         return make(OPENVLA_TINY_PIXELS)
-    policy = make(OPENVLA_TINY)
-    return reshape(policy, decoding=form, frozen_layers=0, chunk=2) if form == "autoregressive" else policy
+    return reshape(make(OPENVLA_AR_TINY), chunk=2) if form == "autoregressive" else make(OPENVLA_TINY)
 
 
 @pytest.fixture(params=FORMS)
@@ -66,8 +65,10 @@ def executed(policy, n=4):
 
 
 def test_the_registered_sizes():
-    for spec in (OPENVLA_TINY, OPENVLA_TINY_PIXELS):
+    for spec in (OPENVLA_TINY, OPENVLA_TINY_PIXELS, OPENVLA_AR_TINY):
         policy = make(spec)
+        one_by_one = spec is OPENVLA_AR_TINY
+        assert policy.architecture.decoding == ("autoregressive" if one_by_one else "parallel")
         assert spec.capabilities == policy.capabilities
         assert 0.5e6 < sum(p.numel() for p in policy.parameters()) < 2.5e6
     with pytest.raises(BenchError, match="openvla-7b starts from a published folder"):

@@ -314,9 +314,9 @@ def assemble(
 
 
 def create(
-    spec: PolicySpec, embodiment: Embodiment, vocabulary: Sequence[str], seed: int
+    spec: PolicySpec, embodiment: Embodiment, vocabulary: Sequence[str], seed: int, **form: Any
 ) -> OpenVLA | OpenVLARegression:
-    """Random weights, at the sizes of `spec`; `vocabulary` are texts.
+    """Random weights, at the sizes of `spec`; `vocabulary` are texts, `form` more of `OpenVLAArchitecture`.
 
     Token ids: the words, then begin, separator and stop, then the bins, highest first.
     """
@@ -335,6 +335,7 @@ def create(
         hands=embodiment.hands,
         cameras=embodiment.cameras,
         image_size=spec.image_size,
+        **form,
     )
     return assemble(spec.name, architecture, words, seed)
 

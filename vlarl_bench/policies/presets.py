@@ -24,6 +24,13 @@ OPENVLA_TINY_PIXELS = PolicySpec(
     image_size=64,
     family=OPENVLA,
 )
+OPENVLA_AR_TINY = PolicySpec(
+    name="openvla-ar-tiny",
+    summary="OpenVLA scaled down to 0.8 M parameters, one token after another; sees what openvla-tiny does; no prior",
+    capabilities=TOKENS,
+    observation="state",
+    family="vlarl_bench.policies.openvla_autoregressive",
+)
 OPENVLA_7B = PublishedSpec(
     name="openvla-7b",
     summary="OpenVLA (7.5 B parameters) from a published folder: instruction and one camera (224 x 224)",
