@@ -63,6 +63,7 @@ def test_a_converted_checkpoint_loads_and_acts_and_is_stored_again_the_same(run,
     policy = run(parameters())
     loaded = OCTO_SMALL.load(tmp_path / "out")
     assert content_hash(loaded) == content_hash(policy)
+    assert loaded.model.checkpointed and not policy.model.checkpointed
     assert torch.equal(act(loaded), act(policy))
     assert act(loaded).shape == (2, 4, 7)
     save_policy(tmp_path / "again", loaded, {})

@@ -141,6 +141,26 @@ def test_the_future_and_padded_timesteps_are_not_seen():
     assert not torch.allclose(other[0][1, 1], readout[1, 1], atol=1e-3)
 
 
+def test_checkpointed_gradients_are_the_gradients():
+    """And each block is computed twice for them, but not without gradients."""
+    network, found, computed = small(), [], []
+    network.blocks[1].register_forward_pre_hook(lambda *_: computed.append(1))
+    for checkpointed in (False, True):
+        network.checkpointed = checkpointed
+        network.zero_grad()
+        readout, tokens, _ = network(*inputs(network))
+        (readout.sum() + tokens.square().sum()).backward()
+        found.append({name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None})
+    assert len(computed) == 3
+    with torch.no_grad():
+        network(*inputs(network))
+    assert len(computed) == 4
+    assert found[0].keys() == found[1].keys()
+    assert sum("blocks" in name for name in found[0]) > 2 * len(network.blocks)
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, msg=name)
+
+
 def test_cosine_schedule_by_hand():
     betas = cosine_betas(20)
     kept = (1 - betas).cumprod(0)
