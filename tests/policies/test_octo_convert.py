@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 
@@ -112,12 +113,28 @@ def test_missing_surplus_and_misshapen_parameters_are_named(run):
     bias = "octo_transformer/obs_primary_projection/bias"
     with pytest.raises(BenchError, match=r"lacks projections\.primary\.bias"):
         run({path: array for path, array in arrays.items() if path != bias})
-    with pytest.raises(BenchError, match=r"misshapen projections\.primary\.bias"):
+    with pytest.raises(BenchError, match=r"projections\.primary\.bias is \[31\], should be \[32\]"):
         run({**arrays, bias: np.zeros(31, np.float32)})
     with pytest.raises(BenchError, match="does not: octo_transformer/obs_depth_projection/kernel2"):
         run({**arrays, "octo_transformer/obs_depth_projection/kernel2": arrays[bias]})
     with pytest.raises(BenchError, match=r"has unknown projections\.depth\.bias"):
         run({**arrays, "octo_transformer/obs_depth_projection/bias": arrays[bias]})
+    six = [f"octo_transformer/obs_depth{i}_projection/kernel2" for i in range(6)]
+    with pytest.raises(BenchError, match=re.escape(", ".join(six))):
+        run({**arrays, **dict.fromkeys(six, arrays[bias])})
+    tells = ("LayerNorm_0/", "MlpBlock_0/Dense_0/")  # where the sizes are read from
+    few = [path for path in arrays if "encoderblock_1/" in path and path.endswith("/bias")]
+    few = [path for path in few if not any(part in path for part in tells)]
+    assert len(few) == 6
+    surplus = {path.replace("encoderblock_1", "encoderblock_9"): arrays[path] for path in few}
+    wrong = {path.replace("encoderblock_1", "encoderblock_0"): np.zeros((2, 2), np.float32) for path in few}
+    with pytest.raises(BenchError) as error:
+        run({**{path: array for path, array in arrays.items() if path not in few}, **surplus, **wrong})
+    for path in few:
+        key = torch_key(path)
+        other, misshapen = (key.replace("blocks.1", f"blocks.{i}") for i in (9, 0))
+        for phrase in (f"lacks {key}; ", f"has unknown {other}; ", f"{misshapen} is ["):
+            assert phrase in str(error.value)
     lost = "octo_transformer/readout_action_pos_embedding"
     with pytest.raises(BenchError, match=f"lacks '{lost}'"):
         run({path: array for path, array in arrays.items() if path != lost})

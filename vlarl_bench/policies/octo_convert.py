@@ -27,6 +27,7 @@ from ..files import read_json_object
 from .octo import FULL_SIZE, Octo, Subwords
 from .octo_model import VIEWS, OctoArchitecture
 from .presets import OCTO_SMALL
+from .shards import wrong_keys
 from .store import save_policy
 
 TRUNK = "octo_transformer/"
@@ -93,7 +94,7 @@ def convert_parameters(parameters: Mapping[str, np.ndarray]) -> dict[str, Tensor
     keys = {path: torch_key(path) for path in parameters}
     unknown = sorted(path for path, key in keys.items() if key is None)
     if unknown:
-        raise BenchError(f"checkpoint: has parameters that this network does not: {_some(unknown)}")
+        raise BenchError(f"checkpoint: has parameters that this network does not: {', '.join(unknown)}")
     return {
         str(keys[path]): torch.from_numpy(np.array(torch_array(path, array), np.float32, order="C"))
         for path, array in parameters.items()
@@ -197,14 +198,12 @@ def convert(
     architecture = architecture_of(config, {path: array.shape for path, array in parameters.items()})
     policy = Octo(_name(architecture), architecture, _subwords(tokenizer, architecture.max_words))
     tensors, own = convert_parameters(parameters), policy.model.state_dict()
-    wrong = {key for key in tensors.keys() & own.keys() if tensors[key].shape != own[key].shape}
-    for problem, keys in (
-        ("lacks", own.keys() - tensors.keys()),
-        ("has unknown", tensors.keys() - own.keys()),
-        ("has misshapen", wrong),
-    ):
-        if keys:
-            raise BenchError(f"checkpoint: {checkpoint} {problem} {_some(sorted(keys))}")
+    problems = wrong_keys(own, tensors)
+    for key in sorted(own.keys() & tensors.keys()):
+        if tensors[key].shape != own[key].shape:
+            problems.append(f"{key} is {list(tensors[key].shape)}, should be {list(own[key].shape)}")
+    if problems:
+        raise BenchError(f"checkpoint: {checkpoint}: {'; '.join(problems)}")
     policy.model.load_state_dict(tensors)
     for scale, values in zip((policy.action_mean, policy.action_std), _scales(statistics, statistics_key), strict=True):
         if values.shape != scale.shape:
@@ -258,10 +257,6 @@ def _leaves(tree: Mapping[str, Any], above: str = "") -> list[tuple[str, np.ndar
 
 def _count(shapes: Mapping[str, Any], pattern: str) -> int:
     return sum(bool(re.fullmatch(pattern, path)) for path in shapes)
-
-
-def _some(keys: list[str]) -> str:
-    return ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
 
 
 @dataclass(frozen=True)
