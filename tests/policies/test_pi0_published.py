@@ -15,8 +15,10 @@ from vlarl_bench.policies.pi0_checkpoint import published_key
 from vlarl_bench.policies.pi0_published import PublishedPi0, PublishedPi0Architecture
 from vlarl_bench.suite import Observation
 
+from .conftest import in_float64
 from .openvla_tiny import weight
 from .pi0_small import CAMERAS, small, tokenizer
+from .test_pi0 import learned, scores_what_it_drew
 
 HERE = Path(__file__).parent
 MANIFEST = json.loads((HERE / "pi0_manifest.json").read_text())
@@ -83,6 +85,15 @@ def test_draws_of_one_observation_are_as_if_each_were_alone():
         for k in range(3):
             alone = policy.velocity(context, x[:, k : k + 1], t[:, k : k + 1])
             torch.testing.assert_close(together[:, k : k + 1], alone)
+
+
+@pytest.mark.parametrize("noise", [0.5, "learned"])
+def test_a_decision_has_the_log_probability_that_it_was_drawn_with(noise, float64):
+    """Of the robot's own seven numbers of an action: what pads them to 32 is drawn too, and not scored."""
+    policy = small().double()
+    with torch.no_grad():
+        context = policy.encode(in_float64(batch())).index(torch.tensor([0, 1, 0, 1, 1]))
+    scores_what_it_drew(policy, context, learned(policy) if noise == "learned" else noise)
 
 
 def test_checkpointed_gradients_are_the_gradients():
