@@ -3,6 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from vlarl_bench.errors import BenchError
 from vlarl_bench.policies.presets import PI0_TINY, PI0_TINY_PIXELS
@@ -50,6 +51,19 @@ def told_in_one_line(load, *needles):
     assert "\n" not in str(error.value)
     for needle in needles:
         assert needle in str(error.value)
+
+
+def characters():
+    """The text of a tokenizer.json that loses nothing: ids are the code points of a text's characters."""
+    ids = {"<pad>": 0, "<unk>": 1, "<bos>": 2} | {chr(i): i for i in (10, *range(32, 127))}
+    made = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    return made.to_str()
+
+
+def spelled(ids):
+    """The text that ids of `characters` stand for."""
+    return "".join(map(chr, ids))
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from vlarl_bench.policies.pi0_fast_checkpoint import NAMES
 from vlarl_bench.policies.pi0_fast_published import FastPrompts, PublishedPi0Fast, PublishedPi0FastArchitecture
 from vlarl_bench.suite import Observation
 
+from .conftest import characters, spelled
 from .pi0_fast_small import fast, small, tokenizer
 from .pi0_small import CAMERAS
 from .test_fast_tokens import GOLDEN as FAST
@@ -66,6 +67,21 @@ def test_prompts_are_the_authors():
     words = policy.preprocess(observations()).words
     for row, expected in zip(words.tolist(), GOLDEN["prompt_tokens"], strict=True):
         assert row == expected + [0] * (200 - len(expected))
+
+
+def test_prompt_and_opening_literally():
+    prompts = FastPrompts(characters(), 8)
+    for (begin, *said), text in (
+        (prompts.encode(small().prompt(observations()[1])), GOLDEN["prompts"][1]),
+        (prompts.opening, "Action: "),
+    ):
+        assert (begin, spelled(said)) == (2, text)
+    seen = replace(observations()[0], proprio=np.linspace(-1, 1, 8, dtype=np.float32))
+    policy = small()
+    policy.proprio_low.fill_(-1)
+    policy.proprio_high.fill_(1)
+    # Bins of 1/128 from -1 on: 2/7 is 36.57 of them.
+    assert policy.prompt(seen) == "Task: pick up the milk, State: 0 36 73 109 146 182 219 255;\n"
 
 
 def test_everything_seen_matters():

@@ -15,7 +15,7 @@ from vlarl_bench.policies.pi0_checkpoint import published_key
 from vlarl_bench.policies.pi0_published import PublishedPi0, PublishedPi0Architecture
 from vlarl_bench.suite import Observation
 
-from .conftest import in_float64
+from .conftest import characters, in_float64, spelled
 from .openvla_tiny import weight
 from .pi0_small import CAMERAS, small, tokenizer
 from .test_pi0 import learned, scores_what_it_drew
@@ -144,6 +144,8 @@ def test_images_keep_their_proportion():
 
 
 def test_prompts():
+    begin, *said = PaliGemmaPrompts(characters()).encode("Pick up the MILK_1")
+    assert (begin, spelled(said)) == (2, "Pick up the MILK_1\n")
     prompts = PaliGemmaPrompts(tokenizer())
     assert prompts.encode("pick up the milk") == prompts.encode("pick up the milk\n") == [2, 10, 11, 12, 13, 108]
     with pytest.raises(BenchError, match="not a tokenizer"):
