@@ -23,6 +23,7 @@ SMALL = {"width": 32, "layers": 2, "heads": 4, "mlp": 48}
 STATISTICS = {
     "bridge_dataset": {"action": {"mean": [0.5] * 7, "std": [2.0] * 7, "mask": [True] * 6 + [False]}},
     "other": {"action": {"mean": [0.0] * 7, "std": [1.0] * 7}},
+    "short": {"action": {"mean": [0.0] * 7, "std": [1.0] * 6}},
 }
 
 
@@ -92,12 +93,24 @@ def test_each_parameter_is_where_it_was_put(run):
     assert own["positions.language"][2, 3] == arrays["octo_transformer/task_language_pos_embedding"][0, 2, 3]
 
 
-def test_actions_come_in_the_units_of_the_dataset(run):
+def test_actions_come_in_the_units_of_the_dataset(run, tmp_path):
     policy = run(parameters())
     latent = torch.ones(1, 4, 7)
-    assert policy.unnormalise(latent)[0, 0].tolist() == [2.5] * 6 + [1.0]  # the gripper is left as it is
-    with pytest.raises(BenchError, match="no 'brigde'; it has bridge_dataset, other"):
+    # The gripper is not scaled: 1 is open, which is LIBERO's -1, and 0 is shut.
+    assert policy.unnormalise(latent)[0, 0].tolist() == [2.5] * 6 + [-1.0]
+    latent[..., 6] = 0
+    actions = policy.unnormalise(latent)
+    assert actions[0, 0].tolist() == [2.5] * 6 + [1.0]
+    assert torch.equal(policy.normalise(actions), latent)
+    assert torch.equal(OCTO_SMALL.load(tmp_path / "out").unnormalise(latent), actions)
+    # Of a number that is scaled nothing is known.
+    other = run(parameters(), "other")
+    assert torch.equal(other.unnormalise(latent), latent)
+    assert torch.equal(other.normalise(latent), latent)
+    with pytest.raises(BenchError, match="no 'brigde'; it has bridge_dataset, other, short"):
         run(parameters(), "brigde")
+    with pytest.raises(BenchError, match="'short' has 6 actions, the checkpoint 7"):
+        run(parameters(), "short")
 
 
 def test_nothing_trains_the_text_encoder(run):

@@ -182,6 +182,19 @@ def test_standardised_convolution_by_hand():
     torch.testing.assert_close(found, 0.5 + (kernel - 4) / deviation, atol=1e-5, rtol=0)
 
 
+def test_pixels_by_hand():
+    """0, 51 and 255 are -1, -0.6 and 1, and so is black where a goal would be shown."""
+    network, shown = small(), []
+    for stem in network.stems.values():
+        stem.register_forward_pre_hook(lambda _, inputs: shown.append(inputs[0]))
+    colour = torch.tensor([0, 51, 255], dtype=torch.uint8)[:, None, None]
+    with torch.no_grad():
+        network.images([colour.expand(1, 2, 3, size, size) for size in network.architecture.camera_sizes])
+    for found, size in zip(shown, (32, 16), strict=True):
+        assert found.shape == (2, 6, size, size)
+        torch.testing.assert_close(found, torch.tensor([-1, -0.6, 1, -1, -1, -1])[:, None, None].expand_as(found))
+
+
 def test_images_are_resized_as_pillow_does():
     image = pixels(256, 256, 3)
     ours = resize(torch.from_numpy(image).permute(2, 0, 1), 128).permute(1, 2, 0).numpy()

@@ -78,6 +78,25 @@ def test_the_prefix_is_that_of_transformers(policy, spec):
     torch.testing.assert_close(context.pooled[:, :128], mean, atol=1e-6, rtol=0)
 
 
+def shown_to(policy, tower, seen):
+    """[images, 3, S, S] that a policy's vision tower is given."""
+    shown = []
+    tower.embeddings.register_forward_pre_hook(lambda _, inputs: shown.append(inputs[0]))
+    with torch.no_grad():
+        policy.encode(policy.preprocess([seen]))
+    (pixels,) = shown
+    return pixels
+
+
+def test_pixels_by_hand():
+    """0, 51 and 255 are -1, -0.6 and 1."""
+    policy, seen = make(PI0_TINY_PIXELS), observe(0, PI0_TINY_PIXELS)
+    seen.images["robot0_eye_in_hand"][:] = [0, 51, 255]
+    pixels = shown_to(policy, policy.model.model.vlm.vision_tower, seen)
+    assert pixels.shape == (2, 3, 64, 64)
+    torch.testing.assert_close(pixels[1], torch.tensor([-1, -0.6, 1])[:, None, None].expand(3, 64, 64))
+
+
 def test_pixel_cache_changes_nothing():
     policy = make(PI0_TINY_PIXELS)
     batch = policy.preprocess([observe(i, PI0_TINY_PIXELS, INSTRUCTIONS[i % 2]) for i in range(3)])

@@ -18,7 +18,7 @@ from vlarl_bench.suite import Observation
 from .conftest import characters, in_float64, spelled
 from .openvla_tiny import weight
 from .pi0_small import CAMERAS, small, tokenizer
-from .test_pi0 import learned, scores_what_it_drew
+from .test_pi0 import learned, scores_what_it_drew, shown_to
 
 HERE = Path(__file__).parent
 MANIFEST = json.loads((HERE / "pi0_manifest.json").read_text())
@@ -131,6 +131,16 @@ def test_scales_by_hand():
     assert latent.tolist() == [[[0.5] * 7 + [0.0] * 25]]
     assert policy.unnormalise(latent + 1).tolist() == [[[7.0] * 7]]
     assert policy.normalise_proprio(torch.full((1, 8), 7.0)).tolist() == [[10.0] * 8 + [0.0] * 24]  # not clipped
+
+
+def test_pixels_by_hand():
+    """0, 51 and 255 are -1, -0.6 and 1, and a border is -1."""
+    policy, wide = small(), np.full((20, 40, 3), [0, 51, 255], np.uint8)
+    seen = Observation("pick", np.zeros(8, np.float32), images=dict.fromkeys(CAMERAS, wide))
+    pixels = shown_to(policy, policy.model.model.vlm.vision_tower, seen)
+    assert pixels.shape == (2, 3, 28, 28)
+    torch.testing.assert_close(pixels[1, :, 7:21], torch.tensor([-1, -0.6, 1])[:, None, None].expand(3, 14, 28))
+    assert (pixels[:, :, :7] == -1).all()
 
 
 def test_images_keep_their_proportion():

@@ -196,6 +196,7 @@ def convert(
     config = read_json_object(checkpoint / "config.json")
     parameters = read_checkpoint(checkpoint, step)
     architecture = architecture_of(config, {path: array.shape for path, array in parameters.items()})
+    scales = _scales(statistics, statistics_key, architecture.action_dim)
     policy = Octo(_name(architecture), architecture, _subwords(tokenizer, architecture.max_words))
     tensors, own = convert_parameters(parameters), policy.model.state_dict()
     problems = wrong_keys(own, tensors)
@@ -205,17 +206,17 @@ def convert(
     if problems:
         raise BenchError(f"checkpoint: {checkpoint}: {'; '.join(problems)}")
     policy.model.load_state_dict(tensors)
-    for scale, values in zip((policy.action_mean, policy.action_std), _scales(statistics, statistics_key), strict=True):
-        if values.shape != scale.shape:
-            raise BenchError(f"statistics: {statistics_key!r} has {len(values)} actions, the checkpoint {len(scale)}")
+    for scale, values in zip((policy.action_mean, policy.action_std), scales, strict=True):
         scale.copy_(torch.from_numpy(values))
     card = {"made_by": "python -m vlarl_bench.policies.octo_convert", "statistics": statistics_key}
     save_policy(out, policy, card)
     return policy
 
 
-def _scales(statistics: Path, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and deviation of actions; numbers whose `mask` is false are left as they are, as in the authors' code."""
+def _scales(statistics: Path, key: str, action_dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """[A] mean and deviation of actions. Numbers whose `mask` is false are left as they are, as in the authors' code,
+    but for a gripper, the last one: Octo's data turn it to 0 (closed) to 1 (open), where LIBERO's robot takes 1 and -1.
+    """
     known = read_json_object(statistics)
     if key not in known:
         raise BenchError(f"statistics: {statistics} has no {key!r}; it has {', '.join(sorted(known))}")
@@ -223,9 +224,15 @@ def _scales(statistics: Path, key: str) -> tuple[np.ndarray, np.ndarray]:
         action = known[key]["action"]
         mean, std = np.asarray(action["mean"], np.float32), np.asarray(action["std"], np.float32)
         mask = np.asarray(action.get("mask", np.ones(mean.shape)), bool)
-        return np.where(mask, mean, 0).astype(np.float32), np.where(mask, std, 1).astype(np.float32)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BenchError(f"statistics: {key!r} in {statistics} lacks a valid action mean and std: {error}") from None
+    for values in (mean, std, mask):
+        if values.shape != (action_dim,):
+            raise BenchError(f"statistics: {key!r} has {values.size} actions, the checkpoint {action_dim}")
+    mean, std = np.where(mask, mean, 0), np.where(mask, std, 1)
+    if not mask[-1]:
+        mean[-1], std[-1] = 1, -2  # 1 - 2 x; the robot heeds the sign alone
+    return mean, std
 
 
 def _name(a: OctoArchitecture) -> str:
