@@ -43,8 +43,8 @@ def row_by_row(log_prob: Callable[..., LogProb]) -> Callable[..., LogProb]:
     """Makes `log_prob` the same to the bit in batches of any size, for a policy with weights that are not float32.
 
     How a product of matrices rounds depends on how many rows it has. In float32 no ratio shows that; in bfloat16 it
-    moves log-probabilities by hundredths, also with the head in float32. So such a policy scores each row alone, which
-    costs little: a row is a whole prompt.
+    moves log-probabilities by hundredths, also where the head alone is float32. So such a policy scores each row alone,
+    which costs little at its size: a row is hundreds of tokens.
     """
 
     @functools.wraps(log_prob)
