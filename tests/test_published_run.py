@@ -15,7 +15,8 @@ from vlarl_bench.policies.store import content_hash
 from vlarl_bench.records import read_rows
 
 from .policies import pi0_fast_small, pi0_small
-from .policies.openvla_tiny import OFT, SMALL
+from .policies.openvla_tiny import SMALL
+from .policies.test_openvla_checkpoint import FORMS
 from .policies.test_openvla_checkpoint import publish as publish_openvla
 
 TASK = "pick_up_the_milk_and_place_it_in_the_basket"
@@ -26,18 +27,22 @@ SIZES = ("layers", "width", "heads", "mlp", "max_words", "dino", "siglip")
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     """Episodes of one decision."""
-    for name in ("openpi", "lerobot"):
+    for name in ("openpi", "lerobot", "simplevla"):
         protocol = suite.PUBLISHED[name]
         monkeypatch.setitem(suite.PUBLISHED, name, dataclasses.replace(protocol, horizon=(protocol.execute,) * 5))
 
 
 @pytest.fixture
 def openvla(tmp_path, monkeypatch):
-    """A folder as OFT publishes it."""
+    """`openvla(form)`: a folder as OFT publishes it, and its policy."""
     narrow = {key: SMALL[key] for key in SIZES} | {"max_words": 64}
     monkeypatch.setattr(openvla_checkpoint, "PUBLISHED", {**openvla_checkpoint.PUBLISHED, **narrow})
-    made = publish_openvla(tmp_path / "published", {**OFT, "head": "l1", "image_size": 224, "max_words": 64})
-    return tmp_path / "published", made
+
+    def make(form):
+        made = publish_openvla(tmp_path / "published", {**form, "image_size": 224, "max_words": 64})
+        return tmp_path / "published", made
+
+    return make
 
 
 @pytest.fixture
@@ -49,13 +54,16 @@ def pi0(tmp_path, monkeypatch):
     return tmp_path / "published", made
 
 
-def test_openvla_plays_from_its_folder(openvla, tmp_path, capsys):
-    folder, made = openvla
-    options = ("--policy", "openvla-7b", "--base", str(folder), "--protocol", "openpi")
+@pytest.mark.parametrize(
+    ("form", "protocol", "steps"), [(FORMS["oft"], "openpi", 5), (FORMS["simplevla"], "simplevla", 8)]
+)
+def test_openvla_plays_from_its_folder(form, protocol, steps, openvla, tmp_path, capsys):
+    folder, made = openvla(form)
+    options = ("--policy", "openvla-oft-7b", "--base", str(folder), "--protocol", protocol)
     out = tmp_path / "run"
     assert main([*PLAY, *options, "--unnorm-key", "libero_object", "--out", str(out)]) == 0, capsys.readouterr().err
     (row,) = read_rows(out / "episodes.jsonl")
-    assert (row.policy, row.task, row.steps, row.checkpoint) == ("openvla-7b", TASK, 5, content_hash(made))
+    assert (row.policy, row.task, row.steps, row.checkpoint) == ("openvla-oft-7b", TASK, steps, content_hash(made))
     assert main([*PLAY, *options, "--unnorm-key", "bridge_orig"]) == 2
     assert "unnorm_key: 'bridge_orig'; the checkpoint has libero_object_no_noops" in capsys.readouterr().err
 
@@ -85,7 +93,10 @@ def test_pi0_fast_plays_from_its_folder_and_tells_what_is_no_chunk(tmp_path, mon
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        (("openvla-7b",), "base: 'prior'; 'openvla-7b' needs --base FOLDER: openvla/openvla-7b, its LIBERO fine-tunes"),
+        (
+            ("openvla-7b",),
+            "base: 'prior'; 'openvla-7b' needs --base FOLDER: openvla/openvla-7b or its LIBERO fine-tunes",
+        ),
         (("pi0-base", "--base", "scratch"), "base: 'scratch'; 'pi0-base' needs --base FOLDER: lerobot/pi0_base"),
         (
             ("octo-small-1.5", "--base", "nowhere", "--protocol", "rlinf"),
@@ -124,6 +135,7 @@ def test_list_says_what_needs_a_folder(capsys):
     policies = {policy["name"]: policy["needs_base"] for policy in json.loads(capsys.readouterr().out)["policies"]}
     assert {name for name, needed in policies.items() if needed} == {
         "openvla-7b",
+        "openvla-oft-7b",
         "pi0-base",
         "pi0-fast-base",
         "octo-small-1.5",

@@ -7,7 +7,7 @@ from vlarl_bench.policies.fast_tokens import FastTokenizer
 from vlarl_bench.policies.octo import Octo, Subwords
 from vlarl_bench.policies.octo_model import OctoArchitecture
 from vlarl_bench.policies.openvla import assemble
-from vlarl_bench.policies.openvla_checkpoint import ONE_IMAGE, PUBLISHED
+from vlarl_bench.policies.openvla_checkpoint import OFT_TOKENS, ONE_IMAGE, PUBLISHED
 from vlarl_bench.policies.openvla_inputs import Prompts
 from vlarl_bench.policies.openvla_model import OpenVLAArchitecture, Tower
 from vlarl_bench.policies.paligemma import PaliGemmaPrompts
@@ -56,7 +56,8 @@ def _openvla(spec, e, known):
         "siglip": Tower(24, 2, 2, 40),
     }
     robot = {"action_dim": e.action_dim, "proprio_dim": e.proprio_dim, "chunk": e.chunk}
-    shape = {**PUBLISHED, **ONE_IMAGE, **sizes, **robot, "image_size": 64, "patch": 16, "dtype": "float32"}
+    form = ONE_IMAGE if spec.name == "openvla-7b" else {**OFT_TOKENS, "proprio_token": False}
+    shape = {**PUBLISHED, **form, **sizes, **robot, "image_size": 64, "patch": 16, "dtype": "float32"}
     return assemble(spec.name, OpenVLAArchitecture(**shape), Prompts(openvla_tiny.tokenizer(known)))
 
 
@@ -97,6 +98,7 @@ MAKERS = {
     "pi0-base": _pi0,
     "pi0-fast-base": _pi0_fast,
     "openvla-7b": _openvla,
+    "openvla-oft-7b": _openvla,
     "octo-small-1.5": _octo,
     "octo-base-1.5": _octo,
 }

@@ -17,7 +17,8 @@ from .test_algorithms import PAIRS, start
 
 PUBLISHED = [name for name in registry.names("policy") if registry.get("policy", name).published and name not in SAME]
 """Those that are for GPUs; the tiny ones are in what algorithms do with them."""
-FEW = [(a, p) for a, p in PAIRS if p.endswith("-tiny") and (p != "pi0-fast-tiny" or a == "pi0-fast")]
+OTHERS = ("openvla-ar-tiny", "pi0-fast-tiny")
+FEW = [(a, p) for a, p in PAIRS if p.endswith("-tiny") and (p not in OTHERS or a == "pi0-fast")]
 """Each algorithm on the tiny policies that it runs on, of those of tokens one."""
 
 

@@ -1,5 +1,9 @@
+import dataclasses
+
 import numpy as np
 import pytest
+import torch
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from vlarl_bench.errors import BenchError
 from vlarl_bench.policies.presets import PI0_TINY, PI0_TINY_PIXELS
@@ -47,6 +51,34 @@ def told_in_one_line(load, *needles):
     assert "\n" not in str(error.value)
     for needle in needles:
         assert needle in str(error.value)
+
+
+def characters():
+    """The text of a tokenizer.json that loses nothing: ids are the code points of a text's characters."""
+    ids = {"<pad>": 0, "<unk>": 1, "<bos>": 2} | {chr(i): i for i in (10, *range(32, 127))}
+    made = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    return made.to_str()
+
+
+def spelled(ids):
+    """The text that ids of `characters` stand for."""
+    return "".join(map(chr, ids))
+
+
+@pytest.fixture
+def float64(monkeypatch):
+    """What is made is float64, also where a policy asks for float32: what differs then differs not by rounding."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def in_float64(batch):
+    """A batch with its numbers in float64; images and ids stay what they are."""
+    numbers = {name: value.double() for name, value in vars(batch).items() if value.is_floating_point()}
+    return dataclasses.replace(batch, **numbers)
 
 
 @pytest.fixture(params=[PI0_TINY, PI0_TINY_PIXELS], ids=lambda spec: spec.name)

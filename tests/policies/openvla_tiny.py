@@ -89,7 +89,9 @@ def fill(module):
 
 def small(**changes):
     """A small policy of the published form, in evaluation; each part filled under its published keys."""
-    policy = assemble("openvla-7b", OpenVLAArchitecture(**{**SMALL, **changes}), Prompts(tokenizer()))
+    architecture = OpenVLAArchitecture(**{**SMALL, **changes})
+    name = "openvla-7b" if architecture.decoding == "autoregressive" else "openvla-oft-7b"
+    policy = assemble(name, architecture, Prompts(tokenizer()))
     fill(policy.network)
     with torch.no_grad():  # so that the likeliest of all tokens is an action token
         head = policy.network.language_model.lm_head.weight

@@ -99,5 +99,9 @@ def test_images_that_do_not_fit(image):
     images = {name: picture for name, picture in seen.images.items() if name != "agentview"}
     if image is not None:
         images["agentview"] = image
-    with pytest.raises(BenchError, match=r"images\['agentview'\]: .*takes \(64, 64, 3\) uint8"):
+    found = r"missing \(there are robot0_eye_in_hand\)" if image is None else r"\(\d\d, \d\d, 3\) [a-z0-9]+"
+    with pytest.raises(BenchError, match=rf"^images\['agentview'\]: {found}, but this .*takes \(64, 64, 3\) uint8$"):
         make(PI0_TINY_PIXELS).preprocess([dataclasses.replace(seen, images=images)])
+    if image is None:
+        with pytest.raises(BenchError, match=r"missing \(there are none\)"):
+            make(PI0_TINY_PIXELS).preprocess([dataclasses.replace(seen, images={})])

@@ -14,7 +14,7 @@ from vlarl_bench.policies.presets import OCTO_BASE, OCTO_SMALL, OCTO_TINY, OCTO_
 from vlarl_bench.policies.vocabulary import Vocabulary
 from vlarl_bench.suite import Embodiment
 
-from .conftest import INSTRUCTIONS, OBJECTS, make, observe
+from .conftest import INSTRUCTIONS, OBJECTS, in_float64, make, observe
 from .octo_golden import tokenizer_json
 
 
@@ -84,6 +84,24 @@ def test_log_probability_of_what_was_sampled_is_that_of_what_is_scored(policy, c
     torch.testing.assert_close(found.logp.mean((1, 2)), expected.mean((1, 2)), atol=1e-5, rtol=1e-5)
     # Divided by a deviation of 0.05, rounding shows in single numbers.
     torch.testing.assert_close(found.logp, expected, atol=2e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("least", [0.05, 0.5])
+def test_a_decision_has_the_log_probability_that_it_was_drawn_with(spec, least, float64):
+    """To 1e-5 in all its numbers, where float32 has each to 2e-4."""
+    policy = make(spec)
+    with torch.no_grad():
+        context = policy.encode(in_float64(policy.preprocess([observe(i, spec) for i in range(5)])))
+    trace = policy.explore(context, generators(*range(5)), least).trace
+    _, expected = chain(policy, context, noise_of(policy, range(5)), least)
+    mask = torch.ones(5, 8)
+    mask[1, 3:] = 0
+    with torch.no_grad():
+        found = policy.log_prob(context, trace, mask, least)
+    assert found.logp.dtype == torch.float64
+    expected = (expected.unflatten(2, (8, 7)) * mask[:, None, :, None]).flatten(2)
+    torch.testing.assert_close(found.logp.sum((1, 2)), expected.sum((1, 2)), atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.logp, expected, atol=1e-5, rtol=0)
 
 
 def test_entropy_and_mask_by_hand(policy, context):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 
@@ -22,6 +23,7 @@ SMALL = {"width": 32, "layers": 2, "heads": 4, "mlp": 48}
 STATISTICS = {
     "bridge_dataset": {"action": {"mean": [0.5] * 7, "std": [2.0] * 7, "mask": [True] * 6 + [False]}},
     "other": {"action": {"mean": [0.0] * 7, "std": [1.0] * 7}},
+    "short": {"action": {"mean": [0.0] * 7, "std": [1.0] * 6}},
 }
 
 
@@ -63,6 +65,7 @@ def test_a_converted_checkpoint_loads_and_acts_and_is_stored_again_the_same(run,
     policy = run(parameters())
     loaded = OCTO_SMALL.load(tmp_path / "out")
     assert content_hash(loaded) == content_hash(policy)
+    assert loaded.model.checkpointed and not policy.model.checkpointed
     assert torch.equal(act(loaded), act(policy))
     assert act(loaded).shape == (2, 4, 7)
     save_policy(tmp_path / "again", loaded, {})
@@ -90,12 +93,24 @@ def test_each_parameter_is_where_it_was_put(run):
     assert own["positions.language"][2, 3] == arrays["octo_transformer/task_language_pos_embedding"][0, 2, 3]
 
 
-def test_actions_come_in_the_units_of_the_dataset(run):
+def test_actions_come_in_the_units_of_the_dataset(run, tmp_path):
     policy = run(parameters())
     latent = torch.ones(1, 4, 7)
-    assert policy.unnormalise(latent)[0, 0].tolist() == [2.5] * 6 + [1.0]  # the gripper is left as it is
-    with pytest.raises(BenchError, match="no 'brigde'; it has bridge_dataset, other"):
+    # The gripper is not scaled: 1 is open, which is LIBERO's -1, and 0 is shut.
+    assert policy.unnormalise(latent)[0, 0].tolist() == [2.5] * 6 + [-1.0]
+    latent[..., 6] = 0
+    actions = policy.unnormalise(latent)
+    assert actions[0, 0].tolist() == [2.5] * 6 + [1.0]
+    assert torch.equal(policy.normalise(actions), latent)
+    assert torch.equal(OCTO_SMALL.load(tmp_path / "out").unnormalise(latent), actions)
+    # Of a number that is scaled nothing is known.
+    other = run(parameters(), "other")
+    assert torch.equal(other.unnormalise(latent), latent)
+    assert torch.equal(other.normalise(latent), latent)
+    with pytest.raises(BenchError, match="no 'brigde'; it has bridge_dataset, other, short"):
         run(parameters(), "brigde")
+    with pytest.raises(BenchError, match="'short' has 6 actions, the checkpoint 7"):
+        run(parameters(), "short")
 
 
 def test_nothing_trains_the_text_encoder(run):
@@ -111,12 +126,28 @@ def test_missing_surplus_and_misshapen_parameters_are_named(run):
     bias = "octo_transformer/obs_primary_projection/bias"
     with pytest.raises(BenchError, match=r"lacks projections\.primary\.bias"):
         run({path: array for path, array in arrays.items() if path != bias})
-    with pytest.raises(BenchError, match=r"misshapen projections\.primary\.bias"):
+    with pytest.raises(BenchError, match=r"projections\.primary\.bias is \[31\], should be \[32\]"):
         run({**arrays, bias: np.zeros(31, np.float32)})
     with pytest.raises(BenchError, match="does not: octo_transformer/obs_depth_projection/kernel2"):
         run({**arrays, "octo_transformer/obs_depth_projection/kernel2": arrays[bias]})
     with pytest.raises(BenchError, match=r"has unknown projections\.depth\.bias"):
         run({**arrays, "octo_transformer/obs_depth_projection/bias": arrays[bias]})
+    six = [f"octo_transformer/obs_depth{i}_projection/kernel2" for i in range(6)]
+    with pytest.raises(BenchError, match=re.escape(", ".join(six))):
+        run({**arrays, **dict.fromkeys(six, arrays[bias])})
+    tells = ("LayerNorm_0/", "MlpBlock_0/Dense_0/")  # where the sizes are read from
+    few = [path for path in arrays if "encoderblock_1/" in path and path.endswith("/bias")]
+    few = [path for path in few if not any(part in path for part in tells)]
+    assert len(few) == 6
+    surplus = {path.replace("encoderblock_1", "encoderblock_9"): arrays[path] for path in few}
+    wrong = {path.replace("encoderblock_1", "encoderblock_0"): np.zeros((2, 2), np.float32) for path in few}
+    with pytest.raises(BenchError) as error:
+        run({**{path: array for path, array in arrays.items() if path not in few}, **surplus, **wrong})
+    for path in few:
+        key = torch_key(path)
+        other, misshapen = (key.replace("blocks.1", f"blocks.{i}") for i in (9, 0))
+        for phrase in (f"lacks {key}; ", f"has unknown {other}; ", f"{misshapen} is ["):
+            assert phrase in str(error.value)
     lost = "octo_transformer/readout_action_pos_embedding"
     with pytest.raises(BenchError, match=f"lacks '{lost}'"):
         run({path: array for path, array in arrays.items() if path != lost})

@@ -141,6 +141,26 @@ def test_the_future_and_padded_timesteps_are_not_seen():
     assert not torch.allclose(other[0][1, 1], readout[1, 1], atol=1e-3)
 
 
+def test_checkpointed_gradients_are_the_gradients():
+    """And each block is computed twice for them, but not without gradients."""
+    network, found, computed = small(), [], []
+    network.blocks[1].register_forward_pre_hook(lambda *_: computed.append(1))
+    for checkpointed in (False, True):
+        network.checkpointed = checkpointed
+        network.zero_grad()
+        readout, tokens, _ = network(*inputs(network))
+        (readout.sum() + tokens.square().sum()).backward()
+        found.append({name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None})
+    assert len(computed) == 3
+    with torch.no_grad():
+        network(*inputs(network))
+    assert len(computed) == 4
+    assert found[0].keys() == found[1].keys()
+    assert sum("blocks" in name for name in found[0]) > 2 * len(network.blocks)
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, msg=name)
+
+
 def test_cosine_schedule_by_hand():
     betas = cosine_betas(20)
     kept = (1 - betas).cumprod(0)
@@ -160,6 +180,19 @@ def test_standardised_convolution_by_hand():
         found = conv(torch.eye(9).view(9, 1, 3, 3)).flatten()
     deviation = np.sqrt(60 / 9)  # of 0 .. 8
     torch.testing.assert_close(found, 0.5 + (kernel - 4) / deviation, atol=1e-5, rtol=0)
+
+
+def test_pixels_by_hand():
+    """0, 51 and 255 are -1, -0.6 and 1, and so is black where a goal would be shown."""
+    network, shown = small(), []
+    for stem in network.stems.values():
+        stem.register_forward_pre_hook(lambda _, inputs: shown.append(inputs[0]))
+    colour = torch.tensor([0, 51, 255], dtype=torch.uint8)[:, None, None]
+    with torch.no_grad():
+        network.images([colour.expand(1, 2, 3, size, size) for size in network.architecture.camera_sizes])
+    for found, size in zip(shown, (32, 16), strict=True):
+        assert found.shape == (2, 6, size, size)
+        torch.testing.assert_close(found, torch.tensor([-1, -0.6, 1, -1, -1, -1])[:, None, None].expand_as(found))
 
 
 def test_images_are_resized_as_pillow_does():

@@ -10,11 +10,12 @@ import torch
 from vlarl_bench.errors import BenchError
 from vlarl_bench.policies.openvla import assemble
 from vlarl_bench.policies.openvla_inputs import from_bins, to_bins
-from vlarl_bench.policies.presets import OPENVLA_7B, OPENVLA_TINY, OPENVLA_TINY_PIXELS
+from vlarl_bench.policies.presets import OPENVLA_7B, OPENVLA_AR_TINY, OPENVLA_TINY, OPENVLA_TINY_PIXELS
 from vlarl_bench.policies.vocabulary import Vocabulary
-from vlarl_bench.suite import Embodiment
+from vlarl_bench.suite import Embodiment, Observation
 
 from .conftest import INSTRUCTIONS, OBJECTS, make, observe
+from .openvla_tiny import AUTOREGRESSIVE, small
 
 FORMS = ["parallel", "autoregressive", "pixels"]
 
@@ -30,8 +31,7 @@ def reshape(policy, **changes):
 def build(form):
     if form == "pixels":
         return make(OPENVLA_TINY_PIXELS)
-    policy = make(OPENVLA_TINY)
-    return reshape(policy, decoding=form, frozen_layers=0, chunk=2) if form == "autoregressive" else policy
+    return reshape(make(OPENVLA_AR_TINY), chunk=2) if form == "autoregressive" else make(OPENVLA_TINY)
 
 
 @pytest.fixture(params=FORMS)
@@ -65,8 +65,10 @@ def executed(policy, n=4):
 
 
 def test_the_registered_sizes():
-    for spec in (OPENVLA_TINY, OPENVLA_TINY_PIXELS):
+    for spec in (OPENVLA_TINY, OPENVLA_TINY_PIXELS, OPENVLA_AR_TINY):
         policy = make(spec)
+        one_by_one = spec is OPENVLA_AR_TINY
+        assert policy.architecture.decoding == ("autoregressive" if one_by_one else "parallel")
         assert spec.capabilities == policy.capabilities
         assert 0.5e6 < sum(p.numel() for p in policy.parameters()) < 2.5e6
     with pytest.raises(BenchError, match="openvla-7b starts from a published folder"):
@@ -229,6 +231,32 @@ def test_room_for_more_padding_changes_nothing(policy, context):
         logits = policy.logits(context, trace[..., 0])
         torch.testing.assert_close(roomy.logits(other, trace[..., 0]), logits, atol=2e-5, rtol=0)
     assert torch.equal(roomy.sample(other, None).trace, trace)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_decision_scores_alike_in_batches_of_other_sizes(dtype):
+    """As `ratio` demands, which is 1 before the first update; at widths where bfloat16's rounding shows."""
+    policy = small(**AUTOREGRESSIVE, dtype=dtype, layers=6, width=256, mlp=512)
+    draw = np.random.default_rng(0)
+    images = [{"agentview": draw.integers(0, 256, (28, 28, 3), dtype=np.uint8)} for _ in range(12)]
+    seen = [Observation("pick up the milk", np.zeros(8, np.float32), images=image) for image in images]
+    with torch.no_grad():
+        context = policy.encode(policy.preprocess(seen))
+    trace = policy.explore(context, generators(*range(12)), 1.0).trace
+    scored = []
+    for size in (12, 5, 1):
+        parts = [policy.log_prob(context.index(i), trace[i], executed(policy, len(i)), 1.0) for i in batches(size)]
+        scored.append(torch.cat([part.logp for part in parts]))
+    assert scored[0].requires_grad
+    with torch.no_grad():
+        scored.append(policy.log_prob(context, trace, executed(policy, 12), 1.0).logp)
+    for other in scored[1:]:
+        assert ((other - scored[0]).exp() - 1).abs().max() < 1e-4
+    assert scored[0].std() > 0.1
+
+
+def batches(size):
+    return torch.arange(12).split(size)
 
 
 def test_padding_is_never_read(policy, context):

@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from vlarl_bench import registry
 from vlarl_bench.errors import BenchError
 from vlarl_bench.policies.openvla_checkpoint import load_published
-from vlarl_bench.policies.presets import OPENVLA_7B
 from vlarl_bench.policies.shards import pick_statistics
 from vlarl_bench.policies.store import content_hash, save_policy
 from vlarl_bench.suite import Observation
@@ -48,6 +48,8 @@ def publish(folder, form, shards=1, ddp=False):
         if hasattr(policy, part):
             prefix = "module." if ddp else ""
             stored = {prefix + k: v.contiguous() for k, v in getattr(policy, part).state_dict().items()}
+            if part == "proprio_projector":  # as OFT's training leaves it; what it holds is exact in both types
+                stored = {key: tensor.float() for key, tensor in stored.items()}
             save_file(stored, folder / f"{part}--150000_checkpoint.safetensors")
     policy.action_low.copy_(torch.tensor([-0.5] * 6 + [0]))
     policy.action_high.copy_(torch.tensor([1.5] * 6 + [1]))
@@ -64,11 +66,19 @@ def observe(cameras, seed=0):
     return Observation("Pick up the MILK", draw.normal(size=8).astype(np.float32), images=images)
 
 
-@pytest.mark.parametrize("form", [AUTOREGRESSIVE, {**OFT, "head": "l1"}], ids=["openvla", "oft"])
+FORMS = {
+    "openvla": AUTOREGRESSIVE,
+    "oft": {**OFT, "head": "l1"},
+    "oft by tokens": OFT,
+    "simplevla": {**OFT, "cameras": ("agentview",), "proprio_token": False},
+}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("shards", [1, 3])
 def test_a_folder_gives_the_policy_it_was_made_from(form, shards, tmp_path):
     made = publish(tmp_path / "published", form, shards, ddp=shards == 1)
-    loaded = load_published(tmp_path / "published", unnorm_key="libero_object", **SIZES)
+    loaded = load_published(tmp_path / "published", made.name, unnorm_key="libero_object", **SIZES)
     assert type(loaded) is type(made)
     assert loaded.config == made.config
     assert content_hash(loaded) == content_hash(made)
@@ -80,13 +90,36 @@ def test_a_folder_gives_the_policy_it_was_made_from(form, shards, tmp_path):
     # And on, through a folder of our own: bitwise, twice.
     for name in ("one", "two"):
         save_policy(tmp_path / name, loaded, {})
-        loaded = OPENVLA_7B.load(tmp_path / name)
+        loaded = registry.get("policy", made.name).load(tmp_path / name)
     assert content_hash(loaded) == content_hash(made)
     assert (tmp_path / "one/model.safetensors").read_bytes() == (tmp_path / "two/model.safetensors").read_bytes()
 
 
+def test_the_name_says_how_a_folder_decodes(tmp_path):
+    """OFT by tokens and OpenVLA have the same files."""
+    publish(tmp_path / "published", FORMS["simplevla"])
+    for name, decoding, chunk in (("openvla-7b", "autoregressive", 1), ("openvla-oft-7b", "parallel", 8)):
+        policy = load_published(tmp_path / "published", name, **SIZES)
+        assert policy.capabilities == registry.get("policy", name).capabilities
+        assert (policy.architecture.decoding, policy.chunk, policy.cameras) == (decoding, chunk, ("agentview",))
+    publish(tmp_path / "oft", FORMS["oft by tokens"])
+    line = "oft has proprio_projector--150000_checkpoint.safetensors, so it is OFT's; take 'openvla-oft-7b'"
+    refused(tmp_path / "oft", line, name="openvla-7b")
+
+
+def test_float32_on_request(tmp_path):
+    made = publish(tmp_path / "published", {**OFT, "head": "l1"})
+    loaded = load_published(tmp_path / "published", made.name, dtype="float32", **SIZES)
+    own = dict(made.named_parameters())
+    for key, parameter in loaded.named_parameters():
+        assert parameter.dtype == torch.float32
+        assert torch.equal(parameter, own[key].float()), key
+    assert loaded.config["architecture"]["dtype"] == "float32"
+    refused(tmp_path / "published", "dtype: 'int8'; it must be 'float32' or 'bfloat16'", dtype="int8")
+
+
 def refused(folder, *needles, **arguments):
-    told_in_one_line(lambda: load_published(folder, **{**SIZES, **arguments}), *needles)
+    told_in_one_line(lambda: load_published(folder, **{"name": "openvla-oft-7b", **SIZES, **arguments}), *needles)
 
 
 @pytest.fixture
@@ -100,7 +133,7 @@ def test_every_wrong_tensor_is_named(folder):
     del tensors["projector.fc3.bias"], tensors["vision_backbone.featurizer.norm.weight"]
     tensors["language_model.lora"] = torch.zeros(2)
     tensors["projector.fc1.bias"] = torch.zeros(3, dtype=torch.bfloat16)
-    tensors["projector.fc2.bias"] = tensors["projector.fc2.bias"].float()
+    tensors["projector.fc2.bias"] = tensors["projector.fc2.bias"].int()
     save_file(tensors, folder / "model.safetensors")
     refused(
         folder,
@@ -108,7 +141,7 @@ def test_every_wrong_tensor_is_named(folder):
         "lacks projector.fc3.bias; lacks vision_backbone.featurizer.norm.weight",
         "has unknown language_model.lora",
         "projector.fc1.bias is BF16 [3], should be BF16 [160]",
-        "projector.fc2.bias is F32 [32], should be BF16 [32]",
+        "projector.fc2.bias is I32 [32], should be BF16 [32]",
     )
 
 

@@ -1,13 +1,15 @@
 """Bins, images and prompts, each by hand."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
 from vlarl_bench.errors import BenchError
-from vlarl_bench.policies.openvla_inputs import Prompts, crop_middle, from_bins, pixels, to_bins
+from vlarl_bench.policies.openvla_inputs import EMPTY_TOKEN, Prompts, crop_middle, from_bins, pixels, to_bins
 
-from .openvla_tiny import tokenizer
+from .conftest import characters, spelled
 
 
 def test_bins_are_numpys_digitize():
@@ -54,12 +56,15 @@ def test_middle_of_an_image_by_hand():
 
 
 def test_prompt():
-    prompts = Prompts(tokenizer())
-    before, after = ["In", ":", "What", "action", "should", "the", "robot", "take", "to"], ["?", "Out", ":"]
-    words = [*before, "pick", "up", "the", "milk", *after]
-    ids = {word: i for word, i in zip(words, prompts.encode("Pick up the MILK"), strict=True)}
-    assert ids["In"] == 100
-    assert len(set(ids.values())) == len(ids)
-    assert 0 not in ids.values()
+    found = spelled(Prompts(characters()).encode("Pick up the MILK"))
+    assert found == "In: What action should the robot take to pick up the milk?\nOut:"
     with pytest.raises(BenchError, match=r"tokenizer\.json: not a tokenizer"):
-        Prompts("{")
+        Prompts("{}")
+
+
+def test_the_empty_token_at_the_end_is_the_architectures():
+    """Llama's tokenizer may end a prompt with it, and `separator` stands there anyhow."""
+    ends = json.loads(characters())
+    ends["model"]["vocab"]["Out:"] = EMPTY_TOKEN
+    ends["pre_tokenizer"]["pattern"] = {"Regex": r"Out:|[\s\S]"}
+    assert spelled(Prompts(json.dumps(ends)).encode("move")).endswith("take to move?\n")

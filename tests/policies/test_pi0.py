@@ -12,7 +12,7 @@ from vlarl_bench.policies.noise import LearnedNoise
 from vlarl_bench.policies.pi0 import Pi0
 from vlarl_bench.policies.presets import PI0_TINY, PI0_TINY_PIXELS
 
-from .conftest import INSTRUCTIONS, OBJECTS, make, observe
+from .conftest import INSTRUCTIONS, OBJECTS, in_float64, make, observe
 
 
 def generators(*seeds):
@@ -76,6 +76,25 @@ def test_the_prefix_is_that_of_transformers(policy, spec):
     hidden = torch.nn.functional.rms_norm(theirs.hidden_states[policy.architecture.layers - 1], (128,))
     mean = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
     torch.testing.assert_close(context.pooled[:, :128], mean, atol=1e-6, rtol=0)
+
+
+def shown_to(policy, tower, seen):
+    """[images, 3, S, S] that a policy's vision tower is given."""
+    shown = []
+    tower.embeddings.register_forward_pre_hook(lambda _, inputs: shown.append(inputs[0]))
+    with torch.no_grad():
+        policy.encode(policy.preprocess([seen]))
+    (pixels,) = shown
+    return pixels
+
+
+def test_pixels_by_hand():
+    """0, 51 and 255 are -1, -0.6 and 1."""
+    policy, seen = make(PI0_TINY_PIXELS), observe(0, PI0_TINY_PIXELS)
+    seen.images["robot0_eye_in_hand"][:] = [0, 51, 255]
+    pixels = shown_to(policy, policy.model.model.vlm.vision_tower, seen)
+    assert pixels.shape == (2, 3, 64, 64)
+    torch.testing.assert_close(pixels[1], torch.tensor([-1, -0.6, 1])[:, None, None].expand(3, 64, 64))
 
 
 def test_pixel_cache_changes_nothing():
@@ -204,8 +223,41 @@ def test_sampled_log_probability_is_the_teacher_forced_one(policy, context, nois
     torch.testing.assert_close(scored.logp, expected, atol=5e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("noise", [0.5, "learned"])
+def test_a_decision_has_the_log_probability_that_it_was_drawn_with(spec, noise, float64):
+    policy = make(spec)
+    with torch.no_grad():
+        context = policy.encode(in_float64(policy.preprocess([observe(i, spec) for i in range(5)])))
+    scores_what_it_drew(policy, context, learned(policy) if noise == "learned" else noise)
+
+
+def scores_what_it_drew(policy, context, noise):
+    """`log_prob` of five chunks is, to 1e-5 in all, the density of the numbers that `explore` drew, by hand."""
+    n, steps, own = 5, policy.euler_steps, slice(policy.action_dim)
+    trace = policy.explore(context, generators(*range(n)), noise).trace
+    draw = []
+    for g in generators(*range(n)):
+        torch.randn(policy.chunk, policy.latent_dim, generator=g)
+        draw.append(torch.randn(steps, policy.chunk, policy.latent_dim, generator=g))
+    t = torch.tensor([1 - step / steps for step in range(steps)])
+    if isinstance(noise, LearnedNoise):
+        std = noise(policy.features(context), trace[:, :-1], t.expand(n, -1))[..., own]
+    else:  # sigma sqrt(d), sigma^2 = a^2 t / (1 - t), and at t = 1 d in place of 1 - t
+        std = noise * (t / (1 - t).clamp_min(1 / steps) / steps).sqrt()[:, None, None]
+    expected = -0.5 * torch.stack(draw)[..., own] ** 2 - std.log() - 0.5 * np.log(2 * np.pi)
+    mask = torch.ones(n, policy.chunk)
+    mask[1, 3:] = 0
+    with torch.no_grad():
+        scored = policy.log_prob(context, trace, mask, noise)
+    assert scored.logp.dtype == torch.float64
+    expected = (expected * mask[:, None, :, None]).flatten(2)
+    torch.testing.assert_close(scored.logp.sum((1, 2)), expected.sum((1, 2)), atol=1e-5, rtol=0)
+    torch.testing.assert_close(scored.logp, expected, atol=1e-5, rtol=0)
+    assert expected.std() > 0.1
+
+
 def learned(policy, seed=0):
-    noise = LearnedNoise(policy.feature_dim, policy.chunk, policy.action_dim, 0.08, 0.16, seed=seed)
+    noise = LearnedNoise(policy.feature_dim, policy.chunk, policy.latent_dim, 0.08, 0.16, seed=seed)
     torch.nn.init.normal_(noise.layers[-1].weight, std=0.2, generator=generators(seed)[0])
     return noise
 

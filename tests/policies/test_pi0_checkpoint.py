@@ -101,7 +101,8 @@ def change(folder, **fields):
         ({"max_state_dim": 14}, ["max_state_dim and max_action_dim"]),
         ({"output_features": {}}, ["KeyError('action')"]),
         ({"num_inference_steps": "ten"}, ["num_inference_steps 'ten'", "a whole number above 0"]),
-        ({"normalization_mapping": {"ACTION": "MIN_MAX"}}, ["ACTION 'MIN_MAX'", "known are MEAN_STD"]),
+        ({"normalization_mapping": {"ACTION": "QUANTILE10"}}, ["ACTION 'QUANTILE10'", "known are MEAN_STD"]),
+        ({"normalization_mapping": {"ACTION": "MIN_MAX", "STATE": "MEAN_STD"}}, ["KeyError('min')", "min and max"]),
         ({"normalization_mapping": {"ACTION": "QUANTILES", "STATE": "MEAN_STD"}}, ["KeyError('q01')", "q01 and q99"]),
         ({"output_features": {"action": {"type": "ACTION", "shape": [14]}}}, ["action has shape [7]", "needs [14]"]),
     ],
@@ -155,6 +156,28 @@ def test_openpi_s_scales_by_name(folder):
     # -1 and 3 become -1 and 1.
     latent = policy.normalise(torch.tensor([-1.0, 3.0, 1.0, 1.0, 1.0, 1.0, 1.0]))[:4]
     torch.testing.assert_close(latent, torch.tensor([-1.0, 1.0, 0.0, 0.0]))
+
+
+def test_the_least_and_the_most_become_minus_one_and_one(folder):
+    change(folder, normalization_mapping={"ACTION": "MIN_MAX", "STATE": "MIN_MAX"})
+    bounds = {"min": torch.linspace(-2, 0, 8), "max": torch.linspace(2, 8, 8)}
+    stats = {f"observation.state.{k}": v for k, v in bounds.items()} | {
+        f"action.{k}": v[:7].clone() for k, v in bounds.items()
+    }
+    restate(folder, stats)
+    policy = load_published(folder, **SIZES)
+    # The first number goes from -2 to 2, so 1 is 0.5; what is a quarter of the way up, of any, is -0.5.
+    assert policy.normalise(torch.ones(7))[0].item() == pytest.approx(0.5)
+    assert policy.unnormalise(torch.full((32,), 0.5))[0].item() == pytest.approx(1)
+    quarter = 0.75 * bounds["min"] + 0.25 * bounds["max"]
+    torch.testing.assert_close(policy.normalise(quarter[:7])[:7], torch.full((7,), -0.5))
+    torch.testing.assert_close(policy.normalise_proprio(quarter[None])[0, :8], torch.full((8,), -0.5))
+
+
+def restate(folder, stats):
+    """Other statistics in the folder."""
+    for pipeline, step in (("pre", "normalizer_processor"), ("post", "unnormalizer_processor")):
+        save_file(stats, folder / f"policy_{pipeline}processor_step_1_{step}.safetensors")
 
 
 def test_a_key_where_there_is_nothing_to_choose(folder):

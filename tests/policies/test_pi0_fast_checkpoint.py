@@ -10,7 +10,7 @@ from vlarl_bench.policies.store import content_hash, save_policy
 
 from .conftest import told_in_one_line
 from .pi0_fast_small import SIZES, STATS, publish
-from .test_pi0_checkpoint import act, change, observe
+from .test_pi0_checkpoint import act, change, observe, restate
 
 FORMS = {"lerobot": {}, "base": {"prefix": "", "shards": 3, "tied": True}}
 
@@ -92,16 +92,22 @@ def test_scales_are_those_of_lerobot(folder):
     low, high = STATS["action.q01"], STATS["action.q99"]
     torch.testing.assert_close(policy.unnormalise(torch.tensor([[-1.0] * 7, [1.0] * 7])), torch.stack((low, high)))
     # A number that never moved: what it was lies in the first bin, and whatever else in the last, or below the first.
-    for pipeline, step in (("pre", "normalizer_processor"), ("post", "unnormalizer_processor")):
-        state = folder / f"policy_{pipeline}processor_step_1_{step}.safetensors"
-        still = STATS["observation.state.q01"].clone()
-        still[0] = STATS["observation.state.q99"][0]
-        save_file({**STATS, "observation.state.q01": still}, state)
+    still = STATS["observation.state.q01"].clone()
+    still[0] = STATS["observation.state.q99"][0]
+    restate(folder, {**STATS, "observation.state.q01": still})
     policy = load_published(folder, **SIZES)
     seen = observe()
     for moved, bin_ in ((0.0, "0"), (0.1, "255"), (-0.1, "-1")):
         seen.proprio[0] = STATS["observation.state.q99"][0] + moved
         assert f"State: {bin_} " in policy.prompt(seen)
+
+
+def test_the_least_and_the_most_do_as_well(folder):
+    change(folder, normalization_mapping={"ACTION": "MIN_MAX", "STATE": "MIN_MAX"})
+    restate(folder, {key.replace("q01", "min").replace("q99", "max"): value for key, value in STATS.items()})
+    policy = load_published(folder, **SIZES)
+    ends = torch.stack((STATS["action.q01"], STATS["action.q99"]))
+    torch.testing.assert_close(policy.unnormalise(torch.tensor([[-1.0] * 7, [1.0] * 7])), ends)
 
 
 def test_means_and_deviations_do_as_well(folder):
@@ -110,8 +116,7 @@ def test_means_and_deviations_do_as_well(folder):
     stats = {f"observation.state.{k}": v for k, v in moments.items()} | {
         f"action.{k}": v[:7].clone() for k, v in moments.items()
     }
-    for pipeline, step in (("pre", "normalizer_processor"), ("post", "unnormalizer_processor")):
-        save_file(stats, folder / f"policy_{pipeline}processor_step_1_{step}.safetensors")
+    restate(folder, stats)
     policy = load_published(folder, **SIZES)
     latent = policy.normalise(stats["action.mean"] + torch.arange(7) / 7 * stats["action.std"])
     torch.testing.assert_close(latent, torch.arange(7) / 7, atol=1e-5, rtol=0)

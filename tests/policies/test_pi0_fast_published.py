@@ -15,6 +15,7 @@ from vlarl_bench.policies.pi0_fast_checkpoint import NAMES
 from vlarl_bench.policies.pi0_fast_published import FastPrompts, PublishedPi0Fast, PublishedPi0FastArchitecture
 from vlarl_bench.suite import Observation
 
+from .conftest import characters, spelled
 from .pi0_fast_small import fast, small, tokenizer
 from .pi0_small import CAMERAS
 from .test_fast_tokens import GOLDEN as FAST
@@ -66,6 +67,21 @@ def test_prompts_are_the_authors():
     words = policy.preprocess(observations()).words
     for row, expected in zip(words.tolist(), GOLDEN["prompt_tokens"], strict=True):
         assert row == expected + [0] * (200 - len(expected))
+
+
+def test_prompt_and_opening_literally():
+    prompts = FastPrompts(characters(), 8)
+    for (begin, *said), text in (
+        (prompts.encode(small().prompt(observations()[1])), GOLDEN["prompts"][1]),
+        (prompts.opening, "Action: "),
+    ):
+        assert (begin, spelled(said)) == (2, text)
+    seen = replace(observations()[0], proprio=np.linspace(-1, 1, 8, dtype=np.float32))
+    policy = small()
+    policy.proprio_low.fill_(-1)
+    policy.proprio_high.fill_(1)
+    # Bins of 1/128 from -1 on: 2/7 is 36.57 of them.
+    assert policy.prompt(seen) == "Task: pick up the milk, State: 0 36 73 109 146 182 219 255;\n"
 
 
 def test_everything_seen_matters():
@@ -133,6 +149,21 @@ def test_sampled_log_probability_is_the_teacher_forced_one():
         torch.testing.assert_close(cached[row, :n], whole[row, :n], atol=5e-5, rtol=0)
         drawn = cached[row, :n].log_softmax(-1).gather(-1, sample.trace[row, :n])
         torch.testing.assert_close(scored.logp[row, :n], drawn, atol=1e-5, rtol=1e-5)
+
+
+def test_a_decision_scores_alike_in_batches_of_other_sizes():
+    """Also in bfloat16, as `ratio` demands; at widths where its rounding shows."""
+    policy = small(dtype="bfloat16", layers=6, head_dim=32, width=256, mlp=512)
+    with torch.no_grad():
+        context = policy.encode(policy.preprocess(observations() * 6))
+        trace = policy.explore(context, generators(*range(12)), 1.0).trace
+        whole = policy.log_prob(context, trace, torch.ones(12, 8), 1.0)
+        for size in (5, 1):
+            parts = torch.arange(12).split(size)
+            found = [policy.log_prob(context.index(i), trace[i], torch.ones(len(i), 8), 1.0) for i in parts]
+            for name in ("logp", "entropy", "mask"):
+                torch.testing.assert_close(torch.cat([getattr(part, name) for part in found]), getattr(whole, name))
+    assert whole.logp.std() > 0.1
 
 
 def test_nothing_before_the_opening_sees_it():

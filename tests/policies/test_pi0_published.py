@@ -15,8 +15,10 @@ from vlarl_bench.policies.pi0_checkpoint import published_key
 from vlarl_bench.policies.pi0_published import PublishedPi0, PublishedPi0Architecture
 from vlarl_bench.suite import Observation
 
+from .conftest import characters, in_float64, spelled
 from .openvla_tiny import weight
 from .pi0_small import CAMERAS, small, tokenizer
+from .test_pi0 import learned, scores_what_it_drew, shown_to
 
 HERE = Path(__file__).parent
 MANIFEST = json.loads((HERE / "pi0_manifest.json").read_text())
@@ -85,6 +87,15 @@ def test_draws_of_one_observation_are_as_if_each_were_alone():
             torch.testing.assert_close(together[:, k : k + 1], alone)
 
 
+@pytest.mark.parametrize("noise", [0.5, "learned"])
+def test_a_decision_has_the_log_probability_that_it_was_drawn_with(noise, float64):
+    """Of the robot's own seven numbers of an action: what pads them to 32 is drawn too, and not scored."""
+    policy = small().double()
+    with torch.no_grad():
+        context = policy.encode(in_float64(batch())).index(torch.tensor([0, 1, 0, 1, 1]))
+    scores_what_it_drew(policy, context, learned(policy) if noise == "learned" else noise)
+
+
 def test_checkpointed_gradients_are_the_gradients():
     policy, found = small(), []
     for checkpointed in (False, True):
@@ -122,6 +133,16 @@ def test_scales_by_hand():
     assert policy.normalise_proprio(torch.full((1, 8), 7.0)).tolist() == [[10.0] * 8 + [0.0] * 24]  # not clipped
 
 
+def test_pixels_by_hand():
+    """0, 51 and 255 are -1, -0.6 and 1, and a border is -1."""
+    policy, wide = small(), np.full((20, 40, 3), [0, 51, 255], np.uint8)
+    seen = Observation("pick", np.zeros(8, np.float32), images=dict.fromkeys(CAMERAS, wide))
+    pixels = shown_to(policy, policy.model.model.vlm.vision_tower, seen)
+    assert pixels.shape == (2, 3, 28, 28)
+    torch.testing.assert_close(pixels[1, :, 7:21], torch.tensor([-1, -0.6, 1])[:, None, None].expand(3, 14, 28))
+    assert (pixels[:, :, :7] == -1).all()
+
+
 def test_images_keep_their_proportion():
     wide = np.full((20, 40, 3), 200, np.uint8)
     made = resize_with_pad(wide, 28)
@@ -133,6 +154,8 @@ def test_images_keep_their_proportion():
 
 
 def test_prompts():
+    begin, *said = PaliGemmaPrompts(characters()).encode("Pick up the MILK_1")
+    assert (begin, spelled(said)) == (2, "Pick up the MILK_1\n")
     prompts = PaliGemmaPrompts(tokenizer())
     assert prompts.encode("pick up the milk") == prompts.encode("pick up the milk\n") == [2, 10, 11, 12, 13, 108]
     with pytest.raises(BenchError, match="not a tokenizer"):

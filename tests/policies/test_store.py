@@ -164,6 +164,19 @@ def test_keys_and_shapes(folder):
         refused(folder, "model.safetensors", problem)
 
 
+def test_every_wrong_tensor_is_named(folder):
+    whole = load((folder / "model.safetensors").read_bytes())
+    keys = sorted(whole)
+    wrong = {key: torch.zeros(1, 2, 3) for key in keys[6:12]}
+    surplus = {f"extra.{i}": torch.zeros(1) for i in range(6)}
+    rewrite(folder, "model.safetensors", save({**{key: whole[key] for key in keys[12:]}, **wrong, **surplus}))
+    lines = [f"lacks {key}; " for key in keys[:6]] + [f"has unknown {key}; " for key in surplus]
+    lines += [
+        f"{key} is torch.float32 [1, 2, 3], should be {whole[key].dtype} {list(whole[key].shape)}; " for key in wrong
+    ]
+    refused(folder, "".join(lines))
+
+
 def test_foreign_checkpoints(folder, tmp_path):
     save_policy(tmp_path / "pixels", make(PI0_TINY_PIXELS), CARD)
     refused(tmp_path / "pixels", "'pi0-tiny-pixels', not 'pi0-tiny'")

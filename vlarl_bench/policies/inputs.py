@@ -163,7 +163,8 @@ def _hands(observation: Observation, names: tuple[str, ...]) -> np.ndarray:
 def _image(observation: Observation, camera: str, size: int) -> np.ndarray:
     image = observation.images.get(camera)
     if image is None or image.shape != (size, size, 3) or image.dtype != np.uint8:
-        found = "missing" if image is None else f"{image.shape} {image.dtype}"
+        there = ", ".join(sorted(observation.images)) or "none"
+        found = f"missing (there are {there})" if image is None else f"{image.shape} {image.dtype}"
         raise BenchError(f"images[{camera!r}]: {found}, but this policy takes ({size}, {size}, 3) uint8")
     return image.transpose(2, 0, 1)
 

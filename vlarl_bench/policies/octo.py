@@ -132,6 +132,14 @@ class Octo(Standardised, DiffusionPolicy):
             words = {"vocabulary": list(self.vocabulary.entries)}
         return {"policy": self.name, "architecture": asdict(self.architecture), "normalisation": self.scales, **words}
 
+    @property
+    def checkpointed(self) -> bool:  # type: ignore[override]
+        return self.model.checkpointed
+
+    @checkpointed.setter
+    def checkpointed(self, wanted: bool) -> None:
+        self.model.checkpointed = wanted
+
     # Transformer
 
     def preprocess(self, observations: Sequence[Observation]) -> Batch:

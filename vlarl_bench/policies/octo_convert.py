@@ -27,6 +27,7 @@ from ..files import read_json_object
 from .octo import FULL_SIZE, Octo, Subwords
 from .octo_model import VIEWS, OctoArchitecture
 from .presets import OCTO_SMALL
+from .shards import wrong_keys
 from .store import save_policy
 
 TRUNK = "octo_transformer/"
@@ -93,7 +94,7 @@ def convert_parameters(parameters: Mapping[str, np.ndarray]) -> dict[str, Tensor
     keys = {path: torch_key(path) for path in parameters}
     unknown = sorted(path for path, key in keys.items() if key is None)
     if unknown:
-        raise BenchError(f"checkpoint: has parameters that this network does not: {_some(unknown)}")
+        raise BenchError(f"checkpoint: has parameters that this network does not: {', '.join(unknown)}")
     return {
         str(keys[path]): torch.from_numpy(np.array(torch_array(path, array), np.float32, order="C"))
         for path, array in parameters.items()
@@ -195,28 +196,27 @@ def convert(
     config = read_json_object(checkpoint / "config.json")
     parameters = read_checkpoint(checkpoint, step)
     architecture = architecture_of(config, {path: array.shape for path, array in parameters.items()})
+    scales = _scales(statistics, statistics_key, architecture.action_dim)
     policy = Octo(_name(architecture), architecture, _subwords(tokenizer, architecture.max_words))
     tensors, own = convert_parameters(parameters), policy.model.state_dict()
-    wrong = {key for key in tensors.keys() & own.keys() if tensors[key].shape != own[key].shape}
-    for problem, keys in (
-        ("lacks", own.keys() - tensors.keys()),
-        ("has unknown", tensors.keys() - own.keys()),
-        ("has misshapen", wrong),
-    ):
-        if keys:
-            raise BenchError(f"checkpoint: {checkpoint} {problem} {_some(sorted(keys))}")
+    problems = wrong_keys(own, tensors)
+    for key in sorted(own.keys() & tensors.keys()):
+        if tensors[key].shape != own[key].shape:
+            problems.append(f"{key} is {list(tensors[key].shape)}, should be {list(own[key].shape)}")
+    if problems:
+        raise BenchError(f"checkpoint: {checkpoint}: {'; '.join(problems)}")
     policy.model.load_state_dict(tensors)
-    for scale, values in zip((policy.action_mean, policy.action_std), _scales(statistics, statistics_key), strict=True):
-        if values.shape != scale.shape:
-            raise BenchError(f"statistics: {statistics_key!r} has {len(values)} actions, the checkpoint {len(scale)}")
+    for scale, values in zip((policy.action_mean, policy.action_std), scales, strict=True):
         scale.copy_(torch.from_numpy(values))
     card = {"made_by": "python -m vlarl_bench.policies.octo_convert", "statistics": statistics_key}
     save_policy(out, policy, card)
     return policy
 
 
-def _scales(statistics: Path, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and deviation of actions; numbers whose `mask` is false are left as they are, as in the authors' code."""
+def _scales(statistics: Path, key: str, action_dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """[A] mean and deviation of actions. Numbers whose `mask` is false are left as they are, as in the authors' code,
+    but for a gripper, the last one: Octo's data turn it to 0 (closed) to 1 (open), where LIBERO's robot takes 1 and -1.
+    """
     known = read_json_object(statistics)
     if key not in known:
         raise BenchError(f"statistics: {statistics} has no {key!r}; it has {', '.join(sorted(known))}")
@@ -224,9 +224,15 @@ def _scales(statistics: Path, key: str) -> tuple[np.ndarray, np.ndarray]:
         action = known[key]["action"]
         mean, std = np.asarray(action["mean"], np.float32), np.asarray(action["std"], np.float32)
         mask = np.asarray(action.get("mask", np.ones(mean.shape)), bool)
-        return np.where(mask, mean, 0).astype(np.float32), np.where(mask, std, 1).astype(np.float32)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BenchError(f"statistics: {key!r} in {statistics} lacks a valid action mean and std: {error}") from None
+    for values in (mean, std, mask):
+        if values.shape != (action_dim,):
+            raise BenchError(f"statistics: {key!r} has {values.size} actions, the checkpoint {action_dim}")
+    mean, std = np.where(mask, mean, 0), np.where(mask, std, 1)
+    if not mask[-1]:
+        mean[-1], std[-1] = 1, -2  # 1 - 2 x; the robot heeds the sign alone
+    return mean, std
 
 
 def _name(a: OctoArchitecture) -> str:
@@ -258,10 +264,6 @@ def _leaves(tree: Mapping[str, Any], above: str = "") -> list[tuple[str, np.ndar
 
 def _count(shapes: Mapping[str, Any], pattern: str) -> int:
     return sum(bool(re.fullmatch(pattern, path)) for path in shapes)
-
-
-def _some(keys: list[str]) -> str:
-    return ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
 
 
 @dataclass(frozen=True)

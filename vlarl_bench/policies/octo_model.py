@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import T5Config
 from transformers.models.t5.modeling_t5 import T5Stack
 
@@ -170,6 +171,8 @@ class OctoNetwork(nn.Module):
     def __init__(self, a: OctoArchitecture, vocabulary: int) -> None:
         super().__init__()
         self.architecture = a
+        self.checkpointed = False
+        """Whether gradients recompute each block instead of keeping what it computed."""
         self.language = _text_encoder(a, vocabulary)
         ins, self.groups = {"language": a.word_width}, {}
         for view, size in zip(VIEWS, a.camera_sizes, strict=False):
@@ -247,8 +250,9 @@ class OctoNetwork(nn.Module):
         x = torch.cat((language, steps.flatten(1, 2)), 1)
         rules = attention_rules(ids.shape[1], seen.shape[2], w, a.correct_attention).to(x.device)
         mask = (rules & torch.cat((spoken, real.flatten(1)), 1)[:, None])[:, None]
+        again = self.checkpointed and torch.is_grad_enabled()
         for block in self.blocks:
-            x = block(x, mask)
+            x = checkpoint(block, x, mask, use_reentrant=False) if again else block(x, mask)
         x = self.norm(x)[:, ids.shape[1] :].unflatten(1, (w, -1))
         return x[:, :, -1], x[:, :, :-1], seen
 

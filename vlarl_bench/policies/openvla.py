@@ -29,7 +29,7 @@ from .inputs import Batch, Rows, object_tokens, object_width, to_batch
 from .openvla_inputs import Prompts, from_bins, pixels, to_bins
 from .openvla_model import L1Head, OpenVLAArchitecture, OpenVLANetwork, ProprioProjector, Tower
 from .quantiles import Quantiles
-from .tokens import TokenPolicy, choose, likelihood, uniforms
+from .tokens import TokenPolicy, choose, likelihood, row_by_row, uniforms
 from .vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -264,6 +264,7 @@ class OpenVLA(_OpenVLA, TokenPolicy):
         latent = from_bins(index, a.bins).unflatten(1, (a.chunk, a.action_dim))
         return Sample(self.unnormalise(latent), latent, index[..., None])
 
+    @row_by_row
     def log_prob(self, context: Context, trace: Tensor, mask: Tensor, noise: float) -> LogProb:
         """Of a trace of bins [B, H A, 1] at temperature `noise`."""
         logp, entropy = likelihood(self.logits(context, trace[..., 0]), trace[..., 0], noise)
@@ -313,9 +314,9 @@ def assemble(
 
 
 def create(
-    spec: PolicySpec, embodiment: Embodiment, vocabulary: Sequence[str], seed: int
+    spec: PolicySpec, embodiment: Embodiment, vocabulary: Sequence[str], seed: int, **form: Any
 ) -> OpenVLA | OpenVLARegression:
-    """Random weights, at the sizes of `spec`; `vocabulary` are texts.
+    """Random weights, at the sizes of `spec`; `vocabulary` are texts, `form` more of `OpenVLAArchitecture`.
 
     Token ids: the words, then begin, separator and stop, then the bins, highest first.
     """
@@ -334,6 +335,7 @@ def create(
         hands=embodiment.hands,
         cameras=embodiment.cameras,
         image_size=spec.image_size,
+        **form,
     )
     return assemble(spec.name, architecture, words, seed)
 

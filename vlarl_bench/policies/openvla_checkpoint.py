@@ -1,4 +1,7 @@
-"""OpenVLA from a folder as its authors publish it, by path: `openvla-7b`, its LIBERO fine-tunes, and OFT's.
+"""OpenVLA from a folder as its authors publish it, by path: `openvla-7b` and its LIBERO fine-tunes, and OFT's.
+
+Nothing in a folder says how its network decodes: OFT has OpenVLA's tensors, and what differs is Python. So the policy's
+name does, `openvla-7b` or `openvla-oft-7b`.
 
 Read are config.json, the safetensors (one file, or shards with their index), tokenizer.json and the statistics of the
 training data; the folder's Python files never run, and pickles are refused.
@@ -6,7 +9,7 @@ training data; the folder's Python files never run, and pickles are refused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,18 +61,29 @@ OFT: Mapping[str, Any] = {
     "chunk": 8,
     "cameras": ("agentview", "robot0_eye_in_hand"),
 }
+OFT_TOKENS: Mapping[str, Any] = {**OFT, "head": "tokens", "cameras": ("agentview",)}
+"""OFT as SimpleVLA-RL has it, with nothing beside the network."""
 
 
 def load_published(
-    folder: Path | str, name: str = "openvla-7b", unnorm_key: str | None = None, **sizes: Any
+    folder: Path | str,
+    name: str = "openvla-7b",
+    unnorm_key: str | None = None,
+    dtype: str | None = None,
+    **sizes: Any,
 ) -> OpenVLA | OpenVLARegression:
-    """The policy in a published folder; OFT's if an `action_head` lies beside the network.
+    """The policy in a published folder. That of `openvla-oft-7b` regresses if an `action_head` lies beside the network,
+    else it draws tokens; it looks at one camera where nothing lies there, for how many it was trained on is in no file.
 
     `unnorm_key` names the training data whose scales to use (`libero_object` finds `libero_object_no_noops` too); None
-    takes the only one there is. `sizes` are what a checkpoint of another size has in place of `PUBLISHED`.
+    takes the only one there is. `dtype` is `float32` or `bfloat16`; None is bfloat16, in which the authors load every
+    part whatever its file holds: OFT's training keeps the projector of proprioception in float32. `sizes` are what a
+    checkpoint of another size has in place of `PUBLISHED`.
 
     Raises BenchError naming every tensor that is missing, surplus or of another shape, or the file that is unreadable.
     """
+    if dtype not in (None, "float32", "bfloat16"):
+        raise BenchError(f"dtype: {dtype!r}; it must be 'float32' or 'bfloat16'")
     folder = Path(folder)
     config = read_json_object(folder / "config.json")
     if config.get("model_type") != "openvla":
@@ -79,8 +93,14 @@ def load_published(
         read_json_object(statistics) if statistics.exists() else config.get("norm_stats"), unnorm_key
     )
     heads = {part: _beside(folder, part) for part in ("action_head", "proprio_projector")}
-    shape = {**PUBLISHED, **(OFT if heads["action_head"] else ONE_IMAGE), **sizes}
-    shape["proprio_token"] = heads["proprio_projector"] is not None
+    shape = {
+        **PUBLISHED,
+        **_form(name, heads, folder),
+        "proprio_token": heads["proprio_projector"] is not None,
+        **sizes,
+    }
+    if dtype is not None:
+        shape["dtype"] = dtype
     try:
         tokenizer = (folder / "tokenizer.json").read_text()
     except (OSError, UnicodeDecodeError) as error:
@@ -93,11 +113,24 @@ def load_published(
         if files:
             expected = {k.removeprefix(f"{part}."): p for k, p in parameters.items() if k.startswith(f"{part}.")}
             stored = {key.removeprefix("module."): key for key in keys_in(files)}  # DDP's prefix
-            tensors |= {f"{part}.{key}": tensor for key, tensor in read_tensors(files, stored, expected).items()}
+            found = read_tensors(files, stored, expected)
+            tensors |= {f"{part}.{key}": tensor for key, tensor in found.items()}
     policy.load_state_dict(tensors, strict=True, assign=True)
     llama = policy.network.language_model.model
     llama.rotary_emb = type(llama.rotary_emb)(llama.config)  # its frequencies are computed, not stored
     return policy
+
+
+def _form(name: str, heads: Mapping[str, Sequence[Path] | None], folder: Path) -> Mapping[str, Any]:
+    """How the network decodes, and what it looks at. Raises BenchError for OFT's folder by OpenVLA's name."""
+    beside = [file.name for files in heads.values() for file in files or ()]
+    if name == "openvla-7b":
+        if beside:
+            raise BenchError(f"policy: {folder} has {', '.join(beside)}, so it is OFT's; take 'openvla-oft-7b'")
+        return ONE_IMAGE
+    if not beside:
+        return OFT_TOKENS
+    return OFT if heads["action_head"] else {**OFT, "head": "tokens"}
 
 
 def _scales(stats: Mapping[str, Any], policy: OpenVLA | OpenVLARegression) -> dict[str, Tensor]:

@@ -45,7 +45,8 @@ CAMERAS = {
 """LIBERO's camera for each image of published checkpoints, by what follows `observation.images.`."""
 ABSENT = ("right_wrist_0_rgb", r"empty_camera_\d+")
 """Images that LIBERO's robot does not have: they stay masked."""
-MODES = {"MEAN_STD": ("mean", "std"), "QUANTILES": ("q01", "q99")}
+MODES = {"MEAN_STD": ("mean", "std"), "QUANTILES": ("q01", "q99"), "MIN_MAX": ("min", "max")}
+"""lerobot's ways to scale, by the statistics that each takes; those of the last two become -1 and 1."""
 
 
 def load_published(
@@ -82,7 +83,7 @@ def load_published(
     own = {published_key(key): key for key, _ in policy.model.named_parameters()}
     parameters = dict(policy.model.named_parameters())
     expected: dict[str, Tensor] = {published: parameters[key] for published, key in own.items()}
-    found = read_tensors(files, stored, expected, cast=True)
+    found = read_tensors(files, stored, expected)
     tensors = {f"model.{own[published]}": tensor for published, tensor in found.items()}
     policy.load_state_dict(tensors | scales, strict=True, assign=True)
     policy.fill_buffers()
@@ -183,7 +184,7 @@ def tokenizer_json(place: Path) -> str:
 
 
 def _scales(folder: Path, config: Mapping[str, Any], policy: PublishedPi0, unnorm_key: str | None) -> dict[str, Tensor]:
-    """The policy's buffers. Quantiles are turned into the mean and deviation that do the same."""
+    """The policy's buffers. What becomes -1 and 1 is turned into the mean and deviation that do the same."""
     modes = config.get("normalization_mapping") or {"STATE": "MEAN_STD", "ACTION": "MEAN_STD"}
     scales = {}
     for kind, (mode, first, second, least) in read_scales(folder, modes, policy.architecture, unnorm_key).items():
@@ -195,7 +196,7 @@ def _scales(folder: Path, config: Mapping[str, Any], policy: PublishedPi0, unnor
 def read_scales(
     folder: Path, modes: Mapping[str, Any], a: Any, unnorm_key: str | None
 ) -> dict[str, tuple[str, Tensor, Tensor, float]]:
-    """For `action` and `proprio`: `MEAN_STD` and both, or `QUANTILES` and both; and what is added to deviations."""
+    """For `action` and `proprio`: one of `MODES`, its two statistics, and what is added to deviations."""
     stats, least = _statistics(folder, unnorm_key)
     scales = {}
     for kind, feature, group, size in (

@@ -39,7 +39,7 @@ from .batch_invariant import batch_invariant
 from .fast_tokens import FastTokenizer
 from .inputs import Batch, Rows, object_tokens, object_width, to_batch
 from .quantiles import Quantiles
-from .tokens import TokenPolicy, choose, likelihood, uniforms
+from .tokens import TokenPolicy, choose, likelihood, row_by_row, uniforms
 from .vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -336,6 +336,7 @@ class Pi0Fast(Quantiles, TokenPolicy):
         latent = torch.from_numpy(chunks).float().to(self.device)
         return Sample(self.unnormalise(latent), latent, index[..., None], torch.from_numpy(~valid))
 
+    @row_by_row
     def log_prob(self, context: Context, trace: Tensor, mask: Tensor, noise: float) -> LogProb:
         """Of a trace of action tokens [B, max_tokens, 1] at temperature `noise`.
 

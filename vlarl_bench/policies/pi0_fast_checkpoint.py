@@ -80,7 +80,7 @@ def load_published(
     stored = {key.removeprefix("model."): key for key in keys_in(files)}
     if HEAD in stored and TIED not in stored:  # a base checkpoint has both in one
         del expected[TIED]
-    tensors = read_tensors(files, stored, expected, cast=True)
+    tensors = read_tensors(files, stored, expected)
     if TIED not in tensors:
         tensors[TIED] = tensors[HEAD].clone()
     own = {parameters[key]: tensor for key, tensor in tensors.items()}
@@ -104,7 +104,7 @@ def _scales(
     scales = {"action_scaled": torch.ones(policy.action_dim, dtype=torch.bool)}
     for kind, (mode, first, second, least) in read_scales(folder, modes, policy.architecture, unnorm_key).items():
         spread = second + least
-        low, high = (first, second) if mode == "QUANTILES" else (first - spread, first + spread)
+        low, high = (first - spread, first + spread) if mode == "MEAN_STD" else (first, second)
         # A number that never moved: what it was is -1, as in lerobot, and nothing is divided by zero.
         above = torch.maximum(low + least, torch.nextafter(low, torch.full_like(low, torch.inf)))
         scales[f"{kind}_low"], scales[f"{kind}_high"] = low.clone(), torch.maximum(high, above)

@@ -24,6 +24,13 @@ OPENVLA_TINY_PIXELS = PolicySpec(
     image_size=64,
     family=OPENVLA,
 )
+OPENVLA_AR_TINY = PolicySpec(
+    name="openvla-ar-tiny",
+    summary="OpenVLA scaled down to 0.8 M parameters, one token after another; sees what openvla-tiny does; no prior",
+    capabilities=TOKENS,
+    observation="state",
+    family="vlarl_bench.policies.openvla_autoregressive",
+)
 OPENVLA_7B = PublishedSpec(
     name="openvla-7b",
     summary="OpenVLA (7.5 B parameters) from a published folder: instruction and one camera (224 x 224)",
@@ -32,7 +39,18 @@ OPENVLA_7B = PublishedSpec(
     cameras=("agentview",),
     image_size=224,
     family=OPENVLA,
-    source="openvla/openvla-7b, its LIBERO fine-tunes or OFT's",
+    source="openvla/openvla-7b or its LIBERO fine-tunes",
+    checkpoint="vlarl_bench.policies.openvla_checkpoint",
+)
+OPENVLA_OFT_7B = PublishedSpec(
+    name="openvla-oft-7b",
+    summary="OpenVLA-OFT (7.5 B parameters) from a published folder, by tokens or by regression: one or two cameras",
+    capabilities=TOKENS,
+    observation="pixels",
+    cameras=("agentview",),
+    image_size=224,
+    family=OPENVLA,
+    source="an OpenVLA-OFT or SimpleVLA-RL checkpoint for LIBERO",
     checkpoint="vlarl_bench.policies.openvla_checkpoint",
 )
 PI0_TINY = PolicySpec(

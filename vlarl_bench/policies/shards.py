@@ -39,13 +39,17 @@ def keys_in(files: Iterable[Path]) -> dict[str, Path]:
     return where
 
 
-def read_tensors(
-    files: Iterable[Path], stored: Mapping[str, str], expected: Mapping[str, Tensor], cast: bool = False
-) -> dict[str, Tensor]:
+def wrong_keys(expected: Iterable[str], found: Iterable[str]) -> list[str]:
+    """What a checkpoint lacks, then what it has that no one knows: a phrase for each key."""
+    right, there = set(expected), set(found)
+    return [f"lacks {key}" for key in sorted(right - there)] + [f"has unknown {key}" for key in sorted(there - right)]
+
+
+def read_tensors(files: Iterable[Path], stored: Mapping[str, str], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors `expected` by name (shapes and types count), each in one of `files` under its key `stored[name]`.
 
-    All are checked before any is read; with `cast`, any floating type is taken, and turned into the one expected.
-    Raises BenchError naming every tensor that is missing, surplus or of another shape or type.
+    All are checked before any is read; any floating type is taken, and turned into the one expected. Raises BenchError
+    naming every tensor that is missing, surplus, of another shape or of no floating type.
     """
     files = list(files)
     where, wrong = keys_in(files), []
@@ -56,11 +60,9 @@ def read_tensors(
                     view = opened.get_slice(stored[name])
                     kind, shape = view.get_dtype(), list(view.get_shape())
                     right = DTYPES[expected[name].dtype]
-                    fits = kind in DTYPES.values() if cast else kind == right
-                    if not fits or shape != list(expected[name].shape):
+                    if kind not in DTYPES.values() or shape != list(expected[name].shape):
                         wrong.append(f"{name} is {kind} {shape}, should be {right} {list(expected[name].shape)}")
-    problems = [f"lacks {name}" for name in sorted(expected.keys() - stored.keys())]
-    problems += [f"has unknown {name}" for name in sorted(stored.keys() - expected.keys())] + sorted(wrong)
+    problems = wrong_keys(expected, stored) + sorted(wrong)
     if problems:
         named = ", ".join(file.name for file in files)
         raise BenchError(f"policy: {named} in {files[0].parent}: {'; '.join(problems)}")

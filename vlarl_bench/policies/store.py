@@ -20,6 +20,7 @@ from ..errors import BenchError
 from ..files import explain_oserror
 from .adapt import merged_state
 from .base import Policy
+from .shards import wrong_keys
 
 CONFIG, WEIGHTS, HASHES, CARD = "config.json", "model.safetensors", "hashes.json", "README.md"
 
@@ -108,15 +109,17 @@ def _lines(value: Any) -> bytes:
 
 
 def load_weights(policy: Policy, tensors: Mapping[str, Tensor], folder: Path | str) -> None:
-    """Puts tensors (float16 or float32) into a policy that must have exactly these keys and shapes."""
+    """Puts tensors (float16 or float32) into a policy that must have exactly these keys and shapes. Raises BenchError
+    naming every tensor that is missing, surplus or of another shape or type."""
     own, file = policy.state_dict(), Path(folder) / WEIGHTS
-    for problem, keys in (("lacks", own.keys() - tensors.keys()), ("has unknown", tensors.keys() - own.keys())):
-        if keys:
-            raise BenchError(f"policy: {file} {problem} {_some(keys)}; is it another policy's file?")
-    for key, tensor in tensors.items():
-        if tensor.shape != own[key].shape or tensor.dtype not in (own[key].dtype, torch.float16):
-            found, right = f"{tensor.dtype} {list(tensor.shape)}", f"{own[key].dtype} {list(own[key].shape)}"
-            raise BenchError(f"policy: {file}: {key} is {found}, should be {right}")
+    problems = wrong_keys(own, tensors)
+    for key in sorted(own.keys() & tensors.keys()):
+        tensor, right = tensors[key], own[key]
+        if tensor.shape != right.shape or tensor.dtype not in (right.dtype, torch.float16):
+            found = f"{tensor.dtype} {list(tensor.shape)}"
+            problems.append(f"{key} is {found}, should be {right.dtype} {list(right.shape)}")
+    if problems:
+        raise BenchError(f"policy: {file}: {'; '.join(problems)}; is it another policy's file?")
     policy.load_state_dict(dict(tensors))
 
 
@@ -130,11 +133,6 @@ def _config(policy: Policy) -> dict[str, Any]:
 def _counts(policy: Policy, key: str) -> bool:
     """Whether a tensor is part of the policy: all but those of steering that does not steer yet."""
     return policy.steered or not key.startswith("steering.")
-
-
-def _some(keys: set[str]) -> str:
-    shown = sorted(keys)[:3]
-    return ", ".join(shown) + (f" and {len(keys) - len(shown)} more" if len(keys) > len(shown) else "")
 
 
 def _card(policy: Policy, card: Mapping[str, Any], half: bool) -> str:

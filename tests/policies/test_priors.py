@@ -1,0 +1,62 @@
+"""The weights that ship: together they are small, and each card says where they come from and what they are not for."""
+
+import re
+import shlex
+
+import pytest
+
+from vlarl_bench import registry
+from vlarl_bench.policies.spec import PRIORS
+from vlarl_bench.policies.store import read_policy
+
+SHIPPED = sorted(path.parent.relative_to(PRIORS).as_posix() for path in PRIORS.glob("*/*/config.json"))
+OLDER = {"pi0-tiny-pixels/libero": "shipped before scripts/ship_prior.py wrote what a prior is not for"}
+
+
+def marked(name):
+    older = pytest.mark.xfail(strict=True, reason=OLDER.get(name, ""))
+    return pytest.param(name, marks=older if name in OLDER else ())
+
+
+def commands(card):
+    """Of the card's block of shell commands, each as its words."""
+    (block,) = re.findall(r"^```sh\n(.*?)^```$", card, re.M | re.S)
+    return [shlex.split(line) for line in block.splitlines()]
+
+
+def said(command, option):
+    """What a command says after an option."""
+    return command[command.index(option) + 1]
+
+
+def test_all_together_are_small():
+    assert SHIPPED
+    assert sum(path.stat().st_size for path in PRIORS.rglob("*") if path.is_file()) < 25e6
+
+
+@pytest.mark.parametrize("name", map(marked, SHIPPED))
+def test_a_card_says_what_the_prior_is(name):
+    policy, benchmark = name.split("/")
+    config, _ = read_policy(PRIORS / name)
+    card = (PRIORS / name / "README.md").read_text()
+    assert config["policy"] == policy
+    # Data and command: the demonstrations, then the run that learned from them.
+    demos, run, ship = commands(card)
+    assert demos[:2] == ["vlarl-bench", "demos"]
+    assert said(demos, "--mode") == registry.get("policy", policy).observation
+    assert registry.get("suite", said(demos, "--suite")).benchmark == benchmark
+    assert int(said(demos, "--episodes")) > 0
+    assert run[:2] == ["vlarl-bench", "run"] and run == shlex.split(config["made_by"])
+    assert (said(run, "--policy"), said(run, "--suite")) == (policy, said(demos, "--suite"))
+    assert ship[:2] == ["python", "scripts/ship_prior.py"] and ship[3] == policy
+    assert f"- tasks: {', '.join(config['tasks'])}\n" in card
+    # What it scored, on what, with which seed, and how sure that is.
+    assert re.search(r"Held-out initial states [\d, -]+, \d+ episode\(s\) each; seed \d+; .* scored episodes\.", card)
+    for suite in {task.split("/")[0] for task in config["tasks"]}:
+        assert re.search(rf"^\| {suite} \| \d+/\d+ \d+% \[\d+%, \d+%\] \|", card, re.M), suite
+    assert re.search(r"^\| \*\*all \d+ tasks\*\* \| .*\d+/\d+ \d+% \[\d+, \d+\]", card, re.M)
+    # What it must not be used for.
+    text = " ".join(card.split())
+    assert "for comparing fine-tuning methods in simulation and good for nothing else" in text
+    assert "must not drive a robot" in text
+    assert "Its scores are no scores of the published models" in text
