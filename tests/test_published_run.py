@@ -7,13 +7,16 @@ import json
 import pytest
 from vlarl_bench.tasks.libero import suite
 
+from vlarl_bench import registry
 from vlarl_bench.cli import main
 from vlarl_bench.policies import openvla_checkpoint, pi0_checkpoint, pi0_fast_checkpoint
+from vlarl_bench.policies.octo import Octo
 from vlarl_bench.policies.pi0_fast_published import PublishedPi0FastArchitecture
 from vlarl_bench.policies.pi0_published import PublishedPi0Architecture
-from vlarl_bench.policies.store import content_hash
+from vlarl_bench.policies.store import content_hash, save_policy
 from vlarl_bench.records import read_rows
 
+from .conformance.narrow import narrow
 from .policies import pi0_fast_small, pi0_small
 from .policies.openvla_tiny import SMALL
 from .policies.test_openvla_checkpoint import FORMS
@@ -27,7 +30,7 @@ SIZES = ("layers", "width", "heads", "mlp", "max_words", "dino", "siglip")
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     """Episodes of one decision."""
-    for name in ("openpi", "lerobot", "simplevla"):
+    for name in ("openpi", "lerobot", "simplevla", "octo"):
         protocol = suite.PUBLISHED[name]
         monkeypatch.setitem(suite.PUBLISHED, name, dataclasses.replace(protocol, horizon=(protocol.execute,) * 5))
 
@@ -68,6 +71,20 @@ def test_openvla_plays_from_its_folder(form, protocol, steps, openvla, tmp_path,
     assert "unnorm_key: 'bridge_orig'; the checkpoint has libero_object_no_noops" in capsys.readouterr().err
 
 
+def test_octo_plays_from_what_its_converter_writes(tmp_path, capsys):
+    spec, object_suite = registry.get("policy", "octo-small-1.5"), registry.get("suite", "libero_object")
+    embodiment = object_suite.embodiment(object_suite.protocol("pixels", "octo"))
+    small = narrow(spec, embodiment, [task.instruction for task in object_suite.tasks], 0)
+    seen = {"image_size": 256, "camera_sizes": (256, 128), "chunk": 4}
+    made = Octo(spec.name, dataclasses.replace(small.architecture, **seen), small.vocabulary)
+    save_policy(tmp_path / "converted", made, {})
+    out = tmp_path / "run"
+    options = ("--policy", spec.name, "--base", str(tmp_path / "converted"), "--protocol", "octo", "--out", str(out))
+    assert main([*PLAY, *options]) == 0, capsys.readouterr().err
+    (row,) = read_rows(out / "episodes.jsonl")
+    assert (row.steps, row.checkpoint) == (4, content_hash(made))
+
+
 def test_pi0_plays_from_its_folder_and_resizes_what_it_sees(pi0, tmp_path, capsys):
     folder, made = pi0
     out = tmp_path / "run"
@@ -99,7 +116,7 @@ def test_pi0_fast_plays_from_its_folder_and_tells_what_is_no_chunk(tmp_path, mon
         ),
         (("pi0-base", "--base", "scratch"), "base: 'scratch'; 'pi0-base' needs --base FOLDER: lerobot/pi0_base"),
         (
-            ("octo-small-1.5", "--base", "nowhere", "--protocol", "rlinf"),
+            ("octo-small-1.5", "--base", "nowhere", "--protocol", "octo"),
             "base: 'nowhere'; there is no config.json; 'octo",
         ),
         (
@@ -122,7 +139,7 @@ def test_octo_s_own_checkpoint_must_be_converted_first(tmp_path, capsys):
         "--base",
         str(tmp_path),
         "--protocol",
-        "rlinf",
+        "octo",
         "--out",
         str(tmp_path / "x"),
     )

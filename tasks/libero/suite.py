@@ -58,6 +58,8 @@ PUBLISHED = {
     "simplevla": _Published(
         (512,) * 5, execute=8, train_states=ALL_STATES, cameras=("agentview",), resize="lanczos", **_GREEDY
     ),
+    # Ours, for no code that evaluates Octo on LIBERO is public: openvla's, with what Octo sees and all that it plans.
+    "octo": _Published((220, 280, 300, 520, 400), execute=4, train_states=ALL_STATES, image_size=256),
 }
 
 
