@@ -188,12 +188,14 @@ def sampled(policy, context, generators):
 
 
 @torch.no_grad()
-def rollout(policy, reward, episodes, seed, length=1, act=None):
-    """`reward(first latent [H, A]) -> bool` decides each episode of `length` decisions."""
+def rollout(policy, reward, episodes, seed, length=1, act=None, see=None):
+    """`reward(first latent [H, A]) -> bool` decides each episode of `length` decisions; `see(i)` is what is seen at the
+    i-th one, and after the last."""
+    see = see or (lambda i: Observation("do it", np.array([i / 10], np.float32)))
     made = [Episode(Job(TASK, 0, number, number)) for number in range(episodes)]
     generators = [torch.Generator().manual_seed(seed * 100_000 + number) for number in range(episodes)]
     for i in range(length + 1):
-        seen = [Observation("do it", np.array([i / 10], np.float32)) for _ in made]
+        seen = [see(i) for _ in made]
         for episode, observation in zip(made, seen, strict=True):
             episode.observations.append(observation)
         if i == length:
