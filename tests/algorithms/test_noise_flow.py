@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from toy import ToyChain, ToyFlow, rollout, two_stages
-from vlarl_bench.algorithms.fpo import FPO, FPOSettings
+from toy import PaddedFlow, ToyChain, ToyFlow, rollout, two_stages
+from vlarl_bench.algorithms.fpo import FPO, FPOSettings, chunk_loss
 
 from vlarl_bench.config import BUDGETS
 from vlarl_bench.decisions import decisions
@@ -136,6 +136,19 @@ def test_what_was_drawn_is_the_latent_and_all_of_it_counts():
     assert judged.mask.min() == 1 and torch.equal(judged.latent, drawn)
     fresh = algorithm.replay[0]["value_chunk"]
     assert fresh.shape == drawn.shape and fresh.std().item() == pytest.approx(1, abs=0.3)
+
+
+def test_noise_that_pads_an_action_is_noise_too():
+    """A network looks at all of its noise, so here what pads an action counts."""
+    policy = PaddedFlow(0, inputs=2)
+    algorithm = FPO(FPOSettings(latent="noise", critic_steps=2, critic_width=8), policy, BUDGET, 0)
+    data = two_stages(policy, 8, 0, algorithm.act)
+    metrics = algorithm.update(policy, data)
+    assert all(math.isfinite(value) for value in metrics.values())
+    assert algorithm.replay[0]["latent"].shape[1:] == (2, 5)
+    x, eps, t = torch.randn(4, 2, 5), torch.randn(4, 3, 2, 5), torch.rand(4, 3)
+    loss = chunk_loss(algorithm.noise, seen(policy), x, torch.ones(4, 2), t, eps, True)
+    torch.testing.assert_close(loss, algorithm.noise.draw_loss(seen(policy), x, t, eps).mean((2, 3)))
 
 
 def test_exploration_steps_follow_the_flow_over_noise():

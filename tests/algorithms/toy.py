@@ -88,6 +88,25 @@ class ToyFlow(FlowPolicy, NoisePolicy):
         return learning(self, [self.w, self.u, self.b, self.v])
 
 
+class PaddedFlow(ToyFlow):
+    """The same behind a network that pads an action's two numbers to five: the noise that pads them stays as it is, and
+    its loss is `wrong` times the sum of `b`."""
+
+    latent_dim, wrong = 5, 0.0
+
+    def draw_loss(self, context, latent, t, noise):
+        own = super().draw_loss(context, latent[..., :2], t, noise[..., :2])
+        return torch.cat((own, (self.wrong * self.b.sum()).expand(*own.shape[:3], 3)), 3)
+
+    @torch.no_grad()
+    def decode(self, context, noise):
+        own = super().decode(context, noise[..., :2])
+        return Sample(actions=own.actions, latent=torch.cat((own.latent, noise[..., 2:]), 2))
+
+    def unnormalise(self, latent):
+        return latent[..., :2]
+
+
 class ToyStochasticFlow(ToyFlow, StochasticFlow):
     """The same, with Euler steps that can draw."""
 
