@@ -10,16 +10,16 @@ works here and why. Equations are numbered as in the paper.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from vlarl_bench.algorithm import Algorithm
+from vlarl_bench.config import added
 from vlarl_bench.decisions import decisions
 from vlarl_bench.distributed import descend, own, spread
 from vlarl_bench.errors import BenchError
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from vlarl_bench.config import Budget
     from vlarl_bench.decisions import Decisions
-    from vlarl_bench.policies.base import DenoisingPolicy, FlowPolicy, Sample
+    from vlarl_bench.policies.base import DenoisingPolicy, Sample
     from vlarl_bench.rollout import Rollout
 else:
     torch = lazy_import("torch")
@@ -52,6 +52,9 @@ LEARNERS = ("optimizer", "critic", "target", "critic_optimizer")
 class FPOSettings:
     """The paper gives no values; these are ours, found as docs/experiments.md tells."""
 
+    latent: Literal["action", "noise"] = added("action", before="action")
+    """What x is: `action`, the normalised chunk, and the policy's own flow learns; `noise`, what the frozen policy
+    decodes from, and a small flow over that learns (`vlarl_bench/noise_flow.py`)."""
     lr: float = 1e-5
     """Actor learning rate (Adam) of the first iteration."""
     anneal_lr: bool = True
@@ -71,19 +74,23 @@ class FPOSettings:
     `standardised` exp(beta (dl - mean) / std), the paper's eq. 3; `none` ascends min Q through the sampler instead
     (the paper's ablation without the CFM ratio)."""
     beta: float = 1.0
-    """Scale in the exponent of the ratio; 1 for `difference`, about 0.1 for the standardised readings."""
+    """Scale in the exponent of the ratio; 1 for `difference`, half of `clip_eps` clips 5% where dl is standardised."""
     std_floor: float = 0.1
-    """Smallest standard deviation that dl is divided by; on the first pass dl is 0 for every sample."""
+    """Smallest deviation that dl is divided by: on the first pass dl is 0 for all. Below it nothing is standardised."""
     drift_penalty: float = 1.0
     """Weight of relu(-mean dl), which holds the mean loss: noise raises it and `standardised` cannot see it."""
     ratio_gradient: Literal["through", "weight"] = "through"
     """`through` differentiates rho as PPO does; `weight` stops the gradient at rho and weighs the CFM loss by it."""
+    chunk_credit: bool = added(True, before=True)
+    """Whether the executed chunk has one dl and one rho (the paper), or each of its actions has its own (ablation)."""
     gamma: float = 0.99
     """Discount a decision (one executed chunk)."""
     gae_lambda: float = 0.3
     """Lambda of the advantage estimator, of all methods with a critic; the paper names none."""
     advantage_centre: Literal["task", "batch"] = "task"
     """What the mean advantage is taken over: each task, or the batch, where a hard task is nothing but bad examples."""
+    advantage_over: Literal["round", "minibatch"] = added("round", before="round")
+    """What advantages are standardised over: a round's decisions, or each minibatch's anew (the paper)."""
     critics: int = 2
     """Members of the Q-ensemble (eq. 5-6); 1 is the paper's single-critic ablation."""
     critic_lr: float = 1e-3
@@ -129,11 +136,13 @@ class FPOSettings:
             raise BenchError("algo.bootstrap_time_limit: True; it must go with algo.critic_target 'td'")
 
 
-def chunk_loss(policy: DenoisingPolicy, context: Any, latent: Tensor, mask: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """[B, K] CFM losses: squared error averaged over the executed steps (mask [B, H]) and the action's own numbers.
-
-    A sum, or a mean that counts steps that were never executed, scales the ratio away from 1."""
-    error = policy.draw_loss(context, latent, t, noise)[..., : policy.action_dim]
+def chunk_loss(actor: Any, context: Any, x: Tensor, mask: Tensor, t: Tensor, noise: Tensor, whole: bool) -> Tensor:
+    """[B, K] CFM losses at stored draws: squared error averaged over the executed steps (mask [B, H]) and the action's
+    own numbers; where they are not of the `whole` chunk, [B, K, H] those of each step. A sum, or a mean that counts
+    steps that were never executed, scales the ratio away from 1."""
+    error = actor.draw_loss(context, x, t, noise)[..., : actor.action_dim]
+    if not whole:
+        return error.mean(3)
     return (error * mask[:, None, :, None]).sum((2, 3)) / (mask.sum(1, keepdim=True) * error.shape[-1])
 
 
@@ -149,13 +158,10 @@ def cfm_ratio(difference: Tensor, settings: FPOSettings) -> Tensor:
 
 
 def actor_loss(new: Tensor, old: Tensor, advantage: Tensor, settings: FPOSettings) -> tuple[Tensor, Tensor]:
-    """Scalar loss (eq. 4) from [B, K] new and stored losses and [B] advantages, and the [B, K] ratio.
-
-    One advantage serves all draws of a decision: the credit of the whole executed chunk.
-    """
+    """Scalar loss (eq. 4) and ratio [N], from new and stored losses and advantages, [N] each: one advantage serves all
+    that a decision has losses of."""
     difference = old - new
     ratio = cfm_ratio(difference, settings)
-    advantage = advantage[:, None]
     if settings.ratio_gradient == "weight":
         low, high = (1 - settings.clip_eps, 1 + settings.clip_eps) if settings.clip_eps else (0.0, torch.inf)
         loss = (ratio.detach().clamp(low, high) * advantage * new).mean()
@@ -178,63 +184,66 @@ class FPO(Algorithm):
     Settings = FPOSettings
     search = MappingProxyType({"lr": (3e-6, 1e-5, 3e-5), "clip_eps": (0.01, 0.02, 0.05), "epochs": (2, 4, 8)})
 
-    def __init__(self, settings: FPOSettings, policy: DenoisingPolicy, budget: Budget, seed: int) -> None:
-        """Raises BenchError if the settings need a velocity and the policy has none."""
+    def __init__(self, settings: FPOSettings, policy: Any, budget: Budget, seed: int) -> None:
+        """Raises BenchError if the policy lacks what the settings need: noise to decode from, or a velocity."""
         from vlarl_bench.critics import QEnsemble
+        from vlarl_bench.noise_flow import NoiseFlow
 
+        self.noise = NoiseFlow(policy, seed) if settings.latent == "noise" else None
         for name, fits in (("explore_steps", settings.explore_steps == 1), ("ratio", settings.ratio != "none")):
-            if not fits and "flow" not in policy.capabilities:
+            if not fits and "flow" not in (self.noise or policy).capabilities:
                 raise BenchError(f"algo.{name}: {getattr(settings, name)!r}; only flow policies have a velocity")
         self.settings, self.iterations, self.updates = settings, budget.iterations, 0
         self.generator = torch.Generator().manual_seed(seed)
-        self.actor = only_actor_learns(policy)
-        self.optimizer = torch.optim.Adam(self.actor, lr=settings.lr, fused=True)
+        self.optimizer = torch.optim.Adam(only_actor_learns(policy), lr=settings.lr, fused=True)
         shape = (settings.critics, policy.feature_dim + 1, policy.chunk * policy.latent_dim, settings.critic_width)
         self.critic, self.target = (QEnsemble(*shape, self.generator) for _ in range(2))
         self.target.load_state_dict(self.critic.state_dict())
         self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=settings.critic_lr, fused=True)
         self.replay: list[dict[str, Tensor]] = []
 
-    def act(self, policy: DenoisingPolicy, context: Any, generators: Sequence[torch.Generator] | None) -> Sample:
-        """Samples a chunk and refines it K - 1 times (eq. 7): x <- x + eta v, in pi0's sign x <- x - eta v."""
-        sample = policy.sample(context, generators)
-        if self.settings.explore_steps == 1:
-            return sample
-        x, flow = sample.latent, cast("FlowPolicy", policy)
-        t = torch.full((len(x), 1), self.settings.explore_time)
-        for _ in range(self.settings.explore_steps - 1):
-            x = x - self.settings.explore_size * flow.velocity(context, x[:, None], t)[:, 0]
-        return dataclasses.replace(sample, actions=policy.unnormalise(x), latent=x)
+    def act(self, policy: Any, context: Any, generators: Sequence[torch.Generator] | None) -> Sample:
+        """Samples a latent and refines it K - 1 times (eq. 7): x <- x + eta v, in pi0's sign x <- x - eta v."""
+        from vlarl_bench.policies.base import Sample
+
+        s = self.settings
+        x = self.noise.sample(context, generators) if self.noise else policy.sample(context, generators).latent
+        t = torch.full((len(x), 1), s.explore_time)
+        for _ in range(s.explore_steps - 1):
+            x = x - s.explore_size * (self.noise or policy).velocity(context, x[:, None], t)[:, 0]
+        return self.noise.decode(context, x) if self.noise else Sample(actions=policy.unnormalise(x), latent=x)
 
     def update(self, policy: DenoisingPolicy, rollout: Rollout) -> dict[str, float]:
         """Critic steps on the replay window, then clipped actor epochs on this rollout."""
+        from vlarl_bench.critics import explained_variance
+
         s = self.settings
         if s.anneal_lr:
             anneal(self.optimizer, s.lr, self.updates, self.iterations)
         self.updates += 1
-        data = self._data(policy, taken := decisions(policy, rollout))
-        # Judged before these episodes are learned from, or it would say how well they are remembered.
-        metrics = self._foresight(data) if self.replay else {}
+        taken = decisions(policy, rollout)
+        if self.noise:
+            taken = self.noise.judged(taken)
+        data = self._data(self.noise or policy, taken)
+        with torch.no_grad():  # before these episodes are learned from: else it said how well they are remembered
+            foreseen = self.critic(data["features"], data["latent"]).mean(0)
+        metrics = explained_variance(data["returns"], foreseen) if self.replay else {}
         self.replay = [*self.replay, data][-s.window :]
         metrics |= self._fit_critic()
         advantage = self._advantages(data)
         metrics |= {"advantage_std": float(advantage.std(correction=0))}
-        advantage = standardise(advantage, taken.task if s.advantage_centre == "task" else 0 * taken.task)
         if s.ratio == "none":
-            return metrics | self._ascend_critic(cast("FlowPolicy", policy), taken)
-        return metrics | self._ascend_surrogate(policy, taken, advantage)
+            return metrics | self._ascend_critic(self.noise or policy, taken)
+        return metrics | self._ascend_surrogate(self.noise or policy, taken, advantage)
 
-    def _data(self, policy: DenoisingPolicy, taken: Decisions) -> dict[str, Tensor]:
-        """What the critics need of each decision; `fresh` chunks are the present policy's own."""
-        s = self.settings
+    def _data(self, actor: Any, taken: Decisions) -> dict[str, Tensor]:
+        """What the critics need of each decision; `fresh` latents are the present policy's own."""
         seen = torch.arange(int(taken.row[-1]) + 2)
         seeds = torch.randint(2**62, (len(seen),), generator=self.generator)[own(len(seen))].tolist()
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        with torch.no_grad():
-            fresh = spread(lambda _: policy.sample_round(taken.context, generators), seen)
-        value, following = fresh[taken.row], fresh[taken.row + 1]
-        next_value = following
-        if s.value_chunk == "stored":
+        fresh = spread(lambda _: actor.sample_round(taken.context, generators), seen)
+        value, following, next_value = fresh[taken.row], fresh[taken.row + 1], fresh[taken.row + 1]
+        if self.settings.value_chunk == "stored":
             value = taken.latent
             next_value = torch.where(taken.ended[:, None, None], following, taken.latent.roll(-1, 0))
         return {
@@ -242,8 +251,8 @@ class FPO(Algorithm):
             "latent": taken.latent,
             "reward": taken.reward,
             "ended": taken.ended,
-            "terminated": taken.reward > 0 if s.bootstrap_time_limit else taken.ended,
-            "returns": taken.returns(s.gamma),
+            "terminated": taken.reward > 0 if self.settings.bootstrap_time_limit else taken.ended,
+            "returns": taken.returns(self.settings.gamma),
             "value_chunk": value,
             "next_features": taken.next_features,
             "next_chunk": following,
@@ -259,12 +268,11 @@ class FPO(Algorithm):
         loss = torch.zeros(())
         for _ in range(s.critic_steps):
             i = torch.randint(len(replay["reward"]), (s.critic_batch,), generator=self.generator)
+            goal = replay["returns"][i]
             if s.critic_target == "td":
                 with torch.no_grad():
                     following = self.target(replay["next_features"][i], replay["next_chunk"][i]).amin(0)
                     goal = replay["reward"][i] + s.gamma * following * ~replay["terminated"][i]
-            else:
-                goal = replay["returns"][i]
             loss = ((self.critic(replay["features"][i], replay["latent"][i]) - goal) ** 2).mean()
             self.critic_optimizer.zero_grad()
             loss.backward()
@@ -272,13 +280,6 @@ class FPO(Algorithm):
             if s.critic_target == "td":
                 self.target.follow(self.critic, s.polyak)
         return {"critic_loss": loss.item()}
-
-    def _foresight(self, data: dict[str, Tensor]) -> dict[str, float]:
-        """How well the critics, all together, foresaw the round's returns."""
-        from vlarl_bench.critics import explained_variance
-
-        with torch.no_grad():
-            return explained_variance(data["returns"], self.critic(data["features"], data["latent"]).mean(0))
 
     def _advantages(self, data: dict[str, Tensor]) -> Tensor:
         """[n] GAE with V(s) = min_i Q_i(s, x)."""
@@ -290,62 +291,56 @@ class FPO(Algorithm):
         found = gae(reward, values.numpy(), next_values.numpy(), terminated, ended, s.gamma, s.gae_lambda)
         return torch.from_numpy(found.astype(np.float32))
 
-    def _ascend_surrogate(self, policy: DenoisingPolicy, taken: Decisions, advantage: Tensor) -> dict[str, float]:
+    def _ascend_surrogate(self, actor: Any, taken: Decisions, advantage: Tensor) -> dict[str, float]:
         """Eq. 4 over stored (tau, eps): the same draws score the old and the new policy, in every epoch."""
         s = self.settings
-        latent, mask, n = taken.latent, taken.mask, len(taken)
-        t = draw_times(policy, (n, s.draws), s.tau_min, self.generator)
-        noise = torch.randn(n, s.draws, *latent.shape[1:], generator=self.generator)
-
-        losses = taken.spread(lambda i: chunk_loss(policy, taken.view(i), latent[i], mask[i], t[i], noise[i]))
+        x, mask, n = taken.latent, taken.mask, len(taken)
+        group = taken.task if s.advantage_centre == "task" else 0 * taken.task
+        if s.advantage_over == "round":
+            advantage = standardise(advantage, group)
+        t = draw_times(actor, (n, s.draws), s.tau_min, self.generator)
+        noise = torch.randn(n, s.draws, *x.shape[1:], generator=self.generator)
+        # What has a ratio of its own: each draw of a chunk, or of each of its actions that was executed.
+        judged = (torch.ones_like(t) if s.chunk_credit else mask[:, None].expand(-1, s.draws, -1)).bool()
+        losses = taken.spread(lambda i: chunk_loss(actor, taken.view(i), x[i], mask[i], t[i], noise[i], s.chunk_credit))
         with torch.no_grad():
             old = torch.cat([losses(i) for i in torch.arange(n).split(s.minibatch)])
         seen: dict[str, list[float]] = {"clip_fraction": [], "ratio_off_one": [], "cfm_drift": []}
         for i in minibatches(n, s.minibatch, s.epochs, self.generator):
-            new = losses(i)
-            loss, ratio = actor_loss(new, old[i], advantage[i], s)
+            gain = advantage[i] if s.advantage_over == "round" else standardise(advantage[i], group[i])
+            new, before, row = losses(i)[judged[i]], old[i][judged[i]], judged[i].nonzero()[:, 0]
+            loss, ratio = actor_loss(new, before, gain[row], s)
             off = (ratio.detach() - 1).abs()
             if not seen["cfm_drift"] and not float(off.max()) <= 1e-3:  # also when it is not a number
-                raise BenchError(
-                    f"ratio: off 1 by {float(off.max()):.2g} before the first update; the same policy must have the "
-                    "same losses at the same draws"
-                )
+                raise BenchError(f"ratio: off 1 by {float(off.max()):.2g} at first; a policy's losses must repeat")
             descend(self.optimizer, loss, 1.0)
             seen["clip_fraction"].append(float((off > s.clip_eps).float().mean()))
             seen["ratio_off_one"].append(float(off.mean()))
-            seen["cfm_drift"].append(float((new.detach() - old[i]).mean()))
+            seen["cfm_drift"].append(float((new.detach() - before).mean()))
         seen["cfm_drift"] = seen["cfm_drift"][-math.ceil(n / s.minibatch) :]  # how far the last epoch was
-        return {"cfm_loss": float(old.mean())} | {name: float(np.mean(values)) for name, values in seen.items()}
+        return {"cfm_loss": float(old[judged].mean())} | {k: float(np.mean(values)) for k, values in seen.items()}
 
-    def _ascend_critic(self, policy: FlowPolicy, taken: Decisions) -> dict[str, float]:
-        """The ablation without the CFM ratio: the chunk itself climbs min Q, through ten Euler steps of the flow."""
+    def _ascend_critic(self, actor: Any, taken: Decisions) -> dict[str, float]:
+        """The ablation without the CFM ratio: the latent itself climbs min Q, through ten Euler steps of the flow."""
         values, s = [], self.settings
         for i in minibatches(len(taken), s.minibatch, s.epochs, self.generator):
-            value = self._fresh_values(policy, taken, i).mean()
+            noise = torch.randn(taken.latent[i].shape, generator=self.generator)[:, None]
+
+            def fresh_value(mine: Tensor, i: Tensor = i, x: Tensor = noise) -> Tensor:
+                view, x = taken.view(i[mine]), x[mine]
+                for step in range(10):
+                    x = x - 0.1 * actor.velocity(view, x, torch.full((len(x), 1), 1 - 0.1 * step))
+                return self.critic(taken.features[i[mine]], x[:, 0]).amin(0)
+
+            value = spread(fresh_value, taken.row[i]).mean()
             descend(self.optimizer, -value, 1.0)
             values.append(value.item())
         return {"chunk_value": float(np.mean(values))}
 
-    def _fresh_values(self, policy: FlowPolicy, taken: Decisions, i: Tensor) -> Tensor:
-        """[B] values of fresh chunks for the decisions i [B], differentiable."""
-        noise = torch.randn(taken.latent[i].shape, generator=self.generator)[:, None]
-
-        def value(mine: Tensor) -> Tensor:
-            view, x = taken.view(i[mine]), noise[mine]
-            for step in range(10):
-                x = x - 0.1 * policy.velocity(view, x, torch.full((len(x), 1), 1 - 0.1 * step))
-            return self.critic(taken.features[i[mine]], x[:, 0]).amin(0)
-
-        return spread(value, taken.row[i])
-
     def state_dict(self) -> dict[str, Any]:
         """Optimisers, critics, replay window and generator."""
-        return {
-            **{name: getattr(self, name).state_dict() for name in LEARNERS},
-            "generator": self.generator.get_state(),
-            "replay": list(self.replay),
-            "updates": self.updates,
-        }
+        state = {name: getattr(self, name).state_dict() for name in LEARNERS}
+        return {**state, "generator": self.generator.get_state(), "replay": list(self.replay), "updates": self.updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues where `state_dict` was taken."""

@@ -28,6 +28,8 @@ CASES = {
     "fpo": (ToyFlow, SMALL),
     "fpo standardised": (ToyFlow, {**SMALL, "ratio": "standardised", "explore_steps": 2}),
     "fpo none": (ToyFlow, {**SMALL, "ratio": "none"}),
+    "fpo noise": (ToyFlow, {**SMALL, "latent": "noise", "lr": 1e-3, "advantage_over": "minibatch"}),
+    "fpo by action": (ToyFlow, {**SMALL, "chunk_credit": False}),
     "fpo-cfm": (ToyFlow, CRITIC),
     "fpo-cfm aspo": (ToyFlow, {**CRITIC, "objective": "aspo", "target_kl": 1e-4}),
     "ar-ppo": (ToyTokens, {**CRITIC, "entropy": 0.01}),

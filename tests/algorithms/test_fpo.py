@@ -1,16 +1,22 @@
 """FPO against closed forms, finite differences and brute force; each trap of the method is a test."""
 
 import dataclasses
+import tomllib
+import typing
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from toy import TASK, ToyFlow, rollout
-from vlarl_bench.algorithms.fpo import FPO, FPOSettings, actor_loss, cfm_ratio, chunk_loss
+from toy import TASK, ToyFlow, rollout, two_stages
+from vlarl_bench.algorithms import fpo
+from vlarl_bench.algorithms.fpo import FPO, FPOSettings, actor_loss, cfm_ratio
 
-from vlarl_bench.config import BUDGETS
+from vlarl_bench.config import BUDGETS, settings_before
 from vlarl_bench.critics import QEnsemble
+from vlarl_bench.decisions import decisions
 from vlarl_bench.errors import BenchError
+from vlarl_bench.policy_gradient import standardise
 
 BUDGET = dataclasses.replace(BUDGETS["smoke"], iterations=20)
 RATIOS = ("difference", "scaled", "standardised")
@@ -20,6 +26,10 @@ def settings(**changes):
     return FPOSettings(**changes)
 
 
+def chunk_loss(*given, whole=True):
+    return fpo.chunk_loss(*given, whole)
+
+
 def inputs(seed=0, b=6, k=3, dtype=torch.float64):
     g = torch.Generator().manual_seed(seed)
     policy = ToyFlow(seed, dtype)
@@ -27,7 +37,7 @@ def inputs(seed=0, b=6, k=3, dtype=torch.float64):
     mask = torch.tensor([[1.0, 1.0], [1.0, 0.0]] * (b // 2), dtype=dtype)
     t = torch.rand(b, k, generator=g, dtype=dtype)
     noise = torch.randn(b, k, 2, 2, generator=g, dtype=dtype)
-    advantage = torch.randn(b, generator=g, dtype=dtype)
+    advantage = torch.randn(b, generator=g, dtype=dtype)[:, None]
     episodes = rollout(ToyFlow(), lambda x: True, b, 0).episodes
     context = policy.preprocess([episode.observations[0] for episode in episodes])
     return policy, context, latent, mask, t, noise, advantage
@@ -83,37 +93,74 @@ def test_first_gradient_is_the_advantage_weighted_cfm_gradient(ratio, gradient):
     got = torch.autograd.grad(actor_loss(losses, losses.detach(), advantage, s)[0], policy.actor_parameters())
     scale = 1.0 if gradient == "weight" else (0.7 if ratio == "difference" else 0.7 / 0.2)
     losses = chunk_loss(policy, context, latent, mask, t, noise)
-    expected = torch.autograd.grad(scale * (advantage[:, None] * losses).mean(), policy.actor_parameters())
+    expected = torch.autograd.grad(scale * (advantage * losses).mean(), policy.actor_parameters())
     for a, b in zip(got, expected, strict=True):
         assert torch.allclose(a, b, atol=1e-12)
+
+
+def away(policy, *given):
+    """Stored losses of a policy that the present one has moved from, in both directions."""
+    old = chunk_loss(policy, *given).detach()
+    return old + 0.1 * torch.randn(old.shape, generator=torch.Generator().manual_seed(1), dtype=old.dtype)
+
+
+@torch.no_grad()
+def assert_slopes(value, parameters, gradients):
+    """Gradients are those of `value()` by central differences, number by number."""
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        flat = parameter.data.view(-1)
+        for i in range(len(flat)):
+            kept = float(flat[i])
+            found = []
+            for step in (1e-6, -1e-6):
+                flat[i] = kept + step
+                found.append(float(value()))
+            flat[i] = kept
+            assert (found[0] - found[1]) / 2e-6 == pytest.approx(float(gradient.view(-1)[i]), abs=1e-6)
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.05])
 def test_gradient_away_from_the_old_policy_against_finite_differences(clip):
     s = settings(clip_eps=clip)
-    policy, context, latent, mask, t, noise, advantage = inputs()
-    old = chunk_loss(policy, context, latent, mask, t, noise).detach() + 0.1 * torch.randn(6, 3, dtype=torch.float64)
+    policy, *given, advantage = inputs()
+    old = away(policy, *given)
 
     def value():
-        return actor_loss(chunk_loss(policy, context, latent, mask, t, noise), old, advantage, s)[0]
+        return actor_loss(chunk_loss(policy, *given), old, advantage, s)[0]
 
-    gradients = torch.autograd.grad(value(), policy.actor_parameters())
-    for parameter, gradient in zip(policy.actor_parameters(), gradients, strict=True):
-        flat = parameter.data.view(-1)
-        for i in range(len(flat)):
-            kept = float(flat[i])
-            flat[i] = kept + 1e-6
-            up = float(value())
-            flat[i] = kept - 1e-6
-            down = float(value())
-            flat[i] = kept
-            assert (up - down) / 2e-6 == pytest.approx(float(gradient.view(-1)[i]), abs=1e-6)
+    actor = policy.actor_parameters()
+    assert_slopes(value, actor, torch.autograd.grad(value(), actor))
+
+
+@pytest.mark.parametrize("penalty", [0.0, 2.0])
+@pytest.mark.parametrize("clip", [0.0, 0.05])
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_gradient_of_a_ratio_that_weighs_against_finite_differences(ratio, clip, penalty):
+    """`weight` has no function that it is the gradient of. It is that of the loss with rho, clipped from both sides
+    whatever the advantage, held at what it is here; rho is written out by hand."""
+    s = settings(ratio_gradient="weight", ratio=ratio, clip_eps=clip, drift_penalty=penalty, beta=0.7, std_floor=1e-3)
+    policy, *given, advantage = inputs()
+    old = away(policy, *given) - 0.05  # a mean rise, which the penalty sees
+    new = chunk_loss(policy, *given)
+    z = (old - new).detach().numpy()
+    z = z if ratio == "difference" else (z - (z.mean() if ratio == "standardised" else 0)) / z.std()
+    rho = np.exp(0.7 * z)
+    assert ((rho < 0.95) | (rho > 1.05)).any()
+    weight = torch.from_numpy(np.clip(rho, 0.95, 1.05) if clip else rho)
+
+    def value():
+        now = chunk_loss(policy, *given)
+        return (weight * advantage * now).mean() + penalty * (now - old).mean()
+
+    assert float((new - old).detach().mean()) > 0
+    actor = policy.actor_parameters()
+    assert_slopes(value, actor, torch.autograd.grad(actor_loss(new, old, advantage, s)[0], actor))
 
 
 def test_clipping_by_hand():
     new = torch.tensor([[1.0], [1.0], [3.0], [3.0]])
     old = torch.tensor([[2.0], [2.0], [2.0], [2.0]])  # rho = e for the first two, 1/e for the others
-    advantage = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    advantage = torch.tensor([1.0, -1.0, 1.0, -1.0])[:, None]
     e = float(np.e)
     expected = -np.mean([1.1, -e, 1 / e, -0.9])
     loss, _ = actor_loss(new, old, advantage, settings(clip_eps=0.1))
@@ -138,11 +185,11 @@ def test_stopping_the_gradient_at_the_ratio_needs_the_loss_outside():
     policy, context, latent, mask, t, noise, advantage = inputs()
     losses = chunk_loss(policy, context, latent, mask, t, noise)
     old = losses.detach() + 0.03
-    literal = (cfm_ratio(old - losses, settings()).detach() * advantage[:, None]).mean()
+    literal = (cfm_ratio(old - losses, settings()).detach() * advantage).mean()
     assert not literal.requires_grad
     loss, rho = actor_loss(losses, old, advantage, settings(ratio_gradient="weight", clip_eps=0.0))
     got = torch.autograd.grad(loss, policy.w, retain_graph=True)[0]
-    expected = torch.autograd.grad((rho.detach() * advantage[:, None] * losses).mean(), policy.w)[0]
+    expected = torch.autograd.grad((rho.detach() * advantage * losses).mean(), policy.w)[0]
     assert torch.allclose(got, expected)
 
 
@@ -155,7 +202,7 @@ def test_removing_the_batch_mean_leaves_the_drift_free():
         assert same == (ratio == "standardised")
     s = settings(ratio="standardised", beta=0.1, drift_penalty=2.0)
     free = dataclasses.replace(s, drift_penalty=0.0)
-    advantage, old = torch.zeros(64), torch.full((64, 4), 1.0)
+    advantage, old = torch.zeros(64, 4), torch.full((64, 4), 1.0)
     risen, fallen = old + 0.5, old - 0.5
     for new, penalty in ((risen, 1.0), (fallen, 0.0)):
         extra = actor_loss(new, old, advantage, s)[0] - actor_loss(new, old, advantage, free)[0]
@@ -332,9 +379,10 @@ def test_critics_see_small_differences_between_states():
     assert torch.equal(critic.mean, kept)
 
 
-def test_a_task_that_always_fails_is_not_pushed_away():
+def test_a_task_that_always_fails_is_not_pushed_away(monkeypatch):
     """Critics that cannot tell two tasks apart make the hard one nothing but bad examples, unless centred by task."""
-    moved = {}
+    moved, found = {}, []
+    monkeypatch.setattr(fpo, "standardise", lambda *given: found.append(standardise(*given)) or found[-1])
     for centre in ("task", "batch"):
         policy = ToyFlow(1)
         data = rollout(policy, wants, 24, 0)
@@ -344,15 +392,8 @@ def test_a_task_that_always_fails_is_not_pushed_away():
         ]
         only_hard = dataclasses.replace(data, episodes=[*data.episodes, *failed])
         algorithm = FPO(settings(advantage_centre=centre, critic_steps=50, critic_width=32), policy, BUDGET, 0)
-        seen = {}
-
-        def keep(*args, seen=seen):
-            seen["advantage"] = args[-1]
-            return {}
-
-        algorithm._ascend_surrogate = keep
         algorithm.update(policy, only_hard)
-        moved[centre] = seen["advantage"][24:].mean().item()
+        moved[centre] = found.pop()[24:].mean().item()
     assert moved["task"] == pytest.approx(0.0, abs=1e-5)
     assert moved["batch"] < -0.3
 
@@ -374,3 +415,151 @@ def test_what_follows_a_velocity_needs_a_policy_that_has_one(changes):
     FPO(settings(), policy, BUDGET, 0)
     with pytest.raises(BenchError, match=f"^algo.{next(iter(changes))}: .* only flow policies have"):
         FPO(settings(**changes), policy, BUDGET, 0)
+
+
+def test_the_same_draws_score_both_policies_in_all_epochs():
+    """Trap 1: fresh (tau, eps) would make dl pure noise, and the standardised ratio would blow it up."""
+    policy = ToyFlow(1)
+    algorithm = FPO(settings(draws=3, epochs=3, minibatch=4, critic_steps=1), policy, BUDGET, 0)
+    data, inner, drawn = rollout(policy, wants, 8, 0), policy.draw_loss, {}
+
+    def watched(context, latent, t, noise):
+        for row in range(len(latent)):
+            drawn.setdefault(tuple(latent[row].flatten().tolist()), []).append((t[row], noise[row]))
+        return inner(context, latent, t, noise)
+
+    policy.draw_loss = watched
+    assert algorithm.update(policy, data)["ratio_off_one"] > 0
+    assert len(drawn) == 8
+    for pairs in drawn.values():
+        assert len(pairs) == 4  # the old policy, and three epochs
+        for t, noise in pairs:
+            assert torch.equal(t, pairs[0][0])
+            assert torch.equal(noise, pairs[0][1])
+    assert len({t for pairs in drawn.values() for t in pairs[0][0].tolist()}) == 8 * 3
+    # Another round has draws of its own.
+    before = dict(drawn)
+    drawn.clear()
+    algorithm.update(policy, data)
+    assert all(not torch.equal(drawn[key][0][0], before[key][0][0]) for key in before)
+
+
+@pytest.mark.parametrize("where", ["fresh", "stored"])
+def test_a_sampled_baseline_is_noisy_and_a_stored_one_takes_the_advantage_away(where):
+    """Trap 6, in a one-step problem whose critics know the truth: Q(s, x) is what x comes to. With V(s) read at a
+    fresh x' the advantage r - Q(s, x') is right in the mean, r - p, and has the deviation of a success; read at the
+    chunk itself it is 0 for good and bad chunks alike."""
+    policy = ToyFlow(1)
+    algorithm = FPO(settings(value_chunk=where), policy, BUDGET, 0)
+
+    def truth(features, chunks):
+        return torch.stack([(chunks[:, 0, 0] > 0).float()] * 2)
+
+    algorithm.critic = truth
+    data = rollout(policy, wants, 24, 0)
+    outcome = torch.tensor([float(episode.success) for episode in data.episodes])
+    assert 0 < outcome.mean() < 1
+    taken = decisions(policy, data)
+    found = torch.stack([algorithm._advantages(algorithm._data(policy, taken)) for _ in range(200)])
+    if where == "stored":
+        assert torch.equal(found, torch.zeros(200, 24))
+        return
+    p = np.mean([episode.success for episode in rollout(policy, wants, 4000, 1).episodes])
+    noise = (p * (1 - p)) ** 0.5
+    assert noise > 0.1
+    assert found.std(0).mean().item() == pytest.approx(noise, rel=0.1)
+    assert (found.mean(0) - (outcome - p)).abs().max().item() < 5 * noise / 200**0.5
+
+
+def test_credit_of_the_chunk_and_of_each_action_by_hand():
+    """One action's loss falls by as much as the other's rises: the chunk's ratio stays 1, theirs are e and 1/e."""
+    policy, *given, _ = inputs()
+    losses, mask = chunk_loss(policy, *given, whole=False), given[2]
+    assert losses.shape == (6, 3, 2)
+    whole = (losses * mask[:, None]).sum(2) / mask.sum(1)[:, None]
+    assert torch.allclose(chunk_loss(policy, *given), whole, atol=1e-12)
+    old, new = torch.tensor([2.0, 2.0]), torch.tensor([1.0, 3.0])
+    free = settings(clip_eps=0.0, drift_penalty=0.0)
+    assert actor_loss(new, old, torch.ones(2), free)[1].tolist() == pytest.approx([np.e, 1 / np.e])
+    assert actor_loss(new.mean()[None], old.mean()[None], torch.ones(1), free)[1].tolist() == [1.0]
+
+
+def collected(monkeypatch, **changes):
+    """(what `actor_loss` is given in one update, the decisions)."""
+    policy, given = ToyFlow(1, inputs=2), []
+    algorithm = FPO(settings(critic_steps=5, critic_width=8, **changes), policy, BUDGET, 0)
+
+    def watched(new, old, advantage, s):
+        given.append((new.detach().clone(), old, advantage))
+        return actor_loss(new, old, advantage, s)
+
+    monkeypatch.setattr(fpo, "actor_loss", watched)
+    data = two_stages(policy, 24, 0)
+    for number, episode in enumerate(data.episodes):
+        episode.success = number % 3 == 0
+    algorithm.update(policy, data)
+    return given, decisions(policy, data)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_one_advantage_serves_all_draws_and_actions_that_were_executed(monkeypatch, whole):
+    """In the two-stage world one action of two is executed, so both have a ratio for each draw."""
+    given, taken = collected(monkeypatch, chunk_credit=whole, draws=3, epochs=1, minibatch=1000)
+    ((new, old, advantage),) = given
+    assert new.shape == old.shape == advantage.shape == (3 * len(taken),)
+    assert torch.equal(new, old)
+    assert (advantage.view(-1, 3) == advantage[::3, None]).all()
+    assert len(advantage.unique()) > 2
+
+
+def test_every_executed_action_is_judged_and_no_other(monkeypatch):
+    policy = ToyFlow(1)
+    data = rollout(policy, wants, 6, 0)
+    for episode in data.episodes[:2]:
+        episode.actions[0] = episode.actions[0][:1]
+    judged = []
+    monkeypatch.setattr(fpo, "actor_loss", lambda new, *given: judged.append(len(new)) or actor_loss(new, *given))
+    algorithm = FPO(settings(chunk_credit=False, draws=3, epochs=2, minibatch=1000, critic_steps=1), policy, BUDGET, 0)
+    metrics = algorithm.update(policy, data)
+    assert judged == [(2 * 1 + 4 * 2) * 3] * 2
+    assert np.isfinite(metrics["cfm_loss"])
+
+
+@pytest.mark.parametrize("over", ["round", "minibatch"])
+@pytest.mark.parametrize("centre", ["task", "batch"])
+def test_advantages_are_standardised_over_the_round_or_each_minibatch(monkeypatch, over, centre):
+    """Eq. 4 has them standardised per minibatch."""
+    changes = {"advantage_over": over, "advantage_centre": centre, "minibatch": 20, "draws": 1, "epochs": 1}
+    given, _ = collected(monkeypatch, **changes)
+    assert len(given) > 2
+    parts = [advantage for _, _, advantage in given]
+    for advantage in parts if over == "minibatch" else [torch.cat(parts)]:
+        assert advantage.mean().item() == pytest.approx(0, abs=1e-5)
+        assert advantage.std(correction=0).item() == pytest.approx(1, abs=1e-5)
+    if over == "round":
+        assert max(abs(advantage.mean().item()) for advantage in parts) > 1e-3
+
+
+def test_runs_of_before_there_was_a_choice_did_as_the_defaults_do():
+    before = settings_before("fpo")
+    assert before == {"latent": "action", "chunk_credit": True, "advantage_over": "round"}
+    assert all(getattr(settings(), name) == value for name, value in before.items())
+
+
+def test_the_ablation_has_every_reading_and_every_component():
+    """Each other choice of a setting that has some, in a line of its own, and the paper's Table II."""
+    file = tomllib.loads((Path(__file__).parents[2] / "results" / "ablation.toml").read_text())
+    lines = [item["settings"] for item in file["ablations"].values()]
+    for line in lines:
+        settings(**line).check()
+    alone = [set(line) - {"lr", "beta", "std_floor"} for line in lines]
+    for name, kind in typing.get_type_hints(FPOSettings).items():
+        choices = {True, False} if kind is bool else set(typing.get_args(kind))
+        if name == "anneal_lr":
+            continue  # no reading
+        changed = {name, "critic_target"} if name == "bootstrap_time_limit" else {name}
+        found = {line[name] for line, names in zip(lines, alone, strict=True) if names == changed}
+        assert found >= choices - {getattr(settings(), name)}, name
+    for name, value in (("clip_eps", 0), ("critics", 1), ("tau_min", 0), ("drift_penalty", 0), ("gae_lambda", 0.95)):
+        assert {name: value} in lines
+    assert any(line.get("explore_steps", 1) > 1 and len(line) == 1 for line in lines)

@@ -101,6 +101,33 @@ def test_first_gradient_in_closed_form():
     assert (metrics["clip_fraction"], metrics["ratio_off_one"]) == (0, 0)
 
 
+def test_first_gradient_of_a_chain_in_closed_form():
+    """Of a step's mean density of D executed numbers it is (x' - m) / (D sigma^2) by each of their means; a decision's
+    steps all have its episode's advantage, and what was not executed has no slope."""
+    algorithm, policy = start(ToyChain, lr=1.0, epochs=1, minibatch=1000, baseline="rloo", noise=2.0)
+    algorithm.optimizer = torch.optim.SGD(algorithm.optimizer.param_groups[0]["params"], lr=1.0)
+    rollout = play(algorithm, policy, [0, 1, 0, 0, 1, 1, 1, 1])
+    taken = decisions(policy, rollout)
+    advantage = torch.tensor([-1 / 3, 1.0, -1 / 3, -1 / 3])
+    by_b, by_w, units = torch.zeros(4, 1, 4), torch.zeros(4, 2, 4), 0
+    for n in range(len(taken)):
+        if taken.episode[n] < 4:
+            seen, x = taken.view(torch.tensor([n])).proprio[0], taken.trace[n].flatten(1)
+            for step in range(4):
+                mean = (0.5 * x[step] + seen @ policy.w[step] + policy.b[step, 0]).detach()
+                slope = advantage[taken.episode[n]] * (x[step + 1] - mean) / (2 * 2.0**2)
+                by_b[step, 0, :2] += slope[:2]
+                by_w[step, :, :2] += seen[:, None] * slope[:2]
+                units += 1
+    by_b, by_w = by_b / units, by_w / units
+    assert by_b.norm() ** 2 + by_w.norm() ** 2 < 1  # else it would be clipped
+    before = [policy.b.detach().clone(), policy.w.detach().clone()]
+    algorithm.update(policy, rollout)
+    for now, was, expected in zip((policy.b, policy.w), before, (by_b, by_w), strict=True):
+        assert expected.abs().max() > 1e-3
+        torch.testing.assert_close(now.detach() - was, expected, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("make", [ToyTokens, ToyChain])
 def test_ratio_is_one_on_the_first_pass(make):
     algorithm, policy = start(make, epochs=1, minibatch=1000)

@@ -74,6 +74,8 @@ CASES = {
         },
     ),
     "fpo": (FPO, flow, {"lr": 2e-2, "clip_eps": 0.05}),
+    "fpo-noise": (FPO, flow, {"lr": 1e-3, "clip_eps": 0.05, "latent": "noise"}),
+    "fpo-minibatch": (FPO, flow, {"lr": 2e-2, "clip_eps": 0.05, "advantage_over": "minibatch"}),
     "grpo": (GRPO, tokens, {"lr": 3e-2}),
     "grpo-rloo": (GRPO, tokens, {"lr": 3e-2, "baseline": "rloo"}),
     "grpo-chain": (GRPO, chain, {"lr": 1e-2, "noise": 0.3, "clip_chain": 0.1}),

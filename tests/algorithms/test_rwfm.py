@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from toy import ToyFlow, two_stages
+from toy import PaddedFlow, ToyFlow, two_stages
 from vlarl_bench.algorithms.rwfm import RWFM, RWFMSettings, bump, observations, stored
 
 from vlarl_bench.config import BUDGETS
@@ -66,6 +66,37 @@ def test_steps_never_executed_do_not_count():
     noise = torch.randn(len(loss), 1, 2, 2, generator=algorithm.generator)
     assert episode["mask"].tolist() == [[1, 0]] * len(loss)
     torch.testing.assert_close(loss, policy.draw_loss(batch, episode["latent"], t, noise)[:, 0, 0].mean(-1))
+
+
+def padded(wrong, monkeypatch):
+    monkeypatch.setattr(PaddedFlow, "wrong", wrong)
+    policy = PaddedFlow(0, inputs=2)
+    return RWFM(RWFMSettings(gradient_steps=3, minibatch=16, explore_size=0.3), policy, BUDGET, 0), policy
+
+
+def test_numbers_that_pad_a_latent_do_not_count(monkeypatch):
+    """Neither in the loss and its gradient nor in `cfm_loss`, however wrong the network is about them."""
+    found = []
+    for wrong in (0.0, 1e4):
+        algorithm, policy = padded(wrong, monkeypatch)
+        metrics = algorithm.update(policy, play(algorithm, policy, [1, 0, 0, 1]))
+        found.append((metrics, *(p.detach() for p in policy.actor_parameters())))
+    assert found[0][0] == found[1][0]
+    for plain, other in zip(found[0][1:], found[1][1:], strict=True):
+        assert torch.equal(plain, other)
+    assert not torch.equal(found[0][1], PaddedFlow(0, inputs=2).w)
+
+
+def test_bumps_leave_numbers_that_pad_a_latent_alone(monkeypatch):
+    algorithm, policy = padded(0.0, monkeypatch)
+    context = policy.preprocess([two_stages(policy, 1, 0).episodes[0].observations[0]] * 2)
+    plain, bent = (
+        f([torch.Generator().manual_seed(i) for i in range(2)])
+        for f in (lambda g: policy.sample(context, g), lambda g: algorithm.act(policy, context, g))
+    )
+    assert torch.equal(bent.latent[..., 2:], plain.latent[..., 2:])
+    assert (bent.latent[..., :2] != plain.latent[..., :2]).any()
+    assert torch.equal(bent.actions, bent.latent[..., :2])
 
 
 @pytest.mark.parametrize("weight", ["filtered", "exponential"])

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from toy import ToyFlow, ToyTokens, two_stages
+from toy import PaddedFlow, ToyFlow, ToyTokens, two_stages
 from vlarl_bench.algorithms.tpo import TPO, TPOSettings, preference_loss
 
 from vlarl_bench.config import BUDGETS
@@ -119,6 +119,71 @@ def test_the_surrogate_is_half_the_squared_error_at_stored_draws():
     assert metrics["tpo_surrogate_loss"] == pytest.approx(expected, rel=1e-5)
     assert metrics["cfm_loss"] == pytest.approx(sum(errors) / n, rel=1e-5)
     assert "tpo_loss" not in metrics
+
+
+def test_gradient_of_the_surrogate_against_finite_differences():
+    """Away from the reference. The loss is written out in float64, from the draws that the algorithm will make."""
+    algorithm, policy = start(ToyFlow, beta=0.4, lr=1.0, deviation=0.5, tau_min=0.3, grad_norm=1e9)
+    with torch.no_grad():
+        policy.b += 0.3
+        policy.w *= 0.8
+    outcomes = [1, 0, 0, 1]
+    rollout = play(algorithm, policy, outcomes)
+    taken, twin = decisions(policy, rollout), torch.Generator().manual_seed(0)
+    n = len(taken)
+    t, noise = 0.3 + 0.7 * torch.rand(n, 4, generator=twin), torch.randn(n, 4, 2, 2, generator=twin)
+    exact = ToyFlow(0, torch.float64, inputs=2), ToyFlow(0, torch.float64, inputs=2)
+    for flow, weights in zip(exact, (policy, ToyFlow(0, inputs=2)), strict=True):
+        flow.load_state_dict(weights.state_dict())
+    proprio = taken.view(torch.arange(n)).proprio.double()
+
+    @torch.no_grad()
+    def loss():
+        x, eps, tau = taken.latent.double()[:, None], noise.double(), t.double()[..., None, None]
+        errors = []
+        for flow in exact:
+            at = (tau * eps + (1 - tau) * x).flatten(2)
+            v = at @ flow.w + t.double()[..., None] * flow.u + flow.b + (proprio @ flow.v)[:, None]
+            errors.append(((v.view_as(eps) - (eps - x)) ** 2)[:, :, 0].sum(2).mean(1))  # of the first action
+        ratio = [0.0] * 4
+        for row in range(n):
+            episode = int(taken.episode[row])
+            change = float(errors[0][row] - errors[1][row])
+            ratio[episode] -= 0.5 / 0.5**2 * change / len(rollout.episodes[episode].latents)
+        return sum(math.log1p(math.exp(-0.4 * (ratio[w] - ratio[k]))) for w in (0, 3) for k in (1, 2)) / 4
+
+    expected = {}
+    for name, parameter in exact[0].named_parameters():
+        flat, slopes = parameter.data.view(-1), []
+        for k in range(len(flat)):
+            value = []
+            for step in (1e-5, -1e-5):
+                flat[k] += step
+                value.append(loss())
+                flat[k] -= step
+            slopes.append((value[0] - value[1]) / 2e-5)
+        expected[name] = torch.tensor(slopes).view_as(parameter)
+    steepest(algorithm)
+    before = {name: p.detach().clone() for name, p in policy.named_parameters()}
+    algorithm.update(policy, rollout)
+    for name in ("w", "u", "b", "v"):
+        moved = before[name] - dict(policy.named_parameters())[name].detach()
+        assert expected[name].abs().max() > 1e-2
+        torch.testing.assert_close(moved, expected[name], rtol=1e-3, atol=1e-5)
+
+
+def test_numbers_that_pad_a_latent_do_not_count(monkeypatch):
+    """Neither in the surrogate and its gradient nor in `cfm_loss`, however wrong the network is about them."""
+    found = []
+    for wrong in (0.0, 1e4):
+        monkeypatch.setattr(PaddedFlow, "wrong", wrong)
+        algorithm, policy = start(PaddedFlow)
+        rollout = play(algorithm, policy, [1, 0, 0, 1])
+        found.append((algorithm.update(policy, rollout), *(p.detach() for p in policy.actor_parameters())))
+    assert found[0][0] == found[1][0]
+    for plain, padded in zip(found[0][1:], found[1][1:], strict=True):
+        assert torch.equal(plain, padded)
+    assert not torch.equal(found[0][1], PaddedFlow(0, inputs=2).w)
 
 
 @pytest.mark.parametrize("make", [ToyTokens, ToyFlow])

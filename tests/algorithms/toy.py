@@ -88,6 +88,25 @@ class ToyFlow(FlowPolicy, NoisePolicy):
         return learning(self, [self.w, self.u, self.b, self.v])
 
 
+class PaddedFlow(ToyFlow):
+    """The same behind a network that pads an action's two numbers to five: the noise that pads them stays as it is, and
+    its loss is `wrong` times the sum of `b`."""
+
+    latent_dim, wrong = 5, 0.0
+
+    def draw_loss(self, context, latent, t, noise):
+        own = super().draw_loss(context, latent[..., :2], t, noise[..., :2])
+        return torch.cat((own, (self.wrong * self.b.sum()).expand(*own.shape[:3], 3)), 3)
+
+    @torch.no_grad()
+    def decode(self, context, noise):
+        own = super().decode(context, noise[..., :2])
+        return Sample(actions=own.actions, latent=torch.cat((own.latent, noise[..., 2:]), 2))
+
+    def unnormalise(self, latent):
+        return latent[..., :2]
+
+
 class ToyStochasticFlow(ToyFlow, StochasticFlow):
     """The same, with Euler steps that can draw."""
 
@@ -188,12 +207,14 @@ def sampled(policy, context, generators):
 
 
 @torch.no_grad()
-def rollout(policy, reward, episodes, seed, length=1, act=None):
-    """`reward(first latent [H, A]) -> bool` decides each episode of `length` decisions."""
+def rollout(policy, reward, episodes, seed, length=1, act=None, see=None):
+    """`reward(first latent [H, A]) -> bool` decides each episode of `length` decisions; `see(i)` is what is seen at the
+    i-th one, and after the last."""
+    see = see or (lambda i: Observation("do it", np.array([i / 10], np.float32)))
     made = [Episode(Job(TASK, 0, number, number)) for number in range(episodes)]
     generators = [torch.Generator().manual_seed(seed * 100_000 + number) for number in range(episodes)]
     for i in range(length + 1):
-        seen = [Observation("do it", np.array([i / 10], np.float32)) for _ in made]
+        seen = [see(i) for _ in made]
         for episode, observation in zip(made, seen, strict=True):
             episode.observations.append(observation)
         if i == length:
