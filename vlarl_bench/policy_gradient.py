@@ -258,6 +258,18 @@ class Score(NamedTuple):
         return self.entropy.sum() / self.drawn.sum().clamp_min(1)
 
 
+def check_first_ratio(off: torch.Tensor) -> None:
+    """Of `off`, by how much ratios differ from 1 before the first step: raises Diverged if that is no number, and
+    BenchError if it is more than rounding, for then the same policy was given two scores."""
+    if not off.isfinite().all():
+        raise Diverged("what the policy makes of its own decisions is not finite before the update")
+    if float(off.max()) > 1e-3:
+        raise BenchError(
+            f"ratio: off 1 by {float(off.max()):.2g} before the first update; the same policy must score its own "
+            "decisions alike"
+        )
+
+
 def ascend(
     score: Callable[[torch.Tensor], Score],
     advantage: torch.Tensor,
@@ -296,13 +308,8 @@ def ascend(
         log_ratio = log_ratio + (log_ratio.clamp(-log_ratio_limit, log_ratio_limit) - log_ratio).detach()
         ratio, units = log_ratio.exp(), now.mask.sum().clamp_min(1)
         off = (ratio.detach() - 1).abs()
-        if not seen["kl"] and not off.isfinite().all():
-            raise Diverged("the policy's log-probabilities are not finite before the update")
-        if not seen["kl"] and float(off.max()) > 1e-3:
-            raise BenchError(
-                f"ratio: off 1 by {float(off.max()):.2g} before the first update; `score` must give the same policy "
-                "the same log-probabilities"
-            )
+        if not seen["kl"]:
+            check_first_ratio(off)
         seen["kl"].append(((ratio - 1 - log_ratio) * now.mask).sum().item() / units.item())
         if seen["kl"][-1] > target_kl:
             break
