@@ -1,7 +1,9 @@
-"""DSRL against closed forms, cases by hand and the numbers of the SAC that its authors build on."""
+"""DSRL against closed forms, cases by hand and the numbers of its authors' code: for pi0, and the SAC of the rest."""
 
 import dataclasses
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from vlarl_bench.algorithms.sft import SFT, SFTSettings
 from vlarl_bench.config import BUDGETS
 from vlarl_bench.errors import BenchError
 
+GOLDEN = json.loads((Path(__file__).parent / "dsrl_golden.json").read_text())
 BUDGET = BUDGETS["smoke"]
 QUICK = {"utd": 0.1, "batch": 8, "width": 8, "critic_width": 8, "repeat": False}
 
@@ -76,6 +79,71 @@ def test_the_numbers_of_sac():
     _, logp = algorithm._draw(batch["features"], formula(17, 6, 2, 2))
     densities = [-2.67087411, -2.44980621, -2.70076489, -2.67638731, -2.32953382, -2.52098393]
     assert logp.tolist() == pytest.approx(densities, rel=1e-5)
+
+
+def filled_for_pi0(bias, **changes):
+    """The same with one noise a chunk and normalised critics, as the defaults and the authors' code for pi0 have it."""
+    changes = {"repeat": True, "lr": 1e-2, "critic_lr": 1e-2, "polyak": 0.1, "gamma": 0.9, **changes}
+    algorithm, batch, _ = filled(**changes)
+    batch["action"] = formula(5, 6, 1, 2)
+    for net in (algorithm.critic, algorithm.target):
+        for number, member in enumerate(net.members):
+            torch.nn.init.constant_(member[1].bias, bias - 0.1 * number)
+            for layer in member[0]:
+                if isinstance(layer, torch.nn.LayerNorm):
+                    layer.eps = 1e-6  # flax's default; torch's is 1e-5
+    return algorithm, batch
+
+
+@pytest.mark.parametrize(("reduction", "critics"), [("min", 2), ("mean", 3)])
+def test_the_numbers_of_the_code_for_pi0(reduction, critics):
+    """Three updates at the default settings but for sizes and rates: no entropy in the target, one noise a chunk,
+    normalised critics, whose values stay in [0, 1] here. Two losses are another multiple of the same: theirs of the
+    critics is a mean over them, ours half the sum; theirs of the temperature T is T times what ours is log T times."""
+    golden = GOLDEN[f"{reduction} of {critics}"]
+    algorithm, batch = filled_for_pi0(0.3, critics=critics, critic_reduction=reduction)
+    chosen = algorithm.settings
+    assert (chosen.entropy_in_target, chosen.bounded, chosen.critic_norm, chosen.repeat) == (False, True, True, True)
+    keys = ("actor_loss", "q_pi_in_actor", "entropy", "temperature", "critic_loss", "temperature_loss")
+    for n, numbers in enumerate(zip(*(golden["steps"][key] for key in keys), strict=True)):
+        actor, value, entropy, temperature, critic, slope = numbers
+        found = algorithm.step(batch, formula(11 + 2 * n, 6, 1, 2), formula(12 + 2 * n, 6, 1, 2))
+        same = [found["actor_loss"], found["noise_value"], 2 * found["entropy"], found["temperature"]]
+        assert same == pytest.approx([actor, value, entropy, temperature], rel=1e-5)
+        assert found["critic_loss"] == pytest.approx(critic * critics / 2, rel=1e-5)
+        assert found["temperature_loss"] == pytest.approx(slope * math.log(temperature) / temperature, rel=1e-5)
+    assert algorithm.log_temperature.item() == pytest.approx(golden["log temperature"], rel=1e-5)
+    with torch.no_grad():
+        action, logp = algorithm._draw(batch["features"], formula(17, 6, 1, 2))
+        slow = algorithm.target(batch["features"], batch["action"])
+    torch.testing.assert_close(action[:, 0], torch.tensor(golden["actions"]), rtol=1e-5, atol=0)
+    torch.testing.assert_close(logp, torch.tensor(golden["log-densities"]), rtol=1e-5, atol=0)
+    torch.testing.assert_close(slow, torch.tensor(golden["slow values"]), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("reduction", ["min", "mean"])
+@pytest.mark.parametrize("entropy", [False, True])
+def test_the_target_of_the_code_for_pi0(reduction, entropy):
+    """Where values are below 0: without our bound, by the loss of the critics; with it another."""
+    theirs = GOLDEN["critic loss"][reduction]["entropy" if entropy else "rewards"]
+    algorithm, batch = filled_for_pi0(-0.5, critic_reduction=reduction, entropy_in_target=entropy, bounded=False)
+    found = algorithm.step(batch, formula(11, 6, 1, 2), formula(12, 6, 1, 2))
+    assert found["critic_loss"] == pytest.approx(theirs, rel=1e-5)
+    algorithm, batch = filled_for_pi0(-0.5, critic_reduction=reduction)
+    found = algorithm.step(batch, formula(11, 6, 1, 2), formula(12, 6, 1, 2))
+    assert found["critic_loss"] != pytest.approx(theirs, rel=1e-2)
+
+
+def test_the_density_of_the_code_for_pi0_is_that_of_the_unscaled_noise():
+    """Theirs is of w, ours of w / b: they differ by log b a number, and by nothing at their b of 1."""
+    golden = GOLDEN["magnitude 0.7"]
+    algorithm, batch = filled_for_pi0(0.3)
+    assert algorithm.settings.bound == 0.7
+    noise, logp = algorithm.steering(batch["features"][:, :3], formula(17, 6, 1, 2))
+    torch.testing.assert_close(noise[:, 0], torch.tensor(golden["noise"]), rtol=1e-5, atol=0)
+    assert torch.equal(noise[:, 0], noise[:, 1])
+    theirs = torch.tensor(golden["log-densities"])
+    torch.testing.assert_close(logp - 2 * math.log(0.7), theirs, rtol=1e-5, atol=0)
 
 
 def test_density_of_the_noise():

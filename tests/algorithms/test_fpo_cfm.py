@@ -1,7 +1,10 @@
 """FPO-CFM against numbers from its authors' code, finite differences and cases by hand."""
 
 import dataclasses
+import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from golden import GOLDEN, copy_of_the_golden_flow, formula, seen, surrogate_gradient
@@ -11,7 +14,9 @@ from vlarl_bench.algorithms.fpo_cfm import FPOCFM, FPOCFMSettings, chunk_loss, s
 from vlarl_bench.config import BUDGETS
 from vlarl_bench.decisions import decisions
 from vlarl_bench.errors import BenchError
+from vlarl_bench.policy_gradient import gae
 
+PLUS_PLUS = json.loads((Path(__file__).parent / "fpo_cfm_golden.json").read_text())
 BUDGET = BUDGETS["smoke"]
 
 
@@ -97,18 +102,58 @@ def test_chunk_loss_counts_what_was_executed():
     assert chunk_loss(error, mask, "mean").tolist() == [[1.5, 15.0]]
 
 
-def test_the_loss_of_fpo_plus_plus():
-    """Of the manipulation code (`get_cfm_loss`, `forward_fpo`, and the chunk's sum of its trainer): Huber's kernel of
-    each number, twice torch's, the mean over an action's numbers and the sum over executed steps; gradients as well."""
-    error = (2 * formula(3, 2, 3, 4, 5)).requires_grad_(True)
-    mask = torch.tensor([[1.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0]], dtype=torch.float64)
-    kernel = 2 * torch.nn.functional.huber_loss(error, torch.zeros_like(error), reduction="none", delta=0.5)
-    assert 0 < (error.abs() > 0.5).double().mean() < 1
-    expected = (kernel.mean(-1) * mask[:, None]).sum(-1)
-    found = chunk_loss(error**2, mask, "steps", 0.5)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
-    slopes = [torch.autograd.grad(loss.sum(), error)[0] for loss in (found, expected)]
-    torch.testing.assert_close(*slopes, rtol=1e-12, atol=0)
+@pytest.mark.parametrize("objective", ["clip", "spo", "aspo"])
+@pytest.mark.parametrize(
+    ("case", "changes"),
+    [
+        ("steps", {"numbers": "steps", "huber": 0.5}),
+        ("mean", {"numbers": "mean", "huber": 0.5}),
+        ("steps, one ratio", {"numbers": "steps", "huber": 0.5, "ratio": "mean"}),
+        ("steps, squared", {"numbers": "steps"}),
+    ],
+)
+def test_the_numbers_of_fpo_plus_plus(case, changes, objective):
+    """Losses, ratios, some of them at the clamp, and each trust region's loss and gradient; half of the chunks were
+    executed in part."""
+    golden, n = PLUS_PLUS[case], 6
+    policy, taken = copy_of_the_golden_flow(), seen(n, latent=formula(7, n, 2, 2))
+    taken = dataclasses.replace(taken, mask=torch.tensor([[1.0, 0.0], [1.0, 1.0]] * 3, dtype=torch.float64))
+    algorithm = FPOCFM(settings(**changes), policy, BUDGET, 0)
+    tau, eps = (formula(9, n, 3) + 1) / 2, formula(8, n, 3, 2, 2)
+
+    def score(i):
+        return algorithm.score(policy, taken, i, tau, eps)
+
+    every, passes = torch.arange(n), []
+    old = score(every).logp.detach()
+    with torch.no_grad():
+        for parameter in (policy.w, policy.u, policy.b, policy.v):
+            parameter += 0.05 * formula(10, *parameter.shape)
+    for found, name in ((old, "old loss"), (score(every).logp.detach(), "new loss")):
+        torch.testing.assert_close(-found, torch.tensor(golden[name], dtype=torch.float64), rtol=1e-7, atol=0)
+
+    def kept(ratio, gain):
+        gained = surrogate(ratio, gain, objective, 0.05)
+        passes.append((ratio.detach(), -gained.mean().item()))
+        return gained
+
+    metrics = surrogate_gradient(
+        score, old, formula(5, n), 0.05, policy.actor_parameters(), objective=kept, log_ratio_limit=0.1
+    )
+    (_, _), (ratio, loss) = passes  # the first is that of the old policy
+    theirs = torch.tensor(golden["ratio"], dtype=torch.float64)  # in order; ours are shuffled
+    torch.testing.assert_close(ratio.flatten().sort().values, theirs.flatten().sort().values, rtol=1e-7, atol=0)
+    assert loss == pytest.approx(golden[objective]["loss"], rel=1e-7)
+    assert metrics["clip_fraction"] == pytest.approx(golden["clip"]["clipped"] / 2, rel=1e-6)  # of the second alone
+    assert policy.b.grad.tolist() == pytest.approx(golden[objective]["gradient of b"], rel=1e-7)
+    assert policy.u.grad.tolist() == pytest.approx(golden[objective]["gradient of u"], rel=1e-7)
+
+
+def test_the_advantages_of_fpo_plus_plus():
+    value, reward = formula(12, 9).numpy(), formula(13, 8).numpy()
+    ended = np.isin(range(8), (2, 6))
+    found = gae(reward, value[:8], value[1:], ended, ended, 0.99, 0.95)
+    assert found.tolist() == pytest.approx(PLUS_PLUS["advantage"], rel=1e-7)
 
 
 def test_padding_of_the_latent_does_not_count():

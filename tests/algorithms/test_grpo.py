@@ -1,4 +1,4 @@
-"""GRPO against cases by hand and the numbers of SimpleVLA-RL's and Flow-GRPO's authors."""
+"""GRPO against cases by hand and the numbers of the authors of SimpleVLA-RL, RIPT and Flow-GRPO."""
 
 import dataclasses
 import math
@@ -165,9 +165,10 @@ def second_step(advantage, units, mask, move, clip, clip_high=None):
     """Gradient of `ascend`'s loss by a shift of each unit, where the policy has moved by `move` formula(2)."""
     theta = torch.zeros(units, dtype=torch.float64, requires_grad=True)
     moves = iter([0.0, 0.0, move])  # the old policy, the first step, the second
+    n = len(advantage)
 
     def score(i):
-        logp = -1.5 + formula(1, 10, units) + next(moves) * formula(2, 10, units) + theta * formula(3, 10, units)
+        logp = -1.5 + formula(1, n, units) + next(moves) * formula(2, n, units) + theta * formula(3, n, units)
         return Score(logp[i], mask[i], torch.zeros(len(i)), torch.zeros(len(i)))
 
     optimizer, generator = torch.optim.SGD([theta], lr=0.0), torch.Generator().manual_seed(0)
@@ -190,17 +191,42 @@ def test_simple_vla_rls_numbers():
     assert got == pytest.approx([*expected, 0.1069430895119445], rel=1e-5)
 
 
+def test_ripts_numbers():
+    """`RLOptimizer.optimize` of Ariostgx/ript-vla at 440990e, ript/algos/rl_optimizers/rl_optimizer.py, run whole on
+    three groups of 4 episodes of one decision, log-probabilities and mask by `formula` as above, clip ranges 0.2 and
+    0.28, 2 epochs of one batch: its leave-one-out advantages, first of successes, then of rewards formula(4), and the
+    gradient of its loss in the second epoch."""
+    outcome, group = torch.tensor([1.0, 0, 0, 1, 1, 1, 0, 1, 0, 0, 1, 0]), torch.arange(3).repeat_interleave(4)
+    most, third = 0.6666666269302368, 0.3333333134651184
+    theirs = [most, -most, -most, most, third, third, -1, third, -third, -third, 1, -third]
+    assert group_advantages(outcome, group, "rloo").tolist() == pytest.approx(theirs, rel=1e-6)
+    real = [-0.9791761636734009, -0.7043535113334656, 1.2281713485717773, 0.4553583264350891, -1.2278850078582764]
+    real += [-0.008399173617362976, 1.4107322692871094, -0.17444810271263123, -1.1558640003204346, 0.6897490620613098]
+    real += [1.2248027324676514, -0.7586877942085266]
+    assert group_advantages(formula(4, 12), group, "rloo").tolist() == pytest.approx(real, rel=1e-5)
+    got = second_step(torch.tensor(theirs, dtype=torch.float64), 5, formula(9, 12, 5) > -0.7, 0.3, 0.2, 0.28)
+    expected = [0.00725329760927201, -0.036267126658022404, 0.03824674245855189, -0.0019365363127564726]
+    assert got == pytest.approx([*expected, 0.03505195171985709], rel=1e-5)
+
+
 def test_flow_grpos_numbers():
     """`PerPromptStatTracker(global_std=False).update` of yifan123/flow_grpo at ac4c86e and the policy loss of its
     scripts/train_sd3.py (lines 881 to 893), run on the same, 4 steps, clip range 0.01. It divides by the deviation over
-    n plus 1e-4, we by that over n - 1 plus 1e-6. Its log-probability is checked in tests/policies."""
+    n plus 1e-4, we by that over n - 1, s, plus 1e-6. So theirs is ours times (s + 1e-6) / (sqrt(1 - 1/n) s + 1e-4), and
+    times sqrt(n / (n - 1)) alone where rewards are a thousand times as large. Its log-probability is checked in
+    tests/policies."""
     half, third = [0.9998000399920016, -0.9998000399920016], [0.7069568129996042, -1.4139136259992082]
     theirs = torch.tensor([*half, half[1], half[0], *third, third[0], 0, half[1], half[0]], dtype=torch.float64)
     ours = group_advantages(OUTCOME, GROUP, "grpo").double()
-    for number in (0, 1, 3):
-        group = number == GROUP
-        scale = (OUTCOME[group].std() + 1e-6) / (OUTCOME[group].std(correction=0) + 1e-4)
-        assert (ours[group] * scale).tolist() == pytest.approx(theirs[group].tolist(), rel=1e-5)
+    big_half, big_third = [0.9999998000000401, -0.9999998000000401], [0.7071066311865795, -1.4142132623731587]
+    big = [*big_half, big_half[1], big_half[0], *big_third, big_third[0], 0, big_half[1], big_half[0]]
+    of_big = group_advantages(1000 * OUTCOME, GROUP, "grpo").double()
+    for number, n, variance in ((0, 4, 1 / 3), (1, 3, 1 / 3), (3, 2, 1 / 2)):  # of two of 4, two of 3 and one of 2
+        group, s = number == GROUP, math.sqrt(variance)
+        factor = (s + 1e-6) / (math.sqrt(1 - 1 / n) * s + 1e-4)
+        assert (ours[group] * factor).tolist() == pytest.approx(theirs[group].tolist(), rel=1e-6)
+        expected = torch.tensor(big)[group].tolist()
+        assert (of_big[group] * math.sqrt(n / (n - 1))).tolist() == pytest.approx(expected, rel=1e-6)
     got = second_step(theirs, 4, torch.ones(10, 4, dtype=torch.bool), 0.02, 0.01)
     expected = [0.009247280996255781, 0.043519170841803415, 0.05242199114154611, 0.01680492105777601]
     assert got == pytest.approx(expected, rel=1e-5)
