@@ -22,7 +22,7 @@ from vlarl_bench import cli
 from vlarl_bench.report.curve import write_curve
 from vlarl_bench.report.runs import read_all
 
-PACKS = ("results/quick",)
+PACKS = ("results/main", "results/quick")
 DEMO = "results/quick/fpo-pi0_tiny-libero-seed0-*"
 LAYOUTS = ("gains", "paper", "aggregate", "cost")
 PAGES = ("README.md", "docs/findings.md", "docs/runs.md", "docs/statistics.md")
