@@ -58,10 +58,12 @@ def test_one_gradient_step_of_the_actor(benchmark, simulator, policy):
     t, noise = torch.rand(n, settings.draws, generator=g), torch.randn(n, settings.draws, 8, 7, generator=g)
     advantage = torch.randn(n, generator=g)
     with torch.no_grad():
-        old = chunk_loss(policy, context, latent, mask, t, noise)
+        old = chunk_loss(policy, context, latent, mask, t, noise, True).flatten()
+        gain = advantage.repeat_interleave(settings.draws)
 
     def step():
-        loss, _ = actor_loss(chunk_loss(policy, context, latent, mask, t, noise), old, advantage, settings)
+        new = chunk_loss(policy, context, latent, mask, t, noise, True).flatten()
+        loss, _ = actor_loss(new, old, gain, settings)
         descend(algorithm.optimizer, loss, 1.0)
 
     benchmark(step)

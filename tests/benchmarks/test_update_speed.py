@@ -125,14 +125,15 @@ def test_fpo_draws_share_their_prefix(benchmark, name):
     def shared():
         with torch.no_grad():
             context = policy.encode(batch)
-        loss = chunk_loss(policy, context, latent, mask, t, noise)
+        loss = chunk_loss(policy, context, latent, mask, t, noise, True)
         torch.autograd.grad(loss.mean(), actor)
         return loss.detach()
 
     def apart():
         with torch.no_grad():
             context = policy.encode(batch.index(again))
-        loss = chunk_loss(policy, context, latent[again], mask[again], t.view(-1, 1), noise.flatten(0, 1)[:, None])
+        draws = t.view(-1, 1), noise.flatten(0, 1)[:, None]
+        loss = chunk_loss(policy, context, latent[again], mask[again], *draws, True)
         torch.autograd.grad(loss.mean(), actor)
         return loss.detach().view(size, k)
 
