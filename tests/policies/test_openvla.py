@@ -321,7 +321,7 @@ def test_regression_head():
         context = policy.encode(batch)
         chunk = policy.action_head(policy._read(context))
     assert torch.equal(policy.sample(context, None).latent, policy.sample(context, generators(0, 1, 2, 3)).latent)
-    assert torch.equal(policy.sample(context, None).latent, chunk)
+    torch.testing.assert_close(policy.sample(context, None).latent, chunk)  # which several threads round otherwise
     # Off by 0.5 in one number of seven at one of two steps that count.
     actions, mask = chunk.clone(), torch.zeros(4, 8)
     mask[0, 0] = mask[2, 3] = 1
