@@ -190,6 +190,8 @@ class FPO(Algorithm):
         from vlarl_bench.critics import QEnsemble
         from vlarl_bench.noise_flow import NoiseFlow
 
+        if settings.latent == "noise" and "noise" not in policy.capabilities:
+            raise BenchError("algo.latent: 'noise'; the policy does not decode from noise that it is given")
         self.noise = NoiseFlow(policy, seed) if settings.latent == "noise" else None
         for name, fits in (("explore_steps", settings.explore_steps == 1), ("ratio", settings.ratio != "none")):
             if not fits and "flow" not in (self.noise or policy).capabilities:
@@ -207,25 +209,23 @@ class FPO(Algorithm):
         """Samples a latent and refines it K - 1 times (eq. 7): x <- x + eta v, in pi0's sign x <- x - eta v."""
         from vlarl_bench.policies.base import Sample
 
-        s = self.settings
+        s, actor = self.settings, self.noise or policy
         x = self.noise.sample(context, generators) if self.noise else policy.sample(context, generators).latent
         t = torch.full((len(x), 1), s.explore_time)
         for _ in range(s.explore_steps - 1):
-            x = x - s.explore_size * (self.noise or policy).velocity(context, x[:, None], t)[:, 0]
+            x = x - s.explore_size * actor.velocity(context, x[:, None], t)[:, 0]
         return self.noise.decode(context, x) if self.noise else Sample(actions=policy.unnormalise(x), latent=x)
 
     def update(self, policy: DenoisingPolicy, rollout: Rollout) -> dict[str, float]:
         """Critic steps on the replay window, then clipped actor epochs on this rollout."""
         from vlarl_bench.critics import explained_variance
 
-        s = self.settings
+        s, actor = self.settings, self.noise or policy
         if s.anneal_lr:
             anneal(self.optimizer, s.lr, self.updates, self.iterations)
         self.updates += 1
-        taken = decisions(policy, rollout)
-        if self.noise:
-            taken = self.noise.judged(taken)
-        data = self._data(self.noise or policy, taken)
+        taken = self.noise.judged(decisions(policy, rollout)) if self.noise else decisions(policy, rollout)
+        data = self._data(actor, taken)
         with torch.no_grad():  # before these episodes are learned from: else it said how well they are remembered
             foreseen = self.critic(data["features"], data["latent"]).mean(0)
         metrics = explained_variance(data["returns"], foreseen) if self.replay else {}
@@ -234,8 +234,8 @@ class FPO(Algorithm):
         advantage = self._advantages(data)
         metrics |= {"advantage_std": float(advantage.std(correction=0))}
         if s.ratio == "none":
-            return metrics | self._ascend_critic(self.noise or policy, taken)
-        return metrics | self._ascend_surrogate(self.noise or policy, taken, advantage)
+            return metrics | self._ascend_critic(actor, taken)
+        return metrics | self._ascend_surrogate(actor, taken, advantage)
 
     def _data(self, actor: Any, taken: Decisions) -> dict[str, Tensor]:
         """What the critics need of each decision; `fresh` latents are the present policy's own."""

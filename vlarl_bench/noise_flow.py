@@ -1,4 +1,4 @@
-"""A flow over the noise that a frozen policy decodes from: the actor of FPO where `latent` is `noise`.
+"""A flow over the noise that a frozen policy decodes from: an actor for methods that learn a flow by its own loss.
 
 It takes N(0, I) to N(m(s), d(s)^2), number by number, so its velocity is known, and it draws without being integrated.
 m and d are those of the policy's steering module (`policies/steering.py`), which the policy carries from then on: what
@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .errors import BenchError
 from .policies.base import AT_ONCE, Sample
 from .policies.batch_invariant import batch_invariant
 from .policies.steering import steer
@@ -38,9 +37,7 @@ class NoiseFlow:
     capabilities = frozenset({"flow"})
 
     def __init__(self, policy: NoisePolicy, seed: int) -> None:
-        """Has the policy carry a steering module that begins as N(0, I). Raises BenchError if it cannot, or has one."""
-        if "noise" not in policy.capabilities:
-            raise BenchError("algo.latent: 'noise'; the policy does not decode from noise that it is given")
+        """Has the policy carry a steering module that begins as N(0, I). Raises BenchError if it has one."""
         self.policy, self.action_dim = policy, policy.latent_dim
         self.steering = steer(policy, {"bound": BOUND, "width": WIDTH}, seed)
         torch.nn.init.constant_(self.steering.log_deviation.bias, -math.log(BOUND))
