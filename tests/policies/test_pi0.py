@@ -3,11 +3,13 @@
 import dataclasses
 import subprocess
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
+from vlarl_bench.policies import pi0
 from vlarl_bench.policies.noise import LearnedNoise
 from vlarl_bench.policies.pi0 import Pi0
 from vlarl_bench.policies.presets import PI0_TINY, PI0_TINY_PIXELS
@@ -78,21 +80,18 @@ def test_the_prefix_is_that_of_transformers(policy, spec):
     torch.testing.assert_close(context.pooled[:, :128], mean, atol=1e-6, rtol=0)
 
 
-def shown_to(policy, tower, seen):
-    """[images, 3, S, S] that a policy's vision tower is given."""
-    shown = []
-    tower.embeddings.register_forward_pre_hook(lambda _, inputs: shown.append(inputs[0]))
-    with torch.no_grad():
+def shown(policy, seen, module):
+    """[images, 3, S, S] that `siglip` is given when a policy of this module looks."""
+    with mock.patch.object(module, "siglip", wraps=module.siglip) as tower, torch.no_grad():
         policy.encode(policy.preprocess([seen]))
-    (pixels,) = shown
-    return pixels
+    return tower.call_args.args[1]
 
 
 def test_pixels_by_hand():
     """0, 51 and 255 are -1, -0.6 and 1."""
     policy, seen = make(PI0_TINY_PIXELS), observe(0, PI0_TINY_PIXELS)
     seen.images["robot0_eye_in_hand"][:] = [0, 51, 255]
-    pixels = shown_to(policy, policy.model.model.vlm.vision_tower, seen)
+    pixels = shown(policy, seen, pi0)
     assert pixels.shape == (2, 3, 64, 64)
     torch.testing.assert_close(pixels[1], torch.tensor([-1, -0.6, 1])[:, None, None].expand(3, 64, 64))
 
@@ -264,7 +263,8 @@ def learned(policy, seed=0):
 
 def test_without_noise_exploring_is_sampling(policy, context):
     sampled = policy.sample(context, generators(*range(5))).latent
-    assert torch.equal(policy.explore(context, generators(*range(5)), torch.zeros(5, 5)).latent, sampled)
+    still = policy.explore(context, generators(*range(5)), torch.zeros(5, 5)).latent
+    torch.testing.assert_close(still, sampled, rtol=0, atol=1e-6)
     distances = [policy.explore(context, generators(*range(5)), a).latent - sampled for a in (1e-1, 1e-3, 1e-5)]
     sizes = [distance.abs().max() for distance in distances]
     assert sizes[0] > 10 * sizes[1] > 100 * sizes[2]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from vlarl_bench.errors import BenchError
+from vlarl_bench.policies import paligemma
 from vlarl_bench.policies.inputs import Batch
 from vlarl_bench.policies.paligemma import PaliGemmaPrompts, resize_with_pad
 from vlarl_bench.policies.pi0_checkpoint import published_key
@@ -18,7 +19,7 @@ from vlarl_bench.suite import Observation
 from .conftest import characters, in_float64, spelled
 from .openvla_tiny import weight
 from .pi0_small import CAMERAS, small, tokenizer
-from .test_pi0 import learned, scores_what_it_drew, shown_to
+from .test_pi0 import learned, scores_what_it_drew, shown
 
 HERE = Path(__file__).parent
 MANIFEST = json.loads((HERE / "pi0_manifest.json").read_text())
@@ -137,7 +138,7 @@ def test_pixels_by_hand():
     """0, 51 and 255 are -1, -0.6 and 1, and a border is -1."""
     policy, wide = small(), np.full((20, 40, 3), [0, 51, 255], np.uint8)
     seen = Observation("pick", np.zeros(8, np.float32), images=dict.fromkeys(CAMERAS, wide))
-    pixels = shown_to(policy, policy.model.model.vlm.vision_tower, seen)
+    pixels = shown(policy, seen, paligemma)
     assert pixels.shape == (2, 3, 28, 28)
     torch.testing.assert_close(pixels[1, :, 7:21], torch.tensor([-1, -0.6, 1])[:, None, None].expand(3, 14, 28))
     assert (pixels[:, :, :7] == -1).all()

@@ -21,6 +21,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicCache
 
+from .patches import embed_patches
+
 
 @dataclass(frozen=True)
 class Tower:
@@ -189,7 +191,8 @@ class VisionTower(nn.Module):
 
     def forward(self, pixels: Tensor, checkpointed: bool = False) -> Tensor:
         """[B, 3, size, size] to [B, N, width]."""
-        x = self.patch_embed["proj"](pixels).flatten(2).transpose(1, 2) + self.pos_embed
+        projection: Any = self.patch_embed["proj"]
+        x = embed_patches(projection, pixels) + self.pos_embed
         if self.extra:
             x = torch.cat((*(token.expand(len(x), -1, -1) for token in (self.cls_token, self.reg_token)), x), 1)
         for block in self.blocks[: self.used_blocks]:

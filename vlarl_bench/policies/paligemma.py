@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import BenchError
 from ..suite import Observation
 from .base import Policy
+from .siglip import siglip
 from .vocabulary import parse_tokenizer
 
 PRECISE = ("vision_tower.", "multi_modal_projector.", "layernorm.", ".norm.", "embed_action_time.", "action_out_proj.")
@@ -69,10 +70,7 @@ class PaliGemmaPolicy(Policy):
     def _see(self, paligemma: Any, images: Tensor) -> Tensor:
         """[B, C N, D] of images [B, C, 3, size, size] in grey levels, image after image."""
         pixels = images.float() / 127.5 - 1
-        x = paligemma.vision_tower.embeddings(pixels.flatten(0, 1))
-        for layer in paligemma.vision_tower.encoder.layers:
-            x = self._maybe_again(layer, x, None)
-        x = paligemma.multi_modal_projector(paligemma.vision_tower.post_layernorm(x))
+        x = paligemma.multi_modal_projector(siglip(paligemma.vision_tower, pixels.flatten(0, 1), self._maybe_again))
         return x.unflatten(0, pixels.shape[:2]).flatten(1, 2)
 
     def _maybe_again(self, function: Any, *inputs: Any) -> Any:

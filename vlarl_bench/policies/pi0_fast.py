@@ -39,6 +39,7 @@ from .batch_invariant import batch_invariant
 from .fast_tokens import FastTokenizer
 from .inputs import Batch, Rows, object_tokens, object_width, to_batch
 from .quantiles import Quantiles
+from .siglip import siglip
 from .tokens import TokenPolicy, choose, likelihood, row_by_row, uniforms
 from .vocabulary import Vocabulary
 
@@ -224,7 +225,7 @@ class Pi0Fast(Quantiles, TokenPolicy):
     def _images(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Embeddings [B, N, D] of the patches of all cameras, and which are real [B, N]: all."""
         model = self.network.model
-        patches = model.vision_tower(batch.images.flatten(0, 1).float() / 127.5 - 1).last_hidden_state
+        patches = siglip(model.vision_tower, batch.images.flatten(0, 1).float() / 127.5 - 1)
         seen = model.multi_modal_projector(patches).view(len(batch), -1, self.architecture.width)
         return seen, torch.ones(seen.shape[:2], dtype=torch.bool, device=seen.device)
 

@@ -1,25 +1,33 @@
-"""The forward of transformers' SigLIP vision tower, without what it decides anew at each call; see `gemma.py`.
+"""The forward of transformers' SigLIP vision tower, without what it decides anew at each call (see `gemma.py`) and
+without a convolution.
 
 Shapes: B images, P patches, D width, N heads, E width of a head.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from .patches import embed_patches
 
-def siglip(tower: Any, pixels: Tensor) -> Tensor:
-    """[B, P, D] of pixels [B, 3, size, size] between -1 and 1."""
-    x = tower.embeddings(pixels)
+
+def siglip(tower: Any, pixels: Tensor, run: Callable[..., Any] | None = None) -> Tensor:
+    """[B, P, D] of pixels [B, 3, size, size] between -1 and 1. `run(function, *inputs)` calls a layer its own way."""
+    x = embed_patches(tower.embeddings.patch_embedding, pixels) + tower.embeddings.position_embedding.weight
     for layer in tower.encoder.layers:
-        x = x + _attention(layer.self_attn, layer.layer_norm1(x))
-        mlp = layer.mlp
-        x = x + mlp.fc2(mlp.activation_fn(mlp.fc1(layer.layer_norm2(x))))
+        x = run(_block, layer, x) if run else _block(layer, x)
     seen: Tensor = tower.post_layernorm(x)
     return seen
+
+
+def _block(layer: Any, x: Tensor) -> Tensor:
+    x = x + _attention(layer.self_attn, layer.layer_norm1(x))
+    mlp = layer.mlp
+    return x + mlp.fc2(mlp.activation_fn(mlp.fc1(layer.layer_norm2(x))))
 
 
 def _attention(attention: Any, x: Tensor) -> Tensor:
