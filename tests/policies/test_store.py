@@ -76,6 +76,8 @@ def test_card(folder, saved):
     text = (folder / "README.md").read_text()
     assert text.startswith("# pi0-tiny\n")
     assert "- made_by: vlarl-bench run\n" in text
+    save_policy(folder, saved, {"seed": 3, "tasks": ["x" * 99, "y" * 100], "spent": {"flops": 1}})
+    assert (folder / "README.md").read_text().endswith("\n- seed: 3\n- in config.json as well: tasks, spent\n")
     with pytest.raises(BenchError, match="card: vocabulary"):
         save_policy(folder, saved, {"vocabulary": []})
 

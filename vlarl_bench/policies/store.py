@@ -23,6 +23,8 @@ from .base import Policy
 from .shards import wrong_keys
 
 CONFIG, WEIGHTS, HASHES, CARD = "config.json", "model.safetensors", "hashes.json", "README.md"
+LONGEST = 200
+"""Characters of what a card says of one thing; what is longer is left to config.json."""
 
 
 def content_hash(policy: Policy) -> str:
@@ -145,9 +147,15 @@ def _card(policy: Policy, card: Mapping[str, Any], half: bool) -> str:
         f"{size:,} parameters, stored as {stored}.",
         "",
     ]
+    longer = []
     for key, value in card.items():
         text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-        lines.append(f"- {key}: {text}")
+        if isinstance(value, Mapping) or len(text) > LONGEST:
+            longer.append(key)
+        else:
+            lines.append(f"- {key}: {text}")
+    if longer:
+        lines.append(f"- in {CONFIG} as well: {', '.join(longer)}")
     return "\n".join(lines) + "\n"
 
 
