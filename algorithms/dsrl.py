@@ -74,6 +74,9 @@ class DSRLSettings:
     """Step of the target critics towards the critics after each gradient step; authors 0.005, with 20 times as many."""
     temperature: float = 0.1
     """Entropy temperature at the start; authors 1, with rewards of -1 a step. From then on it is learned."""
+    temperature_lr_ratio: float = added(1.0, before=1.0)
+    """The temperature's learning rate as a multiple of `lr` (authors 1, over twenty times as many steps: its logarithm
+    moves by no more than its rate a step)."""
     entropy_in_target: bool = False
     """Whether entropy to come counts as value (SAC, the authors on square), or rewards alone (the authors on LIBERO).
     Where the reward is 1 and ends the episode, entropy to come soon outweighs it, and going on is worth more."""
@@ -83,7 +86,7 @@ class DSRLSettings:
 
     def check(self) -> None:
         """Raises BenchError on a value out of range."""
-        for name in ("bound", "utd", "lr", "critic_lr", "temperature"):
+        for name in ("bound", "utd", "lr", "critic_lr", "temperature", "temperature_lr_ratio"):
             if getattr(self, name) <= 0:
                 raise BenchError(f"algo.{name}: {getattr(self, name)}; it must be above 0")
         for name in ("batch", "capacity", "width", "critics", "critic_width"):
@@ -127,7 +130,8 @@ class DSRL(Algorithm):
         self.target.load_state_dict(self.critic.state_dict())
         self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=s.critic_lr, fused=True)
         self.log_temperature = torch.tensor(s.temperature).log().requires_grad_()
-        self.temperature_optimizer = torch.optim.Adam([self.log_temperature], lr=s.lr, fused=True)
+        rate = s.temperature_lr_ratio * s.lr
+        self.temperature_optimizer = torch.optim.Adam([self.log_temperature], lr=rate, fused=True)
         self.replay: dict[str, Tensor] = {}
 
     def act(self, policy: NoisePolicy, context: Any, generators: Sequence[torch.Generator] | None) -> Sample:

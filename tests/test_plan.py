@@ -34,6 +34,15 @@ def test_tasks_take_turns_over_states_that_do_not_repeat():
     assert jobs != plan.train_jobs(2, 60)
 
 
+@pytest.mark.parametrize(("episodes", "group"), [(8, 1), (8, 2), (15, 4)])
+def test_over_the_rounds_every_task_has_its_turn(episodes, group):
+    """Where a round is no multiple of them all: else the first tasks would be trained on more than the last."""
+    plan = plan_run(config())
+    rounds = [plan.train_jobs(iteration, episodes, group=group) for iteration in (1, 2, 3)]
+    groups = [job.task for jobs in rounds for job in jobs[::group]]
+    assert groups == [*plan.tasks] * (len(groups) // 3) and len(groups) % 3 == 0
+
+
 def test_weights_decide_how_often_a_task_comes():
     plan = plan_run(config())
     jobs = plan.train_jobs(1, 1000, np.array([0.7, 0.3, 0.0]))

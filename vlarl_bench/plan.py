@@ -130,13 +130,14 @@ class Plan:
         ]
 
     def train_jobs(self, iteration: int, episodes: int, weights: np.ndarray | None = None, group: int = 1) -> list[Job]:
-        """One round's episodes: tasks in turn, or drawn by `weights`; each over a fresh shuffle of the training
-        states, `group` episodes a state. Where `episodes` is no multiple of that, the last group is smaller."""
+        """One round's episodes: tasks in turn, from where the round before stopped, or drawn by `weights`; each over a
+        fresh shuffle of the training states, `group` episodes a state. Where `episodes` is no multiple of that, the
+        last group is smaller."""
         rng = np.random.default_rng(episode_seed(self.config.seed, "train", iteration))
         order = {task: rng.permutation(self.protocol.train_states) for task in self.tasks}
         groups = -(-episodes // group)
         if weights is None:
-            picks = [i % len(self.tasks) for i in range(groups)]
+            picks = [((iteration - 1) * groups + i) % len(self.tasks) for i in range(groups)]
         else:
             picks = rng.choice(len(self.tasks), size=groups, p=weights).tolist()
         jobs: list[Job] = []

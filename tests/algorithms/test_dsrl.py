@@ -239,6 +239,15 @@ def test_temperature_follows_the_entropy(target):
     assert (algorithm.log_temperature.item() > before) == (target > 0)
 
 
+@pytest.mark.parametrize("ratio", [1.0, 15.0])
+def test_a_step_of_the_temperature_is_a_multiple_of_the_actors(ratio):
+    """Adam's first step is the learning rate."""
+    algorithm, batch, _ = filled(target_entropy=-30.0, lr=1e-3, temperature_lr_ratio=ratio)
+    before = algorithm.log_temperature.item()
+    algorithm.step(batch, formula(11, 6, 2, 2), formula(12, 6, 2, 2))
+    assert before - algorithm.log_temperature.item() == pytest.approx(ratio * 1e-3, rel=1e-3)
+
+
 def test_it_steers_and_leaves_the_rest_alone():
     algorithm, policy = start(bound=0.5)
     weights = {name: p.detach().clone() for name, p in policy.named_parameters() if not name.startswith("steering.")}
