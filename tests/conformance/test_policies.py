@@ -11,6 +11,7 @@ import torch
 from vlarl_bench import registry
 from vlarl_bench.errors import BenchError
 from vlarl_bench.policies import base
+from vlarl_bench.policies.adapt import add_lora, freeze, merge_lora, within
 from vlarl_bench.policies.store import content_hash, save_policy
 from vlarl_bench.suite import Embodiment
 
@@ -122,8 +123,9 @@ def test_rows_are_independent(policy, context):
     whole = policy.sample(context, seeds(0, 1, 2, 3)).latent
     others = policy.sample(context.index(torch.tensor([0, 3, 1, 3])), seeds(0, 7, 8, 9)).latent
     assert torch.equal(whole[0], others[0])
-    alone = policy.sample(context.index(torch.tensor([2])), seeds(2)).latent
-    torch.testing.assert_close(whole[2:3], alone, rtol=1e-4, atol=1e-5)
+    for row in range(4):
+        alone = policy.sample(context.index(torch.tensor([row])), seeds(row)).latent
+        torch.testing.assert_close(whole[row : row + 1], alone, rtol=1e-4, atol=1e-5)
 
 
 def test_rows_are_encoded_independently(stage, policy):
@@ -131,9 +133,9 @@ def test_rows_are_encoded_independently(stage, policy):
     with torch.no_grad():
         whole = policy.features(policy.encode(policy.preprocess(seen)))
         others = policy.features(policy.encode(policy.preprocess([seen[0], seen[3], seen[1], seen[3]])))
-        alone = policy.features(policy.encode(policy.preprocess([seen[2]])))
+        alone = [policy.features(policy.encode(policy.preprocess([one]))) for one in seen]
     assert torch.equal(whole[0], others[0])
-    torch.testing.assert_close(whole[2:3], alone, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(whole, torch.cat(alone), rtol=1e-4, atol=1e-5)
 
 
 def test_a_large_policy_encodes_a_round_in_parts(stage, policy, context, monkeypatch):
@@ -152,6 +154,29 @@ def test_a_large_policy_encodes_a_round_in_parts(stage, policy, context, monkeyp
         rtol=1e-4,
         atol=1e-5,
     )
+
+
+def test_room_for_longer_instructions_changes_nothing(stage, policy, context):
+    """What pads an instruction is not seen, in a chunk or in its likelihood."""
+    if "max_words" not in policy.config.get("architecture", {}):
+        pytest.skip("it has no such room")
+    roomier = copy.deepcopy(policy.config)
+    roomier["architecture"]["max_words"] += 5
+    wide = stage.spec.restore(roomier)
+    if {k: v.shape for k, v in wide.state_dict().items()} != {k: v.shape for k, v in policy.state_dict().items()}:
+        pytest.skip("it has a weight for each place of an instruction")
+    wide.load_state_dict(policy.state_dict())
+    with torch.no_grad():
+        seen = wide.encode(wide.preprocess(stage.observations))
+        torch.testing.assert_close(wide.features(seen), policy.features(context), rtol=1e-4, atol=1e-5)
+        chunks = [p.sample(c, None).latent for p, c in ((wide, seen), (policy, context))]
+        torch.testing.assert_close(*chunks, rtol=1e-3, atol=1e-4)
+        if "likelihood" in policy.capabilities:
+            trace = policy.explore(context, seeds(0, 1, 2, 3), 1.0).trace
+            scores = [
+                p.log_prob(c, trace, torch.ones(4, policy.chunk), 1.0) for p, c in ((wide, seen), (policy, context))
+            ]
+            torch.testing.assert_close(*(score.logp for score in scores), rtol=1e-4, atol=1e-4)
 
 
 def test_everything_that_is_shown_matters(stage, policy):
@@ -220,6 +245,50 @@ def test_actor_parameters_are_the_policys_own(policy):
     assert actor
     assert len(set(actor)) == len(actor)
     assert set(actor) <= own
+
+
+def imitate(stage, policy, budget):
+    """One supervised update of some steps; names of the parameters that it changed."""
+    before = {name: parameter.detach().clone() for name, parameter in policy.named_parameters()}
+    sft = registry.get("algorithm", "sft")
+    sft(sft.Settings(), policy, dataclasses.replace(budget, iterations=1), seed=0).update(policy, stage.demonstrations)
+    return {name for name, parameter in policy.named_parameters() if not torch.equal(parameter, before[name])}
+
+
+def test_a_frozen_part_stays_as_it_is_to_the_bit(stage, policy, budget):
+    """The module of its first, of its middle and of its last weight, in turn: encoder, language model, head."""
+    needs(policy, "sft")
+    names = [name for name, _ in policy.named_parameters()]
+    for name in {names[0], names[len(names) // 2], names[-1]}:
+        part = name.rpartition(".")[0] or name
+        frozen = copy.deepcopy(policy).requires_grad_(True)
+        freeze(frozen, [part])
+        changed = imitate(stage, frozen, budget)
+        assert changed and not any(within(one, part) for one in changed), part
+
+
+def test_adapters_begin_as_nothing_are_all_that_learns_and_can_be_merged(stage, policy, context, budget):
+    needs(policy, "sft")
+    adapted = copy.deepcopy(policy).requires_grad_(True)
+    add_lora(adapted, rank=2)
+
+    def drawn():
+        with torch.no_grad():
+            return adapted.sample(adapted.encode(adapted.preprocess(stage.observations)), seeds(0, 1, 2, 3)).latent
+
+    plain = policy.sample(context, seeds(0, 1, 2, 3)).latent
+    torch.testing.assert_close(drawn(), plain, rtol=1e-3, atol=1e-3)
+    changed = imitate(stage, adapted, budget)
+    assert changed and all(".lora_" in name for name in changed)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if name in changed:
+                parameter += 0.1
+    moved = drawn()
+    assert (moved - plain).abs().max() > 0.01
+    merge_lora(adapted)
+    assert adapted.state_dict().keys() == policy.state_dict().keys()
+    torch.testing.assert_close(drawn(), moved, rtol=1e-3, atol=1e-3)
 
 
 def test_sft_loss_learns_from_real_steps_only(stage, policy):

@@ -1,4 +1,5 @@
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -51,6 +52,38 @@ def told_in_one_line(load, *needles):
     assert "\n" not in str(error.value)
     for needle in needles:
         assert needle in str(error.value)
+
+
+class Planted:
+    """What makes the file `marker` when it is unpickled."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+def plant(folder):
+    """Puts Python and a pickle into a published folder that must never run; what they make if they do."""
+    marker = folder.parent / "it ran"
+    for name in ("__init__.py", "configuration_pi0.py", "modeling_pi0.py"):
+        (folder / name).write_text(f"open({str(marker)!r}, 'w')\n")
+    torch.save(Planted(marker), folder / "pytorch_model.bin")
+    return marker
+
+
+def nothing_planted_runs(folder, load):
+    """`load(folder)` of a folder with safetensors works, without them it is refused, and neither runs anything."""
+    marker = plant(folder)
+    load(folder)
+    (folder / "model.safetensors").unlink()
+    told_in_one_line(
+        lambda: load(folder), "pytorch_model.bin is a pickle, never read", "weights_only=True), 'model.safetensors')"
+    )
+    assert not marker.exists()
+    torch.load(folder / "pytorch_model.bin", weights_only=False)
+    assert marker.exists(), "it would have run"
 
 
 def characters():

@@ -4,13 +4,22 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 
 from vlarl_bench.errors import BenchError
-from vlarl_bench.policies.adapt import add_lora, freeze, merge_lora
-from vlarl_bench.policies.presets import OCTO_TINY, OPENVLA_TINY, OPENVLA_TINY_PIXELS, PI0_TINY
+from vlarl_bench.policies.adapt import READ_DIRECTLY, add_lora, freeze, merge_lora
+from vlarl_bench.policies.presets import (
+    OCTO_TINY,
+    OPENVLA_AR_TINY,
+    OPENVLA_TINY,
+    OPENVLA_TINY_PIXELS,
+    PI0_FAST_TINY,
+    PI0_TINY,
+    PI0_TINY_PIXELS,
+)
 from vlarl_bench.policies.store import content_hash, save_policy
 
-from .conftest import make, observe
+from .conftest import make, observe, told_in_one_line
 from .openvla_tiny import AUTOREGRESSIVE, small
 
 
@@ -88,6 +97,31 @@ def test_merged_adapters_leave_the_same_policy_with_its_own_keys(tmp_path):
     assert content_hash(OPENVLA_TINY.load(tmp_path / "merged")) == content_hash(policy)
 
 
+def test_pi0_s_adapters_count_in_what_it_samples():
+    """Sampling lays weights out anew, which must not lose what stands beside them."""
+    policy, found = make(PI0_TINY), []
+    batch = policy.preprocess([observe(i) for i in range(2)])
+
+    def sample():
+        generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
+        with torch.no_grad():
+            found.append(policy.sample(policy.encode(batch), generators).latent)
+
+    sample()
+    add_lora(policy, rank=4)
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if ".lora_B" in name:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=draw))
+    sample()
+    merge_lora(policy)
+    sample()
+    base, adapted, merged = found
+    assert (adapted - base).abs().max() > 0.01
+    torch.testing.assert_close(adapted, merged, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("form", ["float32", "bfloat16"])
 def test_a_hash_is_the_merged_policy_s(form):
     policy = small(**AUTOREGRESSIVE, dtype=form)
@@ -133,6 +167,43 @@ def test_adapters_by_hand():
         b.copy_(torch.randn(b.shape, generator=torch.Generator().manual_seed(0)))
         x = torch.ones(128)
         torch.testing.assert_close(layer(x), layer.base_layer(x) + 3 * b @ (a @ x))
+
+
+@pytest.mark.parametrize("spec", [OPENVLA_TINY, OPENVLA_AR_TINY, PI0_FAST_TINY], ids=lambda spec: spec.name)
+def test_a_layer_whose_weight_is_read_is_refused(spec):
+    policy = make(spec)
+    for targets in (("lm_head",), ("q_proj", "lm_head")):
+        told_in_one_line(
+            lambda targets=targets: add_lora(policy, targets=targets),
+            "lora: targets ['lm_head']; rows of its weight are read and the layer is never called",
+            "can be adapted is down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj",
+        )
+    assert not any(".lora_" in name for name, _ in policy.named_parameters())
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [OPENVLA_TINY, OPENVLA_TINY_PIXELS, OPENVLA_AR_TINY, PI0_FAST_TINY, PI0_TINY, PI0_TINY_PIXELS, OCTO_TINY],
+    ids=lambda spec: spec.name,
+)
+def test_every_other_layer_of_the_actor_is_called(spec):
+    """So no adapter is left that does nothing: a gradient reaches each."""
+    policy = make(spec)
+    actor = {id(p) for p in policy.actor_parameters()}
+    linear = {
+        n.rpartition(".")[2] for n, m in policy.named_modules() if isinstance(m, nn.Linear) and id(m.weight) in actor
+    }
+    add_lora(policy, rank=2, targets=sorted(linear - READ_DIRECTLY))
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if ".lora_B" in name:
+                parameter.normal_(std=0.02, generator=torch.Generator().manual_seed(0))
+    context = policy.encode(policy.preprocess([observe(i, spec) for i in range(2)]))
+    actions = torch.linspace(-0.5, 0.5, 2 * policy.chunk * 7).view(2, policy.chunk, 7)
+    policy.sft_loss(context, actions, torch.ones(2, policy.chunk), torch.Generator().manual_seed(0)).backward()
+    adapters = {name: p for name, p in policy.named_parameters() if ".lora_" in name}
+    assert adapters
+    assert [name for name, p in adapters.items() if p.grad is None or not p.grad.any()] == []
 
 
 def test_what_cannot_be_adapted(monkeypatch):

@@ -105,6 +105,36 @@ def test_what_spells_no_chunk_is_told_and_made_one():
     assert not decoded[3].any()
 
 
+@pytest.mark.parametrize("factor", [1.3, 4])
+def test_a_published_tokenizer_spells_chunks_beyond_what_it_was_fitted_on(tmp_path, factor):
+    """It says only where its coefficients begin; they end where its characters do, here after 48 of them."""
+    found, chunks = FastTokenizer.load(publish(tmp_path)), waves(60, 8, 7)
+    assert (found.minimum, found.maximum) == (-23, 24)
+    tokens = found.encode(factor * chunks)
+    decoded, valid = found.decode(tokens, 8, 7)
+    assert valid.all()
+    # What is told is the chunk with its coefficients clipped: said again, it is the same.
+    again, _ = found.decode(found.encode(decoded), 8, 7)
+    np.testing.assert_allclose(again, decoded, atol=1e-12)
+    policy = FastTokenizer.restore({**found.config, "maximum": 60000})  # as a folder of before has it
+    assert policy.encode(factor * chunks) == tokens
+
+
+def test_a_coefficient_without_a_token_becomes_the_nearest_that_has_one():
+    """A byte that the authors' fit did not see leaves a gap among the characters."""
+    stored = json.loads(FastTokenizer.plain(2, 10.0).json)
+    stored["model"]["vocab"] = {chr(0x4E00 + i) if i in (21, 22) else c: i for c, i in stored["model"]["vocab"].items()}
+    gap = FastTokenizer(json.dumps(stored), 10, -15)
+    assert (gap.minimum, gap.maximum) == (-15, 15)
+    chunks = np.array([4, 5, 6, 7, 8, 99]).reshape(-1, 1, 1) / 10  # of one number, so a tenth of their coefficient
+    assert gap.encode(chunks) == [[19], [20], [20], [23], [23], [30]]
+
+
+def test_a_tokenizer_that_spells_no_coefficient():
+    with pytest.raises(BenchError, match=r"tokenizer.json: spells none of the characters 0 to 0 .*must be FAST's"):
+        FastTokenizer(json.dumps({"version": "1.0", "model": {"type": "BPE", "vocab": {"x": 0}, "merges": []}}), 10, 0)
+
+
 def test_bytes_that_are_no_character_are_no_coefficient():
     """A byte-level tokenizer can spell half a character; the authors' code takes it for a coefficient of 65510."""
     stored = json.loads(json.dumps(GOLDEN["published"]["tokenizer"]))

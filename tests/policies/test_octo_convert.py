@@ -17,6 +17,7 @@ from vlarl_bench.policies.presets import OCTO_BASE, OCTO_SMALL
 from vlarl_bench.policies.store import content_hash, save_policy
 from vlarl_bench.suite import Observation
 
+from .conftest import told_in_one_line
 from .octo_golden import MODEL, parameters, pixels, tokenizer_json
 
 SMALL = {"width": 32, "layers": 2, "heads": 4, "mlp": 48}
@@ -128,12 +129,12 @@ def test_missing_surplus_and_misshapen_parameters_are_named(run):
         run({path: array for path, array in arrays.items() if path != bias})
     with pytest.raises(BenchError, match=r"projections\.primary\.bias is \[31\], should be \[32\]"):
         run({**arrays, bias: np.zeros(31, np.float32)})
-    with pytest.raises(BenchError, match="does not: octo_transformer/obs_depth_projection/kernel2"):
+    with pytest.raises(BenchError, match="has unknown octo_transformer/obs_depth_projection/kernel2"):
         run({**arrays, "octo_transformer/obs_depth_projection/kernel2": arrays[bias]})
     with pytest.raises(BenchError, match=r"has unknown projections\.depth\.bias"):
         run({**arrays, "octo_transformer/obs_depth_projection/bias": arrays[bias]})
     six = [f"octo_transformer/obs_depth{i}_projection/kernel2" for i in range(6)]
-    with pytest.raises(BenchError, match=re.escape(", ".join(six))):
+    with pytest.raises(BenchError, match=re.escape("; ".join(f"has unknown {path}" for path in six))):
         run({**arrays, **dict.fromkeys(six, arrays[bias])})
     tells = ("LayerNorm_0/", "MlpBlock_0/Dense_0/")  # where the sizes are read from
     few = [path for path in arrays if "encoderblock_1/" in path and path.endswith("/bias")]
@@ -148,9 +149,58 @@ def test_missing_surplus_and_misshapen_parameters_are_named(run):
         other, misshapen = (key.replace("blocks.1", f"blocks.{i}") for i in (9, 0))
         for phrase in (f"lacks {key}; ", f"has unknown {other}; ", f"{misshapen} is ["):
             assert phrase in str(error.value)
-    lost = "octo_transformer/readout_action_pos_embedding"
-    with pytest.raises(BenchError, match=f"lacks '{lost}'"):
-        run({path: array for path, array in arrays.items() if path != lost})
+
+
+def test_one_message_names_whatever_is_wrong(run):
+    arrays = parameters()
+    block = octo_convert.TRUNK + "BlockTransformer_0/Transformer_0/encoderblock_1/"
+    query = block + "MultiHeadDotProductAttention_0/query/kernel"
+    # Blocks are counted by any of their parameters; an unknown path, one that is missing and one of no shape at all.
+    changed = {**arrays, "octo_transformer/nothing/kernel": np.zeros(()), query: np.zeros((), np.float32)}
+    del changed[block + "LayerNorm_0/bias"], changed[octo_convert.HEAD + "cond_encoder/Dense_0/bias"]
+    told_in_one_line(
+        lambda: run(changed),
+        "lacks blocks.1.norm1.bias; lacks head.time_in.bias; has unknown octo_transformer/nothing/kernel; "
+        "blocks.1.query.weight is [], should be [32, 32]",
+    )
+    # All that tell sizes, and what no network has.
+    stem = octo_convert.TRUNK + "observation_tokenizers_primary/SmallStem16_0/StdConv_1/kernel"
+    lost = [stem, octo_convert.HEAD + "reverse_network/Dense_0/bias", "octo_transformer/readout_action_pos_embedding"]
+    changed = {path: array for path, array in arrays.items() if path not in lost}
+    changed["octo_transformer/task_language_pos_embedding"] = np.zeros(6, np.float32)
+    changed["octo_transformer/nothing/kernel"] = np.zeros(3, np.float32)
+    told_in_one_line(
+        lambda: run(changed),
+        *(f"lacks {path}; " for path in lost),
+        "octo_transformer/task_language_pos_embedding is [6], should have more axes; "
+        "has unknown octo_transformer/nothing/kernel",
+    )
+
+
+NORMAL, BOUNDS = ({"action_proprio_normalization_type": kind} for kind in ("normal", "bounds"))
+
+
+@pytest.mark.parametrize(
+    ("base", "fine_tuning", "refused"),
+    [
+        ({"oxe_kwargs": NORMAL}, None, None),
+        ({"oxe_kwargs": BOUNDS}, None, "config.json: dataset_kwargs.oxe_kwargs."),
+        ({"dataset_kwargs_list": [NORMAL, BOUNDS]}, None, "config.json: dataset_kwargs.dataset_kwargs_list.1."),
+        (NORMAL, BOUNDS, "finetune_config.json: dataset_kwargs."),
+        (BOUNDS, NORMAL, None),  # what it started from says nothing of what it is
+        (BOUNDS, {"name": "bridge_dataset"}, None),
+    ],
+)
+def test_actions_that_were_scaled_otherwise_are_refused(run, tmp_path, base, fine_tuning, refused):
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "dataset_kwargs": base}))
+    if fine_tuning is not None:
+        (tmp_path / "finetune_config.json").write_text(json.dumps({"dataset_kwargs": fine_tuning}))
+    if refused is None:
+        run(parameters())
+        return
+    line = refused + "action_proprio_normalization_type is 'bounds'; this converter takes 'normal'"
+    told_in_one_line(lambda: run(parameters()), line)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +261,9 @@ def test_without_orbax_it_says_what_to_install(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("inner", ["default", "."])
-def test_from_an_orbax_checkpoint(inner, tmp_path, monkeypatch):
+@pytest.mark.parametrize("together", [True, False])
+def test_from_an_orbax_checkpoint(inner, together, tmp_path, monkeypatch):
+    """Also as older versions of orbax wrote it, with a folder for each array."""
     orbax = pytest.importorskip("orbax.checkpoint", reason="reads JAX checkpoints: pip install -e .[octo]")
     arrays, tree = parameters(), {}
     for path, array in arrays.items():
@@ -221,7 +273,9 @@ def test_from_an_orbax_checkpoint(inner, tmp_path, monkeypatch):
             at = at.setdefault(part, {})
         at[leaf] = array
     checkpoint(tmp_path)
-    orbax.PyTreeCheckpointer().save((tmp_path / "300000" / inner).resolve(), tree)
+    orbax.PyTreeCheckpointer(use_ocdbt=together).save((tmp_path / "300000" / inner).resolve(), tree)
+    apart = [path for path in (tmp_path / "300000").rglob("*kernel*") if path.is_dir()]
+    assert bool(apart) != together
     found = octo_convert.read_checkpoint(tmp_path)
     assert found.keys() == arrays.keys()
     assert all(np.array_equal(found[path], array) for path, array in arrays.items())

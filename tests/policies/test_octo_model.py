@@ -1,5 +1,6 @@
 """Octo's network against the authors' code (numbers in octo_golden.json), Pillow, and what masks promise."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,7 +12,10 @@ from PIL import Image
 from vlarl_bench.policies.octo import Context, Octo, Subwords, resize
 from vlarl_bench.policies.octo_convert import FULL_SIZE, architecture_of, convert_parameters, torch_array, torch_key
 from vlarl_bench.policies.octo_model import OctoNetwork, StandardisedConv, attention_rules, cosine_betas
+from vlarl_bench.policies.presets import OCTO_TINY_PIXELS
+from vlarl_bench.suite import Observation
 
+from .conftest import INSTRUCTIONS, make
 from .octo_golden import IDS, MODEL, SEEN, golden, parameters, pixels, tokenizer_json
 
 MANIFEST = json.loads((Path(__file__).parent / "octo_manifest.json").read_text())["parameters"]
@@ -193,6 +197,30 @@ def test_pixels_by_hand():
     for found, size in zip(shown, (32, 16), strict=True):
         assert found.shape == (2, 6, size, size)
         torch.testing.assert_close(found, torch.tensor([-1, -0.6, 1, -1, -1, -1])[:, None, None].expand_as(found))
+
+
+@pytest.mark.parametrize("form", ["published", "tiny"])
+def test_agentview_is_primary_and_the_wrist_is_the_wrist(form):
+    """From observations of one grey level a camera, 51 and 204, to -0.6 and 0.6 in the two stems."""
+    if form == "published":
+        shapes = {path: tuple(both[0]) for path, both in MANIFEST.items()}
+        narrow = {"width": 16, "layers": 1, "heads": 2, "mlp": 16, "word_width": 16, "text_layers": 1, "text_mlp": 16}
+        a = dataclasses.replace(architecture_of({"model": MODEL}, shapes), text_vocabulary=50, **narrow)
+        policy, side, sides, goal = Octo("octo-small-1.5", a, Subwords(tokenizer_json(), 16)), 256, (256, 128), True
+    else:
+        policy, side, sides, goal = make(OCTO_TINY_PIXELS), 64, (64, 64), False
+    shown = {}
+    for view, stem in policy.model.stems.items():
+        stem.register_forward_pre_hook(lambda _, inputs, view=view: shown.update({view: inputs[0]}))
+    grey = {"agentview": 51, "robot0_eye_in_hand": 204}
+    images = {camera: np.full((side, side, 3), level, np.uint8) for camera, level in grey.items()}
+    with torch.no_grad():
+        policy.encode(policy.preprocess([Observation(INSTRUCTIONS[0], np.zeros(8, np.float32), images=images)]))
+    assert list(shown) == ["primary", "wrist"]
+    for found, level, size in zip(shown.values(), (-0.6, 0.6), sides, strict=True):
+        expected = torch.full((1, 3, size, size), level)
+        black = torch.full((1, 3 * goal, size, size), -1.0)
+        torch.testing.assert_close(found, torch.cat((expected, black), 1))
 
 
 def test_images_are_resized_as_pillow_does():

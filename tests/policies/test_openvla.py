@@ -322,6 +322,9 @@ def test_regression_head():
         chunk = policy.action_head(policy._read(context))
     assert torch.equal(policy.sample(context, None).latent, policy.sample(context, generators(0, 1, 2, 3)).latent)
     torch.testing.assert_close(policy.sample(context, None).latent, chunk)  # which several threads round otherwise
+    with torch.no_grad():
+        alone = [policy.sample(policy.encode(policy.preprocess([seen])), None).latent for seen in look(policy)]
+    torch.testing.assert_close(torch.cat(alone), chunk, rtol=1e-4, atol=1e-5)
     # Off by 0.5 in one number of seven at one of two steps that count.
     actions, mask = chunk.clone(), torch.zeros(4, 8)
     mask[0, 0] = mask[2, 3] = 1
@@ -329,18 +332,31 @@ def test_regression_head():
     actions[1] += 9
     loss = policy.sft_loss(context, policy.unnormalise(actions), mask, None)
     assert loss.item() == pytest.approx(0.5 / 7 / 2, rel=1e-4)
+    shares = [
+        policy.sft_loss(context.index(rows), policy.unnormalise(actions), mask, None, rows)
+        for rows in (torch.tensor([0, 3]), torch.tensor([1, 2]))
+    ]
+    assert float(sum(shares)) == pytest.approx(loss.item(), rel=1e-5)
     loss.backward()
     actor = {id(p) for p in policy.actor_parameters()}
     assert {id(p) for p in policy.parameters() if p.grad is not None} == actor
 
 
 def test_checkpointed_gradients_are_the_gradients(policy):
-    batch, results = policy.preprocess(look(policy, 2)), []
+    """And blocks of the towers, and layers below and above the cut, are computed twice for them."""
+    batch, results, computed = policy.preprocess(look(policy, 2)), [], []
+    hooked = [policy.network.language_model.model.layers[i] for i in (0, -1)]
+    if policy.architecture.observation == "pixels":
+        backbone = policy.network.vision_backbone
+        hooked += [tower.blocks[1] for tower in (backbone.featurizer, backbone.fused_featurizer)]
+    for layer in hooked:
+        layer.register_forward_pre_hook(lambda layer, _: computed.append(layer))
     for checkpointed in (False, True):
         policy.network.checkpointed = checkpointed
         policy.zero_grad()
         policy.sft_loss(policy.encode(batch), torch.zeros(2, policy.chunk, 7), executed(policy, 2), None).backward()
         results.append([p.grad.clone() for p in policy.parameters()])
+    assert [computed.count(layer) for layer in hooked] == [3] * len(hooked)
     for plain, recomputed in zip(*results, strict=True):
         torch.testing.assert_close(recomputed, plain)
 

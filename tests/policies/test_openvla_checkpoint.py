@@ -14,7 +14,7 @@ from vlarl_bench.policies.shards import pick_statistics
 from vlarl_bench.policies.store import content_hash, save_policy
 from vlarl_bench.suite import Observation
 
-from .conftest import told_in_one_line
+from .conftest import nothing_planted_runs, told_in_one_line
 from .openvla_tiny import AUTOREGRESSIVE, OFT, SMALL, small, tokenizer
 
 SIZES = {k: SMALL[k] for k in ("layers", "width", "heads", "mlp", "max_words", "image_size", "dino", "siglip")}
@@ -93,6 +93,7 @@ def test_a_folder_gives_the_policy_it_was_made_from(form, shards, tmp_path):
         loaded = registry.get("policy", made.name).load(tmp_path / name)
     assert content_hash(loaded) == content_hash(made)
     assert (tmp_path / "one/model.safetensors").read_bytes() == (tmp_path / "two/model.safetensors").read_bytes()
+    assert loaded.checkpointed
 
 
 def test_the_name_says_how_a_folder_decodes(tmp_path):
@@ -179,6 +180,30 @@ def test_an_index_never_leaves_its_folder(where, folder):
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": where}}))
     refused(folder, "index.json", "beside it")
+
+
+def test_an_index_names_something(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {}}))
+    refused(folder, "index.json has no weight_map")
+
+
+@pytest.mark.parametrize(
+    ("stats", "needle"),
+    [
+        ({"q01": 1.0, "q99": [1.0] * 7}, "norm_stats: action_low has shape []; this robot needs [7]"),
+        ({"q01": None, "q99": [1.0] * 7}, "norm_stats: TypeError"),
+        ({"q01": [0.0] * 7, "q99": [1.0] * 7, "mask": True}, "norm_stats: action_scaled has shape []"),
+    ],
+)
+def test_statistics_of_another_form(stats, needle, folder):
+    whole = {"x": {**STATS["libero_object_no_noops"], "action": stats}}
+    (folder / "dataset_statistics.json").write_text(json.dumps(whole))
+    refused(folder, needle)
+
+
+def test_nothing_of_a_folder_runs(folder):
+    nothing_planted_runs(folder, lambda folder: load_published(folder, "openvla-oft-7b", **SIZES))
 
 
 def test_a_missing_shard(tmp_path):

@@ -8,8 +8,10 @@ import torch
 
 from vlarl_bench.errors import BenchError
 from vlarl_bench.policies.openvla_inputs import EMPTY_TOKEN, Prompts, crop_middle, from_bins, pixels, to_bins
+from vlarl_bench.suite import Observation
 
 from .conftest import characters, spelled
+from .openvla_tiny import OFT, small
 
 
 def test_bins_are_numpys_digitize():
@@ -53,6 +55,21 @@ def test_middle_of_an_image_by_hand():
     upright = crop_middle(ramp.transpose(1, 2)[None, None], 0.9)[0, 0]
     assert torch.equal(upright.transpose(1, 2), found)
     assert torch.equal(crop_middle(ramp[None, None], 1.0)[0, 0], ramp)
+
+
+def test_the_policy_looks_at_the_middle_of_each_camera():
+    """Ramps of 8 grey levels a pixel, 0 to 216: the middle 0.9 of them begins at 5 and ends at 210."""
+    policy, shown = small(**OFT, crop_area=0.9), []
+    policy.network.vision_backbone.register_forward_pre_hook(lambda _, inputs: shown.append(inputs[0]))
+    ramp = np.repeat(np.arange(0, 224, 8, dtype=np.uint8)[None, :, None], 28, 0).repeat(3, -1)
+    images = {"agentview": ramp, "robot0_eye_in_hand": ramp.transpose(1, 0, 2)}
+    with torch.no_grad():
+        policy.encode(policy.preprocess([Observation("pick up the milk", np.zeros(8, np.float32), images=images)]))
+    expected = np.floor((108 + np.sqrt(0.9) * (np.arange(28) - 13.5) * 8) / 255 * 255.5)
+    assert (expected[0], expected[-1]) == (5, 210)
+    across = torch.from_numpy(expected).to(torch.uint8).expand(3, 28, 28)
+    (seen,) = shown
+    assert torch.equal(seen, pixels(torch.stack((across, across.transpose(1, 2)))[None], 1.0)[0])
 
 
 def test_prompt():

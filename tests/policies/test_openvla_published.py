@@ -47,21 +47,20 @@ def test_shapes_give_the_adapter_size_that_fine_tuning_logs_print():
     assert adapters == MANIFEST["lora_rank_32_parameters"]
 
 
-def test_full_size_oft_has_the_published_heads_keys():
+def test_full_size_oft_has_the_published_heads_tensors():
+    """Keys and shapes of L1RegressionActionHead and ProprioProjector (github.com/moojink/openvla-oft, commit 213c5ff,
+    prismatic/models/action_heads.py and projectors.py) at the sizes that vla-scripts/finetune.py makes them. It saves
+    the head in bfloat16; the projector is float32 there, and bfloat16 here, as the authors' evaluation loads it."""
     policy = full_size(PUBLISHED_OFT)
-    head = {k: tuple(v.shape) for k, v in policy.action_head.state_dict().items() if k.endswith("weight")}
-    block = {
-        f"model.mlp_resnet_blocks.{i}.ffn.{j}.weight": s for i in (0, 1) for j, s in enumerate([(4096,), (4096,) * 2])
-    }
-    assert head == {
-        "model.layer_norm1.weight": (28672,),
-        "model.fc1.weight": (4096, 28672),
-        **block,
-        "model.layer_norm2.weight": (4096,),
-        "model.fc2.weight": (7, 4096),
-    }
-    projector = {k: tuple(v.shape) for k, v in policy.proprio_projector.state_dict().items()}
-    assert projector == {"fc1.weight": (4096, 8), "fc1.bias": (4096,), "fc2.weight": (4096,) * 2, "fc2.bias": (4096,)}
+    blocks = [f"model.mlp_resnet_blocks.{i}.ffn" for i in (0, 1)]
+    layers = {"model.fc1": (4096, 28672), "model.fc2": (7, 4096)} | {f"{block}.1": (4096, 4096) for block in blocks}
+    norms = {"model.layer_norm1": 28672, "model.layer_norm2": 4096} | {f"{block}.0": 4096 for block in blocks}
+    head = {f"{k}.weight": shape for k, shape in layers.items()} | {f"{k}.bias": v[:1] for k, v in layers.items()}
+    head |= {f"{k}.{part}": (width,) for k, width in norms.items() for part in ("weight", "bias")}
+    projector = {"fc1.weight": (4096, 8), "fc1.bias": (4096,), "fc2.weight": (4096, 4096), "fc2.bias": (4096,)}
+    for part, expected in ((policy.action_head, head), (policy.proprio_projector, projector)):
+        assert {k: tuple(v.shape) for k, v in part.state_dict().items()} == expected
+        assert {v.dtype for v in part.state_dict().values()} == {torch.bfloat16}
 
 
 def encode(policy, images, monkeypatch, proprio=None, pad=0):

@@ -13,7 +13,7 @@ from vlarl_bench.policies.presets import PI0_BASE
 from vlarl_bench.policies.store import content_hash, save_policy
 from vlarl_bench.suite import Observation
 
-from .conftest import told_in_one_line
+from .conftest import nothing_planted_runs, told_in_one_line
 from .pi0_small import CAMERAS, SIZES, STATS, publish
 
 
@@ -112,6 +112,47 @@ def test_a_configuration_that_is_not_this_network_s(folder, fields, needles):
     refused(folder, *needles)
 
 
+def index_nothing(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {}}))
+
+
+def restate_as(statistic):
+    """Puts `statistic` in the place of all statistics of actions."""
+
+    def put(folder):
+        state = load_file(folder / "policy_postprocessor_step_1_unnormalizer_processor.safetensors")
+        restate(folder, {**state, **{key: statistic.clone() for key in state if key.startswith("action.")}})
+
+    return put
+
+
+def openpi_with_numbers(folder):
+    for pipeline in ("pre", "post"):
+        (folder / f"policy_{pipeline}processor.json").unlink()
+    one = dict.fromkeys(("mean", "std", "q01", "q99"), 1.0)
+    (folder / "assets" / "libero").mkdir(parents=True)
+    (folder / "assets" / "libero" / "norm_stats.json").write_text(json.dumps({"state": one, "actions": one}))
+
+
+MODES = "normalization_mapping"
+BROKEN = {
+    "an empty index": (index_nothing, ["model.safetensors.index.json has no weight_map from tensors to files"]),
+    "modes in a list": (
+        lambda folder: change(folder, **{MODES: ["MEAN_STD"]}),
+        ["normalization_mapping: ['MEAN_STD'] in", "it must be an object"],
+    ),
+    "a list for a mode": (
+        lambda folder: change(folder, **{MODES: {"ACTION": ["MEAN_STD"], "STATE": "MEAN_STD"}}),
+        ["normalization_mapping: ACTION ['MEAN_STD'] in", "known are MEAN_STD, QUANTILES, MIN_MAX"],
+    ),
+    "a scalar": (restate_as(torch.tensor(1.0)), ["statistics: action has shape [] in", "this robot needs [7]"]),
+    "a matrix": (restate_as(torch.ones(7, 7)), ["statistics: action has shape [7, 7] in"]),
+    "a number in JSON": (openpi_with_numbers, ["statistics: action has shape [] in", "this robot needs [7]"]),
+}
+"""What pi0's and pi0-FAST's folders share: how to break one, and what is said of it."""
+
+
 def test_images_that_no_camera_gives(folder):
     refused(folder, "no camera is known for left_wrist_0_rgb", "has base_0_rgb", cameras={"base_0_rgb": "top"})
     one = load_published(folder, cameras={"base_0_rgb": "top", "left_wrist_0_rgb": "left"}, **SIZES)
@@ -182,6 +223,16 @@ def restate(folder, stats):
 
 def test_a_key_where_there_is_nothing_to_choose(folder):
     refused(folder, "unnorm_key: 'libero'", "has only its own", unnorm_key="libero")
+
+
+def test_nothing_of_a_folder_runs(folder):
+    nothing_planted_runs(folder, lambda folder: load_published(folder, **SIZES))
+
+
+@pytest.mark.parametrize(("change_it", "needles"), BROKEN.values(), ids=BROKEN)
+def test_what_would_end_in_a_traceback_is_refused(folder, change_it, needles):
+    change_it(folder)
+    refused(folder, *needles)
 
 
 def test_scales_are_those_of_lerobot(folder):

@@ -8,9 +8,9 @@ from vlarl_bench.policies.pi0_fast_checkpoint import load_published
 from vlarl_bench.policies.presets import PI0_FAST_BASE
 from vlarl_bench.policies.store import content_hash, save_policy
 
-from .conftest import told_in_one_line
+from .conftest import nothing_planted_runs, told_in_one_line
 from .pi0_fast_small import SIZES, STATS, publish
-from .test_pi0_checkpoint import act, change, observe, restate
+from .test_pi0_checkpoint import BROKEN, act, change, observe, restate
 
 FORMS = {"lerobot": {}, "base": {"prefix": "", "shards": 3, "tied": True}}
 
@@ -85,6 +85,16 @@ def test_fast_s_tokenizer_is_named_where_it_is_missing(folder, tmp_path):
 def test_the_tokenizer_s_python_file_never_runs(folder):
     (folder / "action_tokenizer/processing_action_tokenizer.py").write_text("raise SystemExit('it ran')")
     assert len(load_published(folder, **SIZES).fast) == 200
+
+
+def test_nothing_of_a_folder_runs(folder):
+    nothing_planted_runs(folder, lambda folder: load_published(folder, **SIZES))
+
+
+@pytest.mark.parametrize(("change_it", "needles"), BROKEN.values(), ids=BROKEN)
+def test_what_would_end_in_a_traceback_is_refused(folder, change_it, needles):
+    change_it(folder)
+    refused(folder, *needles)
 
 
 def test_scales_are_those_of_lerobot(folder):

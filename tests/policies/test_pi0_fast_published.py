@@ -11,14 +11,15 @@ import torch
 from vlarl_bench.errors import BenchError
 from vlarl_bench.policies.pi0_checkpoint import published_key
 from vlarl_bench.policies.pi0_fast import END
-from vlarl_bench.policies.pi0_fast_checkpoint import NAMES
+from vlarl_bench.policies.pi0_fast_checkpoint import NAMES, load_published
 from vlarl_bench.policies.pi0_fast_published import FastPrompts, PublishedPi0Fast, PublishedPi0FastArchitecture
 from vlarl_bench.suite import Observation
 
 from .conftest import characters, spelled
-from .pi0_fast_small import fast, small, tokenizer
+from .pi0_fast_small import SIZES, STATS, fast, publish, small, tokenizer
 from .pi0_small import CAMERAS
 from .test_fast_tokens import GOLDEN as FAST
+from .test_pi0_checkpoint import restate
 from .test_pi0_published import close, wave
 
 HERE = Path(__file__).parent
@@ -181,13 +182,18 @@ def test_nothing_before_the_opening_sees_it():
 
 
 def test_checkpointed_gradients_are_the_gradients_and_reach_all_that_learns():
-    policy, found = small(), []
+    policy, found, computed = small(), [], []
+    model = policy.network.model
+    hooked = [model.vision_tower.encoder.layers[1].mlp.fc1, model.language_model.layers[1].mlp.down_proj]
+    for layer in hooked:
+        layer.register_forward_pre_hook(lambda layer, _: computed.append(layer))
     batch = policy.preprocess(observations())
     for checkpointed in (False, True):
         policy.checkpointed = checkpointed
         policy.zero_grad()
         policy.sft_loss(policy.encode(batch), 0.5 * wave("a", 2, 8, 7), torch.ones(2, 8), None).backward()
         found.append({name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None})
+    assert [computed.count(layer) for layer in hooked] == [3, 3]  # twice where they are not kept
     assert found[0].keys() == found[1].keys() == {name for name, _ in policy.named_parameters()}
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient, msg=name)
@@ -195,6 +201,23 @@ def test_checkpointed_gradients_are_the_gradients_and_reach_all_that_learns():
     kept = {n for n, p in policy.named_parameters() if id(p) not in actor}
     outside = ("network.model.vision_tower.", "network.model.multi_modal_projector.")
     assert all(n.startswith(outside) or n == "network.model.language_model.embed_tokens.weight" for n in kept)
+
+
+def test_the_gripper_stays_the_robot_s(tmp_path):
+    """In lerobot's LIBERO data -1 opens and 1 closes, as LIBERO's robot does. Between quantiles of -1 and 1 it stays
+    what it is, and between -1 and 0.6 closed is 1.5; back it is neither inverted nor rounded."""
+    publish(tmp_path / "published")
+    for high, latent in ((1.0, [-1.0, 1.0, 0.2]), (0.6, [-1.0, 1.5, 0.5])):
+        ends = {"action.q01": STATS["action.q01"].clone(), "action.q99": STATS["action.q99"].clone()}
+        ends["action.q01"][6], ends["action.q99"][6] = -1, high
+        restate(tmp_path / "published", {**STATS, **ends})
+        policy = load_published(tmp_path / "published", **SIZES)
+        actions = ends["action.q01"].repeat(3, 1)
+        actions[:, 6] = torch.tensor([-1.0, 1.0, 0.2])
+        expected = torch.full((3, 7), -1.0)
+        expected[:, 6] = torch.tensor(latent)
+        torch.testing.assert_close(policy.normalise(actions), expected)
+        torch.testing.assert_close(policy.unnormalise(expected), actions)
 
 
 def test_half_precision_is_close():

@@ -12,14 +12,15 @@ from vlarl_bench.errors import BenchError
 from vlarl_bench.policies import paligemma
 from vlarl_bench.policies.inputs import Batch
 from vlarl_bench.policies.paligemma import PaliGemmaPrompts, resize_with_pad
-from vlarl_bench.policies.pi0_checkpoint import published_key
+from vlarl_bench.policies.pi0_checkpoint import load_published, published_key
 from vlarl_bench.policies.pi0_published import PublishedPi0, PublishedPi0Architecture
 from vlarl_bench.suite import Observation
 
 from .conftest import characters, in_float64, spelled
 from .openvla_tiny import weight
-from .pi0_small import CAMERAS, small, tokenizer
+from .pi0_small import CAMERAS, SIZES, STATS, publish, small, tokenizer
 from .test_pi0 import learned, scores_what_it_drew, shown
+from .test_pi0_checkpoint import restate
 
 HERE = Path(__file__).parent
 MANIFEST = json.loads((HERE / "pi0_manifest.json").read_text())
@@ -98,13 +99,20 @@ def test_a_decision_has_the_log_probability_that_it_was_drawn_with(noise, float6
 
 
 def test_checkpointed_gradients_are_the_gradients():
-    policy, found = small(), []
+    """And layers of all three networks are computed twice for them."""
+    policy, found, computed = small(), [], []
+    vlm = policy.model.model.vlm
+    parts = [layers[1].mlp for layers in (vlm.language_model.layers, policy.model.model.dit.layers)]
+    hooked = [vlm.vision_tower.encoder.layers[1].mlp.fc1, *(mlp.down_proj for mlp in parts)]
+    for layer in hooked:
+        layer.register_forward_pre_hook(lambda layer, _: computed.append(layer))
     for checkpointed in (False, True):
         policy.checkpointed = checkpointed
         policy.zero_grad()
         actions = wave("a", 2, 6, 7)
         policy.sft_loss(policy.encode(batch()), actions, torch.ones(2, 6), torch.Generator().manual_seed(0)).backward()
         found.append({name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None})
+    assert [computed.count(layer) for layer in hooked] == [3, 3, 3]
     assert found[0].keys() == found[1].keys()
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient, msg=name)
@@ -132,6 +140,22 @@ def test_scales_by_hand():
     assert latent.tolist() == [[[0.5] * 7 + [0.0] * 25]]
     assert policy.unnormalise(latent + 1).tolist() == [[[7.0] * 7]]
     assert policy.normalise_proprio(torch.full((1, 8), 7.0)).tolist() == [[10.0] * 8 + [0.0] * 24]  # not clipped
+
+
+def test_the_gripper_stays_the_robot_s(tmp_path):
+    """In lerobot's LIBERO data -1 opens and 1 closes, as LIBERO's robot does. With mean -0.25 and deviation 0.5 open is
+    -1.5 and closed 2.5, and back it is what it was: not inverted, and what lies between is not rounded."""
+    publish(tmp_path / "published")
+    mean, std = STATS["action.mean"].clone(), STATS["action.std"].clone()
+    mean[6], std[6] = -0.25, 0.5
+    restate(tmp_path / "published", {**STATS, "action.mean": mean, "action.std": std})
+    policy = load_published(tmp_path / "published", **SIZES)
+    latent = torch.zeros(3, 32)
+    latent[:, 6] = torch.tensor([-1.5, 2.5, 1.0])
+    actions = mean.repeat(3, 1)
+    actions[:, 6] = torch.tensor([-1.0, 1.0, 0.25])
+    torch.testing.assert_close(policy.normalise(actions), latent)
+    torch.testing.assert_close(policy.unnormalise(latent), actions)
 
 
 def test_pixels_by_hand():

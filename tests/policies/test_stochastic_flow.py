@@ -16,10 +16,11 @@ from vlarl_bench.errors import BenchError
 from vlarl_bench.policies.inputs import Rows
 from vlarl_bench.policies.noise import LearnedNoise, bounded
 from vlarl_bench.policies.pi0 import Pi0, Pi0Architecture
+from vlarl_bench.policies.presets import PI0_TINY
 from vlarl_bench.policies.stochastic_flow import StochasticFlow
 from vlarl_bench.policies.vocabulary import Vocabulary
 
-from .conftest import INSTRUCTIONS, OBJECTS, observe
+from .conftest import INSTRUCTIONS, OBJECTS, in_float64, make, observe
 
 GOLDEN = json.loads((Path(__file__).parent / "flow_golden.json").read_text())
 
@@ -313,15 +314,24 @@ def test_exact_density_of_a_mixture_and_its_integral():
 
 
 def small_pi0(chunk, action_dim):
-    """An untrained pi0 of few numbers, and one observation. Its velocities are made large enough to bend the flow."""
+    """An untrained pi0 of few numbers, bent, and one observation."""
     sizes = {"layers": 2, "heads": 2, "head_dim": 16, "prefix_width": 32, "prefix_mlp": 32, "expert_width": 32}
     a = Pi0Architecture("state", action_dim, 8, chunk, expert_mlp=32, **sizes)
     policy = Pi0("pi0-tiny", a, Vocabulary.of([*INSTRUCTIONS, *OBJECTS]), seed=1)
     with torch.no_grad():
-        policy.model.action_out_proj.weight.mul_(4)
-        # Time enters through waves of periods from 4 to 0.004; only the slow ones leave a field that few steps solve.
-        policy.model.embed_action_time.action_time_mlp_in.weight[:, 32:].zero_()
+        bend(policy, 11)
         return policy, policy.encode(policy.preprocess([observe(0)]))
+
+
+def bend(policy, fast):
+    """Makes more of actions and velocities than random weights do, whose flow has hardly a divergence. And time enters
+    through waves of periods from 0.004 to 4, fastest first: only without the `fast` ones do few steps solve the field.
+    """
+    embed = policy.model.embed_action_time
+    embed.action_in_proj.weight.mul_(8)
+    policy.model.action_out_proj.weight.mul_(4)
+    waves = embed.action_time_mlp_in.weight[:, policy.architecture.expert_width :]
+    waves.unflatten(1, (2, -1))[:, :, :fast].zero_()  # sines, then cosines
 
 
 def test_exact_density_of_pi0_integrates_to_one():
@@ -338,8 +348,8 @@ def test_exact_density_of_pi0_is_the_change_of_volume_of_fine_euler_steps():
     """Another way to the same number: log|det| of each of many Euler maps, from a known noise to its latent."""
     policy, context = small_pi0(2, 2)
     steps = 100
-    x = torch.randn(1, 2, 2, generator=generators(0)[0])
-    logp = Normal(0, 1).log_prob(x).sum().double()
+    x = torch.randn(1, 2, 2, generator=generators(1)[0])
+    start = logp = Normal(0, 1).log_prob(x).sum().double()
     for step in range(steps):
         t = torch.full((1, 1), 1 - step / steps)
 
@@ -349,8 +359,33 @@ def test_exact_density_of_pi0_is_the_change_of_volume_of_fine_euler_steps():
         jacobian = torch.autograd.functional.jacobian(euler, x.flatten())
         logp = logp - jacobian.double().slogdet().logabsdet
         x = euler(x.flatten()).detach().view(1, 2, 2)
-    assert policy.ode_log_prob(context, x, 32).item() == pytest.approx(logp.item(), abs=0.03)
-    assert abs(logp - Normal(0, 1).log_prob(x).sum()) > 0.05
+    assert policy.ode_log_prob(context, x, 32).item() == pytest.approx(logp.item(), abs=5e-3)
+    assert abs(logp - start) > 0.1
+
+
+def test_exact_density_of_pi0_tiny_is_approached_in_the_fourth_order(float64):
+    """To what another solver makes of differences of velocities, over the first two actions of a chunk."""
+    tiny = make(PI0_TINY)
+    policy = Pi0("pi0-tiny", dataclasses.replace(tiny.architecture, chunk=2), tiny.vocabulary)
+    policy.load_state_dict(tiny.state_dict())
+    x = torch.randn(1, 2, 7, generator=generators(1)[0])
+    with torch.no_grad():
+        bend(policy, 36)
+        context = policy.encode(in_float64(policy.preprocess([observe(0)])))
+
+    def flow(t, state):
+        aside = 1e-4 * np.eye(14)
+        points = torch.from_numpy(state[:-1] + np.r_[np.zeros((1, 14)), aside, -aside]).view(1, 29, 2, 7)
+        with torch.no_grad():
+            here, up, down = policy.velocity(context, points, torch.full((1, 29), t)).view(29, 14).split((1, 14, 14))
+        return np.r_[here[0], (up - down).trace() / 2e-4]
+
+    *end, change = integrate.solve_ivp(flow, (0, 1), np.r_[x.flatten(), 0], "DOP853", rtol=1e-5, atol=1e-9).y[:, -1]
+    exact = stats.norm.logpdf(end).sum() + change
+    errors = [abs(policy.ode_log_prob(context, x, steps).item() - exact) for steps in (4, 8, 16)]
+    assert errors[0] > 8 * errors[1] > 64 * errors[2]
+    assert errors[2] < 1e-5
+    assert abs(change) > 0.1
 
 
 def test_exact_density_needs_steps():

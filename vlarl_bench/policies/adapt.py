@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 TRANSFORMER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Every linear layer of a language model's blocks, as transformers names them."""
+READ_DIRECTLY = frozenset({"lm_head"})
+"""Linear layers that are never called: policies that draw tokens read those rows of the weight that stand for actions,
+and an adapter beside it would do nothing."""
 
 
 def freeze(policy: Policy, parts: Sequence[str]) -> None:
@@ -61,7 +64,8 @@ def add_lora(
     Without `targets` that is every linear layer of a transformer's blocks, and where the actor has none, such as Octo's
     head, every linear layer. An adapter adds alpha / rank B A x, with B zero at first, in float32; alpha is the rank
     unless given.
-    Raises BenchError if peft is not installed, if the actor has no such layer, or if the policy is steered.
+    Raises BenchError if peft is not installed, if the actor has no such layer or one that cannot be adapted
+    (`READ_DIRECTLY`), or if the policy is steered.
     """
     if policy.steering is not None:
         raise BenchError("lora: the base is a steered policy, whose weights stay as they are; leave it out")
@@ -70,12 +74,19 @@ def add_lora(
     except ImportError:
         raise BenchError(f"lora: needs peft, which is not installed; {install('lora')}") from None
     actor = {id(p) for p in policy.actor_parameters()}
-    layers = [n for n, m in policy.named_modules() if isinstance(m, nn.Linear) and id(m.weight) in actor]
+    linear = [n for n, m in policy.named_modules() if isinstance(m, nn.Linear) and id(m.weight) in actor]
+    layers = [name for name in linear if name.rpartition(".")[2] not in READ_DIRECTLY]
+    there = ", ".join(sorted({name.rpartition(".")[2] for name in layers})) or "none that is not adapted already"
+    direct = sorted({name.rpartition(".")[2] for name in linear} & READ_DIRECTLY & set(targets))
+    if direct:
+        raise BenchError(
+            f"lora: targets {direct}; rows of its weight are read and the layer is never called, so an adapter beside "
+            f"it would do nothing; what can be adapted is {there}"
+        )
     chosen = [name for name in layers if name.rpartition(".")[2] in (targets or TRANSFORMER)]
     if not targets and not chosen:
         chosen = layers
     if rank < 1 or not chosen:
-        there = ", ".join(sorted({name.rpartition(".")[2] for name in layers})) or "none that is not adapted already"
         raise BenchError(
             f"lora: rank {rank}, targets {list(targets or TRANSFORMER)}; the actor's linear layers are {there}"
         )

@@ -21,21 +21,36 @@ from ..errors import BenchError
 from .vocabulary import parse_tokenizer
 
 LONGEST = 10_000  # characters a token, as in the authors' code: no limit in practice
-FOREIGN = 0xFFFD
-"""What a byte-level tokenizer decodes bytes to that are no character."""
+LAST = 0xD7FF
+"""The highest character that stands for a coefficient: what follows are no characters of their own, and what a
+byte-level tokenizer decodes other bytes to (0xFFFD) lies beyond."""
 
 
 class FastTokenizer:
     """Chunks to token ids and back. Coefficient c is the character `chr(c - minimum)`."""
 
-    def __init__(self, tokenizer: str, scale: float, minimum: int, maximum: int = FOREIGN) -> None:
-        """Takes the text of a tokenizer.json, and the range that coefficients are clipped to. Raises BenchError if the
-        text is no tokenizer, or the scale no positive number."""
+    def __init__(self, tokenizer: str, scale: float, minimum: int, maximum: int | None = None) -> None:
+        """Takes the text of a tokenizer.json, and the range that coefficients are clipped to: without `maximum` as far
+        as the tokenizer can spell them. Raises BenchError if the text is no tokenizer, or one that spells no
+        coefficient, or if the scale is no positive number."""
         self._tokenizer = parse_tokenizer(tokenizer)
         if not scale > 0:
             raise BenchError(f"scale: {scale}; it must be above 0")
         self.json, self.scale, self.minimum = tokenizer, scale, minimum
-        self.maximum = min(maximum, minimum + FOREIGN - 1)
+        # Who fits a tokenizer gives every character a token, from 0 to the highest; but the authors' splits them into
+        # bytes afterwards, and has no token for a byte that fitting did not see.
+        most = LAST if maximum is None else maximum - minimum
+        characters = [chr(i) for i in range(1 + min(most, LAST, len(self) - 1))]
+        ids = [found.ids for found in self._tokenizer.encode_batch(characters, add_special_tokens=False)]
+        spelled = self._tokenizer.decode_batch(ids, skip_special_tokens=False)
+        known = [i for i, character in enumerate(characters) if spelled[i] == character]
+        if not known:
+            raise BenchError(
+                f"tokenizer.json: spells none of the characters 0 to {len(characters) - 1} that stand for "
+                "coefficients; it must be FAST's"
+            )
+        self._known = np.array(known) + minimum
+        self.maximum = int(self._known[-1])
 
     @classmethod
     def plain(cls, chunk: int, scale: float) -> FastTokenizer:
@@ -99,9 +114,11 @@ class FastTokenizer:
         return [len(self._tokenizer.decode([i], skip_special_tokens=False)) for i in range(len(self))]
 
     def encode(self, chunks: np.ndarray) -> list[list[int]]:
-        """Token ids of each normalised chunk [N, H, A]; coefficients outside the range are clipped."""
-        clipped = _transform(chunks, self.scale).clip(self.minimum, self.maximum) - self.minimum
-        return [self._tokenizer.encode("".join(map(chr, row)), add_special_tokens=False).ids for row in clipped]
+        """Token ids of each normalised chunk [N, H, A]. A coefficient outside the range, or for which the tokenizer has
+        no token, becomes the nearest that it has; the authors' code drops it, and what is left is no chunk."""
+        between = (self._known[1:] + self._known[:-1]) / 2
+        nearest = self._known[between.searchsorted(_transform(chunks, self.scale))] - self.minimum
+        return [self._tokenizer.encode("".join(map(chr, row)), add_special_tokens=False).ids for row in nearest]
 
     def decode(self, tokens: Iterable[Sequence[int]], chunk: int, action_dim: int) -> tuple[np.ndarray, np.ndarray]:
         """Normalised chunks [N, H, A], and which are valid [N]: those whose tokens spell exactly H A coefficients.

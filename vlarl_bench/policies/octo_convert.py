@@ -10,8 +10,9 @@ needed only here. T5's tokenizer is not in the checkpoint: take `tokenizer.json`
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path
@@ -58,6 +59,8 @@ MODULES = {
     RESIDUAL + "Dense_1": r"head.blocks.\1.down",
 }
 """Pattern of a module's path in the checkpoint -> its name here; parameters are handled by `torch_key`."""
+SCALING = "action_proprio_normalization_type"
+"""What the authors' data code is told: `normal` (unless it is told), or `bounds` for quantiles that become -1 and 1."""
 PARAMETERS = {"kernel": "weight", "scale": "weight", "weight": "weight", "embedding": "weight", "bias": "bias"}
 
 
@@ -90,22 +93,35 @@ def torch_array(path: str, array: np.ndarray) -> np.ndarray:
 
 
 def convert_parameters(parameters: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
-    """The network's state dict, from the checkpoint's parameters by path. Raises BenchError, listing unknown ones."""
-    keys = {path: torch_key(path) for path in parameters}
-    unknown = sorted(path for path, key in keys.items() if key is None)
-    if unknown:
-        raise BenchError(f"checkpoint: has parameters that this network does not: {', '.join(unknown)}")
-    return {
-        str(keys[path]): torch.from_numpy(np.array(torch_array(path, array), np.float32, order="C"))
-        for path, array in parameters.items()
-    }
+    """The network's state dict, from the checkpoint's parameters by path. Those that no network has keep their path."""
+    tensors = {}
+    for path, array in parameters.items():
+        key = torch_key(path)
+        turned = torch_array(path, array) if key and array.ndim else array
+        tensors[key or path] = torch.from_numpy(np.array(turned, np.float32, order="C"))
+    return tensors
 
 
 def architecture_of(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> OctoArchitecture:
     """Architecture of a checkpoint, from its config.json and its parameters' shapes by path.
 
-    Raises BenchError if it is not one that `OctoNetwork` can be.
+    Raises BenchError if it is not one that `OctoNetwork` can be, or if parameters are missing that tell its sizes: then
+    it names all of these, and those that no network here has. What else is wrong can be told only of a known network.
     """
+    problems: dict[str, None] = {}
+
+    def size(path: str, axis: int) -> int:
+        shape = shapes.get(path)
+        if shape is None or not -len(shape) <= axis < len(shape):
+            problems[f"lacks {path}" if shape is None else f"{path} is {list(shape)}, should have more axes"] = None
+            return 1
+        return shape[axis]
+
+    first = TRUNK + "BlockTransformer_0/Transformer_0/encoderblock_0/"
+    stem = TRUNK + "observation_tokenizers_primary/SmallStem16_0/"
+    text = T5 + "encoder/block/0/layer/"
+    sides = [16 * isqrt(size(f"{TRUNK}obs_{view}_pos_embedding", 2)) for view in VIEWS]
+    convolutions = range(_count(shapes, stem + r"StdConv_(\d+)/"))
     try:
         model = config["model"]
         head = model["heads"]["action"]
@@ -122,49 +138,43 @@ def architecture_of(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, .
         for field, (found, right) in wanted.items():
             if found != right:
                 raise BenchError(f"config.json: {field} is {found!r}; this converter takes {right!r}")
-        query = shapes[
-            TRUNK + "BlockTransformer_0/Transformer_0/encoderblock_0/MultiHeadDotProductAttention_0/query/kernel"
-        ]
-        language = shapes[TRUNK + "task_language_pos_embedding"]
-        sides = [16 * isqrt(shapes[f"{TRUNK}obs_{view}_pos_embedding"][2]) for view in VIEWS]
-        stem = TRUNK + "observation_tokenizers_primary/SmallStem16_0/"
-        widths = [
-            shapes[path][-1] for path in sorted(shapes) if path.startswith(stem + "StdConv_") and "bias" not in path
-        ]
-        attention = T5 + "encoder/block/0/layer/0/SelfAttention/relative_attention_bias/embedding"
-        return OctoArchitecture(
+        architecture = OctoArchitecture(
             observation="pixels",
             action_dim=options["action_dim"],
             proprio_dim=0,
             chunk=options["action_horizon"] if "action_horizon" in options else options["pred_horizon"],
-            width=query[0],
-            layers=_count(shapes, BLOCK + "LayerNorm_0/bias"),
-            heads=query[1],
-            mlp=shapes[TRUNK + "BlockTransformer_0/Transformer_0/encoderblock_0/MlpBlock_0/Dense_0/bias"][0],
-            window=shapes[TRUNK + "readout_action_pos_embedding"][1],
-            max_words=language[1],
-            word_width=shapes[TRUNK + "task_language_projection/kernel"][0],
-            text_layers=_count(shapes, T5 + r"encoder/block/(\d+)/layer/0/layer_norm/weight"),
-            text_heads=shapes[attention][1],
-            text_mlp=shapes[T5 + "encoder/block/0/layer/1/DenseReluDense/wi/kernel"][1],
-            text_vocabulary=shapes[T5 + "shared/embedding"][0],
+            width=size(first + "MultiHeadDotProductAttention_0/query/kernel", 0),
+            layers=_count(shapes, BLOCK),
+            heads=size(first + "MultiHeadDotProductAttention_0/query/kernel", 1),
+            mlp=size(first + "MlpBlock_0/Dense_0/bias", 0),
+            window=size(TRUNK + "readout_action_pos_embedding", 1),
+            max_words=size(TRUNK + "task_language_pos_embedding", 1),
+            word_width=size(TRUNK + "task_language_projection/kernel", 0),
+            text_layers=_count(shapes, T5 + r"encoder/block/(\d+)/"),
+            text_heads=size(text + "0/SelfAttention/relative_attention_bias/embedding", 1),
+            text_mlp=size(text + "1/DenseReluDense/wi/kernel", 1),
+            text_vocabulary=size(T5 + "shared/embedding", 0),
             mask_padding=False,
             correct_attention=model.get("use_correct_attention", False),
             cameras=OCTO_SMALL.cameras,
             image_size=max(sides),
             camera_sizes=tuple(sides),
-            goal=shapes[stem + "StdConv_0/kernel"][2] == 6,
-            stem_widths=tuple(widths),
-            stem_out=shapes[stem + "embedding/bias"][0],
-            head_width=shapes[HEAD + "reverse_network/Dense_0/bias"][0],
-            head_blocks=_count(shapes, RESIDUAL + "Dense_0/bias"),
-            time_dim=2 * shapes[HEAD + "time_preprocess/kernel"][0],
+            goal=size(stem + "StdConv_0/kernel", 2) == 6,
+            stem_widths=tuple(size(f"{stem}StdConv_{i}/kernel", -1) for i in convolutions),
+            stem_out=size(stem + "embedding/bias", 0),
+            head_width=size(HEAD + "reverse_network/Dense_0/bias", 0),
+            head_blocks=_count(shapes, RESIDUAL),
+            time_dim=2 * size(HEAD + "time_preprocess/kernel", 0),
             denoising_steps=options.get("diffusion_steps", 20),
             posterior=False,
             max_latent=options.get("max_action", 5.0),
         )
     except (KeyError, TypeError, IndexError, AttributeError) as error:
-        raise BenchError(f"checkpoint: lacks {error}, which every Octo 1.5 checkpoint has") from None
+        raise BenchError(f"config.json: lacks {error}, which every Octo 1.5 checkpoint has") from None
+    if problems:
+        unknown = [f"has unknown {path}" for path in sorted(shapes) if torch_key(path) is None]
+        raise BenchError(f"checkpoint: {'; '.join([*sorted(problems), *unknown])}")
+    return architecture
 
 
 def read_checkpoint(folder: Path, step: int | None = None) -> dict[str, np.ndarray]:
@@ -196,6 +206,7 @@ def convert(
     config = read_json_object(checkpoint / "config.json")
     parameters = read_checkpoint(checkpoint, step)
     architecture = architecture_of(config, {path: array.shape for path, array in parameters.items()})
+    _check_scaling(checkpoint, config)
     scales = _scales(statistics, statistics_key, architecture.action_dim)
     policy = Octo(_name(architecture), architecture, _subwords(tokenizer, architecture.max_words))
     tensors, own = convert_parameters(parameters), policy.model.state_dict()
@@ -211,6 +222,25 @@ def convert(
     card = {"made_by": "python -m vlarl_bench.policies.octo_convert", "statistics": statistics_key}
     save_policy(out, policy, card)
     return policy
+
+
+def _check_scaling(checkpoint: Path, config: Mapping[str, Any]) -> None:
+    """Raises BenchError unless actions were scaled by mean and deviation, in what the checkpoint was trained on last:
+    fine-tuning writes finetune_config.json, and leaves in config.json what it started from."""
+    last = checkpoint / "finetune_config.json"
+    said = read_json_object(last) if last.exists() else config
+    file = last.name if last.exists() else "config.json"
+    for field, found in _entries(said.get("dataset_kwargs"), "dataset_kwargs"):
+        if field.endswith(f".{SCALING}") and found != "normal":
+            raise BenchError(f"{file}: {field} is {found!r}; this converter takes 'normal', by mean and deviation")
+
+
+def _entries(value: Any, field: str) -> Iterator[tuple[str, Any]]:
+    """Every value within a JSON document, and where it stands."""
+    yield field, value
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, entry in inner:
+        yield from _entries(entry, f"{field}.{name}")
 
 
 def _scales(statistics: Path, key: str, action_dim: int) -> tuple[np.ndarray, np.ndarray]:
@@ -263,7 +293,9 @@ def _leaves(tree: Mapping[str, Any], above: str = "") -> list[tuple[str, np.ndar
 
 
 def _count(shapes: Mapping[str, Any], pattern: str) -> int:
-    return sum(bool(re.fullmatch(pattern, path)) for path in shapes)
+    """How many of 0, 1, ... in a row begin a path by `pattern`: one parameter that is missing makes none fewer."""
+    there = {int(found[1]) for path in shapes if (found := re.match(pattern, path))}
+    return next(i for i in itertools.count() if i not in there)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from ..files import read_json_object
 from .openvla import OpenVLA, OpenVLARegression, assemble
 from .openvla_inputs import EMPTY_TOKEN, Prompts
 from .openvla_model import OpenVLAArchitecture, Tower
-from .shards import keys_in, pick_statistics, read_tensors, shards
+from .shards import keys_in, pick_statistics, read_tensors, refuse_pickles, shards
 
 PUBLISHED: Mapping[str, Any] = {
     "observation": "pixels",
@@ -155,12 +155,9 @@ def _scales(stats: Mapping[str, Any], policy: OpenVLA | OpenVLARegression) -> di
 def _beside(folder: Path, part: str) -> list[Path] | None:
     """The file of a part that OFT stores on its own, such as `action_head--150000_checkpoint.safetensors`."""
     found = sorted(folder.glob(f"{part}*.safetensors"))
-    pickles = sorted(folder.glob(f"{part}*.pt"))
     if len(found) > 1:
         raise BenchError(f"policy: {folder} has several files {part}*.safetensors; keep one")
-    if pickles and not found:
-        raise BenchError(
-            f"policy: {pickles[0]} is a pickle, which is never read; where you trust it, store its tensors once with "
-            f"safetensors.torch.save_file(torch.load(..., weights_only=True), '{pickles[0].stem}.safetensors')"
-        )
+    if not found:
+        for pickle in sorted(folder.glob(f"{part}*.pt")):
+            refuse_pickles([pickle], f"{pickle.stem}.safetensors")
     return found or None

@@ -196,7 +196,12 @@ def _scales(folder: Path, config: Mapping[str, Any], policy: PublishedPi0, unnor
 def read_scales(
     folder: Path, modes: Mapping[str, Any], a: Any, unnorm_key: str | None
 ) -> dict[str, tuple[str, Tensor, Tensor, float]]:
-    """For `action` and `proprio`: one of `MODES`, its two statistics, and what is added to deviations."""
+    """For `action` and `proprio`: one of `MODES`, its two statistics, and what is added to deviations. Raises
+    BenchError naming the mode or the statistic that is none."""
+    if not isinstance(modes, dict):
+        raise BenchError(
+            f"normalization_mapping: {modes!r} in {folder}; it must be an object that has a mode for STATE and ACTION"
+        )
     stats, least = _statistics(folder, unnorm_key)
     scales = {}
     for kind, feature, group, size in (
@@ -204,7 +209,7 @@ def read_scales(
         ("proprio", "observation.state", "STATE", a.proprio_dim),
     ):
         mode = modes.get(group)
-        if mode not in MODES:
+        if not isinstance(mode, str) or mode not in MODES:
             raise BenchError(f"normalization_mapping: {group} {mode!r} in {folder}; known are {', '.join(MODES)}")
         try:
             first, second = (torch.as_tensor(stats[feature][key], dtype=torch.float32) for key in MODES[mode])
@@ -212,11 +217,12 @@ def read_scales(
             raise BenchError(
                 f"statistics: {error!r} of {feature} in {folder}; needs {' and '.join(MODES[mode])}"
             ) from None
-        first, second = first[..., :size], second[..., :size]  # openpi's are padded
-        if first.shape != (size,) or second.shape != (size,):
-            raise BenchError(
-                f"statistics: {feature} has shape {list(first.shape)} in {folder}; this robot needs [{size}]"
-            )
+        for statistic in (first, second):  # openpi's are padded
+            if statistic.ndim != 1 or len(statistic) < size:
+                raise BenchError(
+                    f"statistics: {feature} has shape {list(statistic.shape)} in {folder}; this robot needs [{size}]"
+                )
+        first, second = first[:size], second[:size]
         scales[kind] = mode, first, second, least
     return scales
 

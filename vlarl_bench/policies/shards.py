@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,38 @@ from torch import Tensor
 from ..errors import BenchError
 from ..files import read_json_object
 
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+"""How torch's own files end, which can run code when they are read."""
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def shards(folder: Path) -> list[Path]:
-    """A network's files: one, or those that the index names. Raises BenchError for an index that leaves the folder."""
+    """A network's files: one, or those that the index names. Raises BenchError for an index that names none or leaves
+    the folder, and for a folder that has pickles alone."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.exists() or not index.exists():
+    if single.exists():
+        return [single]
+    if not index.exists():
+        refuse_pickles([file for ending in PICKLES for file in sorted(folder.glob(f"*{ending}"))], single.name)
         return [single]
     names = read_json_object(index).get("weight_map")
-    if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
+    if (
+        not isinstance(names, dict)
+        or not names
+        or not all(isinstance(n, str) and Path(n).name == n for n in names.values())
+    ):
         raise BenchError(f"policy: {index} has no weight_map from tensors to files beside it")
     return [folder / name for name in sorted(set(names.values()))]
+
+
+def refuse_pickles(pickles: Sequence[Path], name: str) -> None:
+    """Raises BenchError if there are any in the place of a safetensors file `name`, saying how to make it of them."""
+    if pickles:
+        raise BenchError(
+            f"policy: {pickles[0].parent} has no {name}; {', '.join(file.name for file in pickles)} "
+            f"{'is a pickle' if len(pickles) == 1 else 'are pickles'}, never read: where you trust them, store their "
+            f"tensors once with safetensors.torch.save_file(torch.load(..., weights_only=True), '{name}')"
+        )
 
 
 def keys_in(files: Iterable[Path]) -> dict[str, Path]:
