@@ -336,7 +336,7 @@ def test_regression_head():
         policy.sft_loss(context.index(rows), policy.unnormalise(actions), mask, None, rows)
         for rows in (torch.tensor([0, 3]), torch.tensor([1, 2]))
     ]
-    assert float(sum(shares)) == pytest.approx(loss.item(), rel=1e-5)
+    assert sum(share.item() for share in shares) == pytest.approx(loss.item(), rel=1e-5)
     loss.backward()
     actor = {id(p) for p in policy.actor_parameters()}
     assert {id(p) for p in policy.parameters() if p.grad is not None} == actor
