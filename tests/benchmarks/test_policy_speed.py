@@ -119,7 +119,7 @@ def test_pi0_against_transformers(benchmark, size):
 
     def ours():
         with torch.no_grad():
-            return policy.sample(policy.encode(batch), generators(size)).latent
+            return policy.decode(policy.encode(batch), noise).latent
 
     def theirs():
         return policy.model.sample_actions(

@@ -93,39 +93,44 @@ class _Repeated:
 
     def __init__(self, layer: Any, rotated: tuple[Tensor, Tensor], mask: Tensor, before: Tensor) -> None:
         attention, mlp = layer.self_attn, layer.mlp
-        self.layer, self.mask, self.scale, self.head_dim = layer, mask, attention.scaling, attention.head_dim
+        self.mask, self.scale, self.head_dim, self.act = mask, attention.scaling, attention.head_dim, mlp.act_fn
         self.cos, self.sin = (part.transpose(1, 2) for part in rotated)
         self.qkv = torch.cat((attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight))
         self.gate_up = torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight))
-        self.norms = [_scaled(norm) for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
-        b, _, self.with_keys, self.s, _ = before.shape
-        self.seen = before.new_empty(b, mask.shape[3], 2 * self.with_keys, self.head_dim)
-        self.seen[:, : self.s] = before.flatten(1, 2).transpose(1, 2)
+        self.out, self.down = attention.o_proj.weight.T, mlp.down_proj.weight.T
+        self.first, self.second = Norm(layer.input_layernorm), Norm(layer.post_attention_layernorm)
+        b, _, self.with_keys, s, _ = before.shape
+        seen = before.new_empty(b, mask.shape[3], 2 * self.with_keys, self.head_dim)
+        seen[:, :s] = before.flatten(1, 2).transpose(1, 2)
+        self.own = seen[:, s:]
+        self.keys, self.values = seen.transpose(1, 2).chunk(2, 1)
 
     def __call__(self, x: Tensor) -> Tensor:
-        layer, g = self.layer, self.with_keys
-        normed = _norm(x, *self.norms[0])
-        heads = F.linear(normed, self.qkv).view(*x.shape[:2], -1, self.head_dim)  # N queries, G keys, G values
+        g, flat = self.with_keys, x.flatten(0, 1)
+        # N queries, G keys, G values
+        heads = F.linear(self.first(flat), self.qkv).view(*x.shape[:2], -1, self.head_dim)
         turned = heads[:, :, :-g]
         rolled = turned.roll(self.head_dim // 2, -1)
         turned.mul_(self.cos).addcmul_(rolled, self.sin)
+        self.own.copy_(heads[:, :, -2 * g :])
         query = heads[:, :, : -2 * g].transpose(1, 2)
-        self.seen[:, self.s :] = heads[:, :, -2 * g :]
-        keys, values = self.seen.transpose(1, 2).chunk(2, 1)
         grouped = query.shape[1] != g
-        out = F.scaled_dot_product_attention(query, keys, values, self.mask, scale=self.scale, enable_gqa=grouped)
-        x = x + layer.self_attn.o_proj(out.transpose(1, 2).flatten(2))
-        normed = _norm(x, *self.norms[1])
-        gate, up = F.linear(normed, self.gate_up).chunk(2, -1)
-        return x + layer.mlp.down_proj(layer.mlp.act_fn(gate).mul_(up))
+        out = F.scaled_dot_product_attention(
+            query, self.keys, self.values, self.mask, scale=self.scale, enable_gqa=grouped
+        )
+        flat = torch.addmm(flat, out.transpose(1, 2).reshape(len(flat), -1), self.out)
+        gate, up = F.linear(self.second(flat), self.gate_up).chunk(2, -1)
+        return torch.addmm(flat, self.act(gate).mul_(up), self.down).view(x.shape)
 
 
-def _scaled(layer: Any) -> tuple[Tensor, Tensor]:
-    """Weights and eps of `norm`, as they apply to a token's length, which is its root mean square times sqrt(D)."""
-    width = layer.weight.numel()
-    return (1 + layer.weight) * width**0.5, layer.weight.new_tensor((width * layer.eps) ** 0.5)
+class Norm:
+    """`norm` in four operations, where on a CPU `F.rms_norm` is seven: ready for many calls."""
 
+    def __init__(self, layer: Any) -> None:
+        width = layer.weight.numel()
+        self.weight = (1 + layer.weight) * width**0.5
+        self.shortest = torch.full((), (width * layer.eps) ** 0.5, device=layer.weight.device)
 
-def _norm(x: Tensor, weight: Tensor, shortest: Tensor) -> Tensor:
-    """`norm` in four operations: on a CPU `F.rms_norm` is seven."""
-    return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), shortest) * weight
+    def __call__(self, x: Tensor) -> Tensor:
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # the root mean square times sqrt(D)
+        return x / torch.hypot(length, self.shortest) * self.weight

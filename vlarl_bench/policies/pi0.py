@@ -259,7 +259,7 @@ class Pi0(Standardised, StochasticFlow, NoisePolicy):
             tokens = self._noisy_tokens(frame, x, waves.expand(len(x), 1, -1))
             for layer in layers:
                 tokens = layer(tokens)
-            x = x - self._read(tokens, x) / self.euler_steps
+            x = x.sub(self._read(tokens, x), alpha=1 / self.euler_steps)
         return x
 
     def sft_loss(
