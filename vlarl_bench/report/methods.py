@@ -50,6 +50,7 @@ class Method:
         """Name and settings, long lists in short; says so where it is a control."""
         control = " CONTROL" if self.is_control else ""
         short = re.sub(r"\[[^\]]{40,}\]", lambda found: f"[{found[0].count(',') + 1} named]", self.settings)
+        short = short.replace("tasks=[]", "tasks=the first")  # where none are named, those of the suite
         return f"{self.name}{control}" + (f" ({short})" if short else "") + submitter(self.submitted_by)
 
     @property
