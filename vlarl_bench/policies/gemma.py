@@ -98,7 +98,7 @@ class _Repeated:
         self.qkv = torch.cat((attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight))
         self.gate_up = torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight))
         self.out, self.down = attention.o_proj.weight.T, mlp.down_proj.weight.T
-        self.first, self.second = Norm(layer.input_layernorm), Norm(layer.post_attention_layernorm)
+        self.first, self.second = _Norm(layer.input_layernorm), _Norm(layer.post_attention_layernorm)
         b, _, self.with_keys, s, _ = before.shape
         seen = before.new_empty(b, mask.shape[3], 2 * self.with_keys, self.head_dim)
         seen[:, :s] = before.flatten(1, 2).transpose(1, 2)
@@ -123,7 +123,7 @@ class _Repeated:
         return torch.addmm(flat, self.act(gate).mul_(up), self.down).view(x.shape)
 
 
-class Norm:
+class _Norm:
     """`norm` in four operations, where on a CPU `F.rms_norm` is seven: ready for many calls."""
 
     def __init__(self, layer: Any) -> None:

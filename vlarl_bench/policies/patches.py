@@ -7,7 +7,7 @@ from torch import Tensor, nn
 def embed_patches(conv: nn.Conv2d, images: Tensor) -> Tensor:
     """[B, P, D]: what a convolution whose stride is its kernel makes of [B, C, H, W], row by row of patches.
 
-    Patches that do not overlap are one matrix product; a convolution's own kernel takes many times as long on a CPU.
+    Patches that do not overlap are one matrix product, which on a CPU takes less time than a convolution's own kernel.
     What is left over at the lower and right edges of an image is not seen, as by the convolution.
     """
     height, width = conv.kernel_size
