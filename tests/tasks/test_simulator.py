@@ -4,11 +4,13 @@ import contextlib
 import dataclasses
 import gc
 import io
+import itertools
 import os
 
 import mujoco
 import numpy as np
 import pytest
+from robosuite.environments.base import MujocoEnv
 from vlarl_bench.tasks.libero.suite import upstream_name
 
 from vlarl_bench import registry
@@ -156,6 +158,28 @@ def test_an_experts_actions_succeed_at_the_same_step_as_in_stock(pair):
         stock.step(action)
         succeeded.append(stock.env.check_success())
     assert succeeded == [False] * (len(executed) - 1) + [True]
+
+
+@pytest.mark.parametrize(("suite_name", "index"), [CASES[0], CASES[2]])
+def test_what_touches_what_is_as_stock_says(suite_name, index):
+    simulator = ours(suite_name, index)
+    simulator.reset(0)
+    env = simulator.env
+    models = [*env.objects_dict.values(), *env.fixtures_dict.values(), env.robots[0].gripper, env.robots[0].robot_model]
+    finger = env.robots[0].gripper.contact_geoms[0]
+    answers = []
+    for action in random_actions(60):
+        simulator.step(action[None])
+        for asked in [
+            *itertools.product(models, models),
+            *((model,) for model in models),
+            (finger,),
+            ([finger], models[0]),
+        ]:
+            answers.append(env.check_contact(*asked))
+            assert answers[-1] == MujocoEnv.check_contact(env, *asked)
+    assert 0.02 < np.mean(answers) < 0.9
+    simulator.close()
 
 
 @pytest.mark.parametrize(("suite_name", "index"), CASES[2:4])
