@@ -5,9 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from toy import ToyFlow, rollout
+from toy import ToyFlow, ToyStochasticFlow, rollout
 from vlarl_bench.algorithms import fpo
 from vlarl_bench.algorithms.fpo import FPOSettings, actor_loss, cfm_ratio
+
+from vlarl_bench.suite import Observation
 
 RATIOS = ("difference", "scaled", "standardised")
 
@@ -220,3 +222,30 @@ def test_credit_of_the_chunk_and_of_each_action_by_hand():
     free = FPOSettings(clip_eps=0.0, drift_penalty=0.0)
     assert actor_loss(new, old, torch.ones(2), free)[1].tolist() == pytest.approx([np.e, 1 / np.e])
     assert actor_loss(new.mean()[None], old.mean()[None], torch.ones(1), free)[1].tolist() == [1.0]
+
+
+def test_an_advantage_that_depends_on_the_state_alone_moves_fpo_and_no_likelihood():
+    """The mean gradient over a policy's own chunks in one state, in standard errors: of a log-probability it is 0."""
+    policy, n, batches = ToyStochasticFlow(), 200, 40
+    context = policy.preprocess([Observation("", np.zeros(1, np.float32), {}, {})] * n)
+    mask, g = torch.ones(n, 2), torch.Generator().manual_seed(0)
+
+    def of_loss(generators):
+        latent, t = policy.sample(context, generators).latent, torch.rand(n, 1, generator=g)
+        noise = torch.randn(n, 1, 2, 2, generator=g)
+        return chunk_loss(policy, context, latent, mask, t, noise).mean()
+
+    def of_likelihood(generators):
+        trace = policy.explore(context, generators, 0.5).trace
+        return policy.log_prob(context, trace, mask, 0.5).logp.sum((1, 2)).mean()
+
+    errors = {}
+    for mean in (of_loss, of_likelihood):
+        found = []
+        for batch in range(batches):
+            value = mean([torch.Generator().manual_seed(batch * n + row) for row in range(n)])
+            found.append(torch.autograd.grad(value, (policy.w, policy.u, policy.b)))
+        gradients = torch.stack([torch.cat([part.flatten() for part in parts]) for parts in found])
+        errors[mean] = (gradients.mean(0) / (gradients.std(0) / batches**0.5)).abs()
+    assert errors[of_loss].max() > 20
+    assert errors[of_likelihood].max() < 4
