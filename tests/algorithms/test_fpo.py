@@ -70,7 +70,7 @@ def test_the_value_after_a_decision_is_the_value_at_the_next(where):
 def test_the_drift_is_told_also_where_the_ratio_cannot_see_it():
     """The standardised ratio has mean 1 whatever the losses do; the metric must not be made from it."""
     policy = ToyFlow(1)
-    changes = {"ratio": "standardised", "beta": 0.1, "lr": 0.05, "drift_penalty": 0.0, "critic_steps": 10}
+    changes = {"ratio": "standardised", "beta": 0.1, "lr": 0.05, "critic_steps": 10}
     algorithm = FPO(settings(**changes), policy, BUDGET, 0)
     drifts = [algorithm.update(policy, rollout(policy, wants, 64, i))["cfm_drift"] for i in range(4)]
     assert max(map(abs, drifts)) > 1e-3
@@ -353,6 +353,6 @@ def test_the_ablation_has_every_reading_and_every_component():
         changed = {name, "critic_target"} if name == "bootstrap_time_limit" else {name}
         found = {line[name] for line, names in zip(lines, alone, strict=True) if names == changed}
         assert found >= choices - {getattr(settings(), name)}, name
-    for name, value in (("clip_eps", 0), ("critics", 1), ("tau_min", 0), ("drift_penalty", 0), ("gae_lambda", 0.95)):
+    for name, value in (("clip_eps", 0), ("critics", 1), ("tau_min", 0), ("drift_penalty", 1), ("gae_lambda", 0.95)):
         assert {name: value} in lines
     assert any(line.get("explore_steps", 1) > 1 and len(line) == 1 for line in lines)

@@ -219,7 +219,7 @@ def test_credit_of_the_chunk_and_of_each_action_by_hand():
     whole = (losses * mask[:, None]).sum(2) / mask.sum(1)[:, None]
     assert torch.allclose(chunk_loss(policy, *given), whole, atol=1e-12)
     old, new = torch.tensor([2.0, 2.0]), torch.tensor([1.0, 3.0])
-    free = FPOSettings(clip_eps=0.0, drift_penalty=0.0)
+    free = FPOSettings(clip_eps=0.0)
     assert actor_loss(new, old, torch.ones(2), free)[1].tolist() == pytest.approx([np.e, 1 / np.e])
     assert actor_loss(new.mean()[None], old.mean()[None], torch.ones(1), free)[1].tolist() == [1.0]
 
