@@ -74,7 +74,7 @@ class _BuiltOnce:
         return {}
 
     def check_contact(self, geoms_1: Any, geoms_2: Any = None) -> bool:
-        """Stock's answer. Stock asks for the names of both geoms of every contact, which may take a tenth of a step."""
+        """Stock's answer, without asking for the names of both geoms of every contact at every step."""
         pairs = self.sim.data._data.contact.geom
         ours = self._of(geoms_1)[pairs]
         theirs = np.ones_like(ours) if geoms_2 is None else self._of(geoms_2)[pairs]
