@@ -1,17 +1,17 @@
 """Evaluates what finished runs fine-tuned, and what they began with, on perturbed versions of the tasks they learned.
 
-    python scripts/robustness.py runs/quick/runs/fpo-* --out runs/robustness
+    python scripts/robustness.py runs/main/runs/fpo-* --out runs/robustness
     vlarl-bench table runs/robustness/* --layout paper
 
-One `vlarl-bench eval` for each policy and suite, and one of the base policy for each seed and suite. Called again it
-goes on: what is finished is left alone, what was interrupted is played again. Needs the runs' `policy` folders,
-so no packs, and perturbed suites that call their tasks as the original does, as LIBERO-PRO's do.
+One `vlarl-bench eval` for each policy and LIBERO-PRO suite made from a suite that the run has tasks of, and one of the
+base policy for each seed and suite. Called again it goes on: what is finished is left alone, what was interrupted is
+played again. Needs the runs' `policy` folders, so no packs.
 """
 
 import argparse
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from vlarl_bench import cli
@@ -22,11 +22,16 @@ KINDS = ("language", "object", "swap", "task")
 """What LIBERO-PRO changes: wording, looks, places, goal."""
 
 
-def evaluations(run: RunFolder, suites: list[str]) -> Iterator[tuple[str, list[str]]]:
-    """Name and options of each evaluation of a run's policies; runs of one seed share those of their base policy."""
-    tasks = ",".join(sorted(key.split("/", 1)[1] for key in run.manifest["evaluation"]["tasks"]))
-    for suite in suites:
-        shared = ["--suite", suite, "--policy", run.manifest["policy"], "--tasks", tasks]
+def evaluations(run: RunFolder, kinds: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
+    """Name and options of each evaluation of a run's policies; runs of one seed share those of their base policy.
+    LIBERO-PRO calls its tasks as the original suite does."""
+    tasks: dict[str, list[str]] = {}
+    for key in sorted(run.manifest["evaluation"]["tasks"]):
+        original, name = key.split("/", 1)
+        tasks.setdefault(original.replace("libero_", "libero_pro_"), []).append(name)
+    for suite in (f"{changed}_{kind}" for changed in tasks for kind in kinds):
+        names = ",".join(tasks[suite.rsplit("_", 1)[0]])
+        shared = ["--suite", suite, "--policy", run.manifest["policy"], "--tasks", names]
         shared += ["--seed", str(run.manifest["seed"]), "--protocol", run.config["protocol"]]
         before = f"{suite}-{run.manifest['policy']}-{run.start}-seed{run.manifest['seed']}"
         yield before, [*shared, "--base", run.config["base"]]
@@ -38,7 +43,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="run folders; those without a final policy are passed over")
     parser.add_argument("--out", required=True, help="folder of the evaluations")
-    parser.add_argument("--suites", default=",".join(f"libero_pro_object_{kind}" for kind in KINDS))
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="what is changed (default: all)")
     parser.add_argument("--states", default="25", help="held-out initial states of each task")
     parser.add_argument("--workers", default="2", help="simulator processes")
     options = parser.parse_args(arguments)
@@ -48,7 +53,7 @@ def main(arguments: list[str]) -> int:
         parser.error(str(error))
     if not runs:
         parser.error(f"runs: {', '.join(options.runs)}: none has a policy folder; name finished run folders")
-    planned = dict(one for run in runs for one in evaluations(run, options.suites.split(",")))
+    planned = dict(one for run in runs for one in evaluations(run, options.kinds))
     for i, (name, command) in enumerate(planned.items(), 1):
         out = Path(options.out) / name
         if (out / "table.md").is_file():
