@@ -1,8 +1,8 @@
 """TPO: trajectory-wise preference optimisation, as GRAPE does it (Zhang et al., 2024, arXiv 2411.19309).
 
 Direct preference optimisation on whole episodes: of two that share task and initial state, the one that succeeded is to
-become likelier than the one that failed, relative to the base policy, by the mean log-ratio of its decisions. Token
-policies name that of a decision.
+become likelier than the one that failed, relative to the policy that played them, by the mean log-ratio of its
+decisions. Token policies name that of a decision.
 Flow and diffusion policies don't: there minus half of the squared denoising error at stored draws stands in for it, as
 in Diffusion-DPO (Wallace et al., 2024, eq. 14). That is a surrogate, and metrics call it so.
 """
@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from vlarl_bench.algorithm import Algorithm
+from vlarl_bench.config import added
 from vlarl_bench.decisions import decisions
 from vlarl_bench.distributed import descend
 from vlarl_bench.errors import BenchError
@@ -45,7 +46,14 @@ class TPOSettings:
     epochs: int = 4
     """Passes over an iteration's groups; a gradient step takes all pairs of one group."""
     beta: float = 0.3
-    """How much a nat of an episode's log-ratio counts; GRAPE 0.1. Small values let the policy go far from the base."""
+    """How much a nat of an episode's log-ratio counts; GRAPE 0.1. Small values let the policy go far from the
+    reference."""
+    reference: Literal["round", "base"] = added("round", before="base")
+    """What log-ratios are taken to: the policy as the round began, which played its episodes (GRAPE's iterations), or
+    the base policy, from which pairs of later rounds begin with margins that nothing of them explains."""
+    counted: Literal["success", "episode"] = added("success", before="episode")
+    """What of an episode its mean is over: as many decisions as its group's longest success took (GRAPE compares
+    stretches of equal length), or all, of which failures have more, most of them long after they failed."""
     group_size: int = 8
     """Episodes from each initial state; each success is paired with each failure."""
     temperature: float = 1.0
@@ -57,7 +65,7 @@ class TPOSettings:
     deviation: float = 0.1
     """Standard deviation of the Gaussian under which the surrogate reads a denoising error. With `beta` 0.3 it makes
     beta / deviation^2 = 30; Diffusion-DPO has some 90 in these units. At deviation 1 no pair is ever told apart, and
-    nothing holds the policy to the base."""
+    nothing holds the policy to the reference."""
     grad_norm: float = 1.0
     """Largest gradient norm; longer gradients are scaled down to it."""
 
@@ -83,7 +91,7 @@ def preference_loss(won: Tensor, lost: Tensor, beta: float) -> tuple[Tensor, Ten
 
 
 class TPO(Algorithm):
-    """Preferences between whole episodes from one initial state; the reference is the base policy."""
+    """Preferences between episodes from one initial state, relative to the policy as the round, or the run, began."""
 
     name = "tpo"
     summary = "Trajectory-wise preference optimisation (GRAPE): DPO on episodes that share task and initial state"
@@ -121,11 +129,13 @@ class TPO(Algorithm):
         metrics = {"groups_used": len(groups) / len(start.unique())}
         if not len(groups):
             return metrics
+        if s.reference == "round":
+            self.reference = [parameter.detach().clone() for parameter in self.actor]
         score = taken.spread(self._likelihood(policy, taken) if self.tokens else self._surrogate(policy, taken))
-        rows = {int(group): (taken.start == group).nonzero()[:, 0] for group in groups}
-        # Failures last until time is up: with sums, making everything unlikely would tell them from successes. The
-        # windows that GRAPE compares are equally long.
-        length = taken.episode.bincount()
+        counts = self._counts(taken, outcome, start)
+        rows = {int(group): ((taken.start == group) & counts).nonzero()[:, 0] for group in groups}
+        # Failures last until time is up: with sums, making everything unlikely would tell them from successes.
+        length = taken.episode[counts].bincount(minlength=len(outcome)).clamp_min(1)
         if not self.tokens:
             with torch.no_grad():  # also of groups without pairs, which no gradient step sees
                 errors = -2 * s.deviation**2 * torch.cat([score(i) for i in torch.arange(len(taken)).split(128)])
@@ -152,6 +162,16 @@ class TPO(Algorithm):
             f"{kind}_log_ratio_won": mean["won"],
             f"{kind}_log_ratio_lost": mean["lost"],
         }
+
+    def _counts(self, taken: Decisions, outcome: Tensor, start: Tensor) -> Tensor:
+        """[N] bool: whether a decision is among those that its episode is judged by; `outcome` and `start` are [E]. Of
+        groups without a success, which have no pairs, none is where `counted` is `success`."""
+        if self.settings.counted == "episode":
+            return torch.ones(len(taken), dtype=torch.bool)
+        length = taken.episode.bincount()
+        longest = torch.zeros_like(start).scatter_reduce(0, start, length * (outcome > 0), "amax")
+        place = torch.arange(len(taken)) - (length.cumsum(0) - length)[taken.episode]
+        return place < longest[taken.start]
 
     def _likelihood(self, policy: LikelihoodPolicy, taken: Decisions) -> Callable[[Tensor], Tensor]:
         """[B] log-probability of the executed chunks of the decisions i [B]: the sum over their tokens."""
@@ -180,7 +200,7 @@ class TPO(Algorithm):
 
     @contextmanager
     def _at_reference(self) -> Iterator[None]:
-        """Lends the actor the base policy's weights."""
+        """Lends the actor the reference's weights."""
         now = [parameter.detach().clone() for parameter in self.actor]
         try:
             self._put(self.reference)

@@ -19,8 +19,10 @@ BUDGET = BUDGETS["smoke"]
 
 
 def start(make=ToyTokens, seed=0, **changes):
+    """Unless told else, the reference is the base policy, which a test can move away from, and all decisions count."""
     policy = make(0, inputs=2)
-    return TPO(TPOSettings(**{"group_size": 4, "epochs": 1, **changes}), policy, BUDGET, seed), policy
+    ours = {"group_size": 4, "epochs": 1, "reference": "base", "counted": "episode"}
+    return TPO(TPOSettings(**{**ours, **changes}), policy, BUDGET, seed), policy
 
 
 def play(algorithm, policy, outcomes, seed=0):
@@ -34,14 +36,15 @@ def steepest(algorithm):
     algorithm.optimizer = torch.optim.SGD(algorithm.actor, lr=algorithm.settings.lr)
 
 
-def by_hand(policy, episode, temperature):
-    """Log-probability of an episode, a mean over its decisions: all tokens of first, executed actions, one by one."""
+def by_hand(policy, episode, temperature, most):
+    """Log-probability of an episode, a mean over its first `most` decisions: all tokens of first, executed actions, one
+    by one."""
     total = 0.0
-    for seen, trace in zip(episode.observations, episode.traces, strict=False):
+    for seen, trace in list(zip(episode.observations, episode.traces, strict=False))[:most]:
         logits = policy.logits(policy.preprocess([seen]))[0].detach() / temperature
         for place in (0, 1):
             total += float(logits[place, trace[place, 0]] - logits[place].exp().sum().log())
-    return total / len(episode.traces)
+    return total / len(episode.traces[:most])
 
 
 def test_preference_loss_by_hand():
@@ -51,18 +54,25 @@ def test_preference_loss_by_hand():
     assert loss.item() == pytest.approx((math.log(1 + math.exp(0.5)) + math.log(1 + math.exp(-0.5))) / 2, rel=1e-6)
 
 
-def test_loss_is_that_of_log_probabilities_added_up_by_hand():
+@pytest.mark.parametrize("counted", ["episode", "success"])
+def test_loss_is_that_of_log_probabilities_added_up_by_hand(counted):
     """Three groups, one of them without a pair; the policy has moved from its reference, by a lot."""
-    algorithm, policy = start(beta=0.3, temperature=1.5, lr=0.0)
+    algorithm, policy = start(beta=0.3, temperature=1.5, lr=0.0, counted=counted)
     base = ToyTokens(0, inputs=2)
     with torch.no_grad():
         policy.b += 0.5 * torch.sin(torch.arange(20.0))
-    outcomes = [1, 0, 0, 1, 0, 0, 0, 0, 0, 1, 1, 1]
+    outcomes = [1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 1]
     rollout = play(algorithm, policy, outcomes)
-    assert len({len(episode.latents) for episode in rollout.episodes}) > 1
-    ratio = [by_hand(policy, e, 1.5) - by_hand(base, e, 1.5) for e in rollout.episodes]
-    losses, preferred = [], []
+    length = [len(episode.latents) for episode in rollout.episodes]
+    assert length[8:] == [3, 3, 3, 2]  # so that of the last group's failures something is cut off
+    ratio, losses, preferred = {}, [], []
     for group in (range(4), range(8, 12)):
+        longest = max(length[e] for e in group if outcomes[e])
+        for e in group:
+            both = [
+                by_hand(p, rollout.episodes[e], 1.5, longest if counted == "success" else None) for p in (policy, base)
+            ]
+            ratio[e] = both[0] - both[1]
         margins = [0.3 * (ratio[w] - ratio[n]) for w in group for n in group if outcomes[w] > outcomes[n]]
         losses.append(sum(math.log1p(math.exp(-m)) for m in margins) / len(margins))
         preferred.append(sum(m > 0 for m in margins) / len(margins))
@@ -209,6 +219,17 @@ def test_the_reference_is_the_base_policy_also_after_a_checkpoint():
     rollout = play(algorithm, policy, [1, 0, 0, 1], 1)
     assert algorithm.update(policy, rollout) == resumed.update(other, rollout)
     assert torch.equal(policy.b, other.b)
+
+
+def test_the_reference_is_the_policy_as_each_round_began():
+    """So every round's first step is from margins of 0, whatever rounds before did; the base's are others by then."""
+    found = {}
+    for reference in ("round", "base"):
+        algorithm, policy = start(reference=reference, lr=0.1)
+        for seed in (0, 1):
+            found[reference] = algorithm.update(policy, play(algorithm, policy, [1, 0, 0, 1], seed))
+    assert found["round"]["tpo_loss"] == pytest.approx(math.log(2), rel=1e-6)
+    assert found["base"]["tpo_loss"] != pytest.approx(math.log(2), rel=1e-2)
 
 
 def test_a_policy_with_neither_tokens_nor_a_denoising_loss():
