@@ -1,7 +1,7 @@
 """Flow-Noise: pi_RL's PPO on a flow with learned noise (Chen et al., 2025, arXiv 2510.25889).
 
 All but the likelihood is ReinFlow's: Euler steps of the flow, to which a network adds noise that it learns. What PPO
-takes the ratio of is the mean over steps of each step's joint density; clip range and entropy bonus go with that.
+takes the ratio of is the mean over steps of each step's density; clip range and entropy bonus go with that.
 """
 
 from __future__ import annotations
@@ -42,8 +42,9 @@ class FlowNoiseSettings:
     """Hidden width of the noise network; authors 128 and 64, on the action expert's last hidden state."""
     clip_eps: float = 0.1
     """Clip range of the ratio; authors 0.2."""
-    numbers: Literal["sum", "mean"] = "sum"
-    """How the log-densities of a step's executed numbers become that of the step (authors': their sum)."""
+    numbers: Literal["sum", "mean", "each"] = "sum"
+    """What has a ratio: a chunk, by the sum of its executed numbers' log-densities (the paper) or their mean, or each
+    number (the authors' configuration of Flow-Noise: `logprob_type: token_level`)."""
     entropy: float = 0.005
     """Weight of the mean entropy of a number (authors')."""
     gamma: float = 0.99
@@ -79,11 +80,13 @@ class FlowNoise(ReinFlow):
     search = MappingProxyType({"lr": (7e-6, 2e-5, 6e-5), "clip_eps": (0.05, 0.1, 0.2), "epochs": (2, 4, 8)})
 
     def score(self, policy: StochasticFlow, taken: Decisions, i: Tensor) -> Score:
-        """[B, 1] mean over steps of the log-density of each one's executed numbers."""
+        """[B, 1] mean over steps of the log-density of each one's executed numbers, or [B, H A] of each number."""
         assert taken.trace is not None
         found = policy.log_prob(taken.view(i), taken.trace[i], taken.mask[i], self.noise)
         logp, numbers = found.logp.sum(2), found.mask.sum(2)
+        entropy = found.entropy.sum((1, 2))
+        if self.settings.numbers == "each":
+            return Score(found.logp.mean(1), found.mask.any(1), entropy, numbers.sum(1))
         if self.settings.numbers == "mean":
             logp = logp / numbers.clamp_min(1)
-        entropy = found.entropy.sum((1, 2))
         return Score(logp.mean(1, keepdim=True), numbers.any(1, keepdim=True), entropy, numbers.sum(1))

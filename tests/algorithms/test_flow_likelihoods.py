@@ -129,6 +129,22 @@ def test_learned_noise_score_is_the_density_of_the_executed_numbers(cls, numbers
     assert got.mask.tolist() == [[True], [True]]
 
 
+def test_each_number_has_the_mean_over_steps_of_its_density():
+    algorithm, policy, _, taken = scored(FlowNoise, numbers="each")
+    got = algorithm.score(policy, taken, torch.tensor([3]))
+    drawn, means, starts = steps_by_hand(policy, taken, 3)
+    t = torch.tensor([[1.0, 0.75, 0.5, 0.25]])
+    deviations = algorithm.noise(taken.view(torch.tensor([3])).proprio, starts[None], t)[0, :, 0]
+    density = Normal(means, deviations).log_prob(drawn).mean(0)  # of 2 numbers, over 4 steps
+    assert got.mask.tolist() == [[True, True, False, False]]  # the second action was not executed
+    torch.testing.assert_close(got.logp[0, :2], density, rtol=1e-4, atol=1e-5)
+    whole = dataclasses.replace(algorithm.settings, numbers="sum")
+    algorithm.settings = whole
+    torch.testing.assert_close(
+        algorithm.score(policy, taken, torch.tensor([3])).logp[0, 0], density.sum(), rtol=1e-4, atol=1e-4
+    )
+
+
 @pytest.mark.parametrize("numbers", ["mean", "sum"])
 def test_the_hybrid_draws_and_scores_one_random_step(numbers):
     algorithm, policy, _, taken = scored(FlowSDE, numbers=numbers, noise=0.6)
