@@ -22,7 +22,8 @@ from vlarl_bench import cli
 from vlarl_bench.report.curve import write_curve
 from vlarl_bench.report.runs import read_all
 
-PACKS = ("results/main", "results/quick")
+PACKS: dict[str, list[str]] = {"results/main": ["--pool"], "results/quick": []}
+"""With what asks for the suites of a group as one, where several were played; scores (`paper`) have a column each."""
 DEMO = "results/quick/fpo-pi0_tiny-libero-seed0-*"
 LAYOUTS = ("gains", "paper", "aggregate", "cost")
 PAGES = ("README.md", "docs/findings.md", "docs/runs.md", "docs/statistics.md")
@@ -56,14 +57,14 @@ def _shown(command: str) -> str:
 
 def write_report(out: Path) -> None:
     """Writes tables, figures (SVG), curve and page into a folder."""
-    for pack in PACKS:
+    for pack, pool in PACKS.items():
         folder = out / Path(pack).name
         folder.mkdir(parents=True, exist_ok=True)
         for layout in LAYOUTS:
-            command = ["table", pack, "--layout", layout, "--format", "markdown"]
+            command = ["table", pack, "--layout", layout, *(() if layout == "paper" else pool), "--format", "markdown"]
             made_by = f"<!-- made by `vlarl-bench {shlex.join(command)}` -->\n"
             (folder / f"{layout}.md").write_text(made_by + output_of(command))
-        output_of(["figures", pack, "--out", str(folder)])
+        output_of(["figures", pack, *pool, "--out", str(folder)])
         for drawn in folder.glob("*.png"):  # the same again, and heavier
             drawn.unlink()
     write_curve(out / "demo.png", read_all([DEMO])[0])

@@ -212,6 +212,8 @@ class Table:
     layout, never mixed with them."""
     threshold: float = 0.8
     """Success rate in training whose steps the layouts aggregate and cost count."""
+    pool: bool = False
+    """Show the suites of a group, such as libero's four, as one: what each method scores on all of its tasks."""
 
 
 @dataclass(frozen=True)
@@ -222,6 +224,8 @@ class Figures:
     """Run folders, packs, or runs of packs as PACK/NAME."""
     out: str = "figures"
     """Folder that the SVG and PNG files go to."""
+    pool: bool = False
+    """Draw the suites of a group, such as libero's four, as one."""
 
 
 @dataclass(frozen=True)

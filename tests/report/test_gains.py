@@ -8,7 +8,7 @@ from vlarl_bench.errors import BenchError
 from vlarl_bench.report.gains import gains_table
 from vlarl_bench.report.lint import lint
 from vlarl_bench.report.render import to_json
-from vlarl_bench.report.runs import read_runs
+from vlarl_bench.report.runs import pooled, read_runs
 
 
 def run(make_run, name, seed, better, **more):
@@ -72,6 +72,34 @@ def test_what_is_gained_without_noise_stands_beside(make_run, outcomes):
     assert len(found) == 1 and "dppo gains 45.8 points and, without noise, none (24/24 to 0/24" in found[0]
     older = run(make_run, "c", 0, 1, algorithm="rwfm")
     assert [line[-1] for line in gains_table(read_runs([*runs, older])).lines][-1] == "-"
+
+
+def test_suites_of_a_group_as_one(make_run):
+    """Tasks of one name in two suites stay two. Half of suite_a's episodes are won before and all after; of suite_b's
+    half, and of each seed another share."""
+
+    def final(share):
+        return lambda task, state, repeat: repeat == 0 or task.startswith("suite_a") or state < 4 + share
+
+    runs = [
+        make_run(
+            f"a{seed}",
+            base=lambda task, state, repeat: repeat == 0,
+            final=final(seed),
+            tasks=("suite_a/pick_it_up", "suite_b/pick_it_up"),
+            seed=seed,
+        )
+        for seed in range(3)
+    ]
+    (record,) = gains_table([pooled(run) for run in read_runs(runs)]).records
+    apart = {record["suite"]: record for record in gains_table(read_runs(runs)).records}
+    assert record["suite"] == "suite"
+    for count in ("episodes", "successes", "base_episodes", "base_successes"):
+        assert record[count] == apart["suite_a"][count] + apart["suite_b"][count]
+    changes = np.array([1 / 2, 1 / 2 + 1 / 8, 1 / 2 + 2 / 8]) / 2  # a half of suite_a, an eighth more of suite_b a seed
+    assert record["gain"]["value"] == pytest.approx(changes.mean())
+    assert record["p_holm"] == pytest.approx(ttest_1samp(changes, 0).pvalue)
+    assert pooled(pooled(read_runs(runs)[0])).manifest == pooled(read_runs(runs)[0]).manifest
 
 
 def test_without_runs():

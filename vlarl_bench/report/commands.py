@@ -23,10 +23,11 @@ def table(args: list[str]) -> int:
     from .paper import aggregate_table, paper_table
     from .published import read_published
     from .render import print_table, to_csv, to_json, to_latex, to_markdown
-    from .runs import read_runs
+    from .runs import pooled, read_runs
     from .table import comparison_table, summary_table
 
     runs = read_runs(options.runs)
+    runs = [pooled(run) for run in runs] if options.pool else runs
     if options.layout == "paper":
         table = paper_table(runs, read_published(options.published) if options.published else ())
     elif options.layout == "aggregate":
@@ -55,9 +56,10 @@ def figures(args: list[str]) -> int:
     if not options.out:
         raise BenchError("out: ''; it must not be empty")
     from .figures import write_figures
-    from .runs import read_runs
+    from .runs import pooled, read_runs
 
-    for path in write_figures(options.out, read_runs(options.runs)):
+    runs = read_runs(options.runs)
+    for path in write_figures(options.out, [pooled(run) for run in runs] if options.pool else runs):
         print(path)
     return 0
 

@@ -51,6 +51,14 @@ class Rows(Sequence[EpisodeRow]):
         rows._columns, rows._source, rows._chosen = {}, self, chosen
         return rows
 
+    def as_one_suite(self, name: str) -> "Rows":
+        """The same rows as if all tasks were of one suite, in which they are called SUITE/NAME."""
+        columns = {field: self.column(field) for field in field_types()}
+        keys = [f"{suite}/{task}" for suite, task in zip(columns["suite"], columns["task"], strict=True)]
+        columns["suite"] = np.full(len(self), name, dtype=object)
+        columns["task"] = np.array(keys, dtype=object)
+        return Rows(columns)
+
     def __len__(self) -> int:
         return len(self.column("phase"))
 

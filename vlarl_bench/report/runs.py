@@ -1,5 +1,6 @@
 """A run folder as reports see it: manifest, config and rows, checked against one another."""
 
+import dataclasses
 import fnmatch
 import functools
 import os
@@ -297,6 +298,21 @@ def read_runs(folders: Iterable[str | os.PathLike[str]]) -> list[RunFolder]:
                 "different protocols do not compare; make one table each"
             )
     return runs
+
+
+def pooled(run: RunFolder) -> RunFolder:
+    """The same run with the suites of its group (libero) as one, whose tasks are called SUITE/NAME. A run of one suite
+    that was asked for by its own name is left alone."""
+    group = run.manifest["suite"]
+    if group in run.suites:
+        return run
+    plan = run.manifest["evaluation"]
+    tasks = [f"{group}/{key}" for key in plan["tasks"]]
+    return dataclasses.replace(
+        run,
+        manifest={**run.manifest, "evaluation": {**plan, "tasks": tasks}},
+        rows=run.rows.as_one_suite(group),
+    )
 
 
 def training_curve(rows: Rows) -> tuple[list[float], list[float]]:
