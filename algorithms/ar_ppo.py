@@ -55,7 +55,7 @@ class ARPPOSettings:
     gamma: float = 0.99
     """Discount a decision (VLA-RL)."""
     gae_lambda: float = 0.3
-    """Lambda of the advantage estimator: ours, of all methods with a critic; VLA-RL 0.95."""
+    """Lambda of the advantage estimator: ours; VLA-RL 0.95."""
     warmup: int = 0
     """First iterations in which only the critic learns, at most all but the run's last; VLA-RL 5 of many more."""
     curriculum: float = 0.0

@@ -36,7 +36,7 @@ class DPPOSettings:
 
     lr: float = 1e-5
     """Actor learning rate (AdamW); authors 1e-4, with which a step here leaves the clip range."""
-    epochs: int = 4
+    epochs: int = 8
     """Passes over an iteration's decisions; authors 10."""
     minibatch: int = 128
     """Decisions a gradient step, each with its whole chain; authors 10,000 denoising steps."""
@@ -54,7 +54,7 @@ class DPPOSettings:
     gamma: float = 0.99
     """Discount a decision; authors 0.999 a step of 4 actions."""
     gae_lambda: float = 0.3
-    """Lambda of the advantage estimator: ours, of all methods with a critic; authors 0.95."""
+    """Lambda of the advantage estimator: ours; authors 0.95."""
     gamma_denoising: float = 0.99
     """Discount a denoising step: earlier, noisier steps get less of the credit."""
     logp_low: float = -5.0

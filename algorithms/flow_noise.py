@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 class FlowNoiseSettings:
     """Settings; where the authors' (pi0) differ, theirs are named."""
 
-    lr: float = 2e-5
+    lr: float = 1e-5
     """Actor learning rate (Adam); authors 5e-6 on 300 M parameters, which does not fall."""
     noise_lr: float = 3e-4
     """Learning rate of the noise network; authors the actor's, over many more gradient steps: in as few as here it
     would stay where it begins."""
-    epochs: int = 8
-    """Passes over an iteration's decisions; authors 4."""
+    epochs: int = 4
+    """Passes over an iteration's decisions (authors')."""
     minibatch: int = 128
     """Decisions a gradient step, each with its whole chain."""
     noise_least: float = 0.08
@@ -40,17 +40,17 @@ class FlowNoiseSettings:
     """Largest standard deviation of a step (authors')."""
     noise_width: int = 64
     """Hidden width of the noise network; authors 128 and 64, on the action expert's last hidden state."""
-    clip_eps: float = 0.1
-    """Clip range of the ratio; authors 0.2."""
-    numbers: Literal["sum", "mean", "each"] = "sum"
+    clip_eps: float = 0.2
+    """Clip range of the ratio (authors')."""
+    numbers: Literal["sum", "mean", "each"] = "each"
     """What has a ratio: a chunk, by the sum of its executed numbers' log-densities (the paper) or their mean, or each
     number (the authors' configuration of Flow-Noise: `logprob_type: token_level`)."""
     entropy: float = 0.005
     """Weight of the mean entropy of a number (authors')."""
     gamma: float = 0.99
     """Discount a decision (authors')."""
-    gae_lambda: float = 0.3
-    """Lambda of the advantage estimator: ours, of all methods with a critic; authors 0.95."""
+    gae_lambda: float = 0.95
+    """Lambda of the advantage estimator (authors')."""
     target_kl: float = 1.0
     """An iteration's epochs end early beyond this divergence; the authors have no such end."""
     warmup: int = 0
@@ -77,7 +77,7 @@ class FlowNoise(ReinFlow):
     name = "flow-noise"
     summary = "Flow-Noise (pi_RL): PPO on a flow with learned noise, joint density averaged over its steps"
     Settings = FlowNoiseSettings
-    search = MappingProxyType({"lr": (7e-6, 2e-5, 6e-5), "clip_eps": (0.05, 0.1, 0.2), "epochs": (2, 4, 8)})
+    search = MappingProxyType({"lr": (3e-6, 1e-5, 3e-5), "clip_eps": (0.1, 0.2, 0.4), "epochs": (2, 4, 8)})
 
     def score(self, policy: StochasticFlow, taken: Decisions, i: Tensor) -> Score:
         """[B, 1] mean over steps of the log-density of each one's executed numbers, or [B, H A] of each number."""

@@ -53,7 +53,7 @@ class FlowSDESettings:
     gamma: float = 0.99
     """Discount a decision (authors')."""
     gae_lambda: float = 0.3
-    """Lambda of the advantage estimator: ours, of all methods with a critic; authors 0.95."""
+    """Lambda of the advantage estimator: ours; authors 0.95."""
     target_kl: float = 1.0
     """An iteration's epochs end early beyond this divergence; the authors have no such end."""
     warmup: int = 0

@@ -88,7 +88,7 @@ class FPOSettings:
     gamma: float = 0.99
     """Discount a decision (one executed chunk)."""
     gae_lambda: float = 0.3
-    """Lambda of the advantage estimator, of all methods with a critic; the paper names none."""
+    """Lambda of the advantage estimator; the paper names none."""
     advantage_centre: Literal["task", "batch"] = "task"
     """What the mean advantage is taken over: each task, or the batch, where a hard task is nothing but bad examples."""
     advantage_over: Literal["round", "minibatch"] = added("round", before="round")

@@ -71,7 +71,7 @@ class FPOCFMSettings:
     gamma: float = 0.99
     """Discount a decision; FPO 0.995 a step, FPO++ 0.99."""
     gae_lambda: float = 0.3
-    """Lambda of the advantage estimator: ours, of all methods with a critic; FPO 0.95, FPO++ 0.99."""
+    """Lambda of the advantage estimator: ours; FPO 0.95, FPO++ 0.99."""
     target_kl: float = 1.0
     """An iteration's epochs end early beyond this divergence; FPO has no such end."""
     warmup: int = 0

@@ -35,8 +35,8 @@ else:
 class ReinFlowSettings:
     """Settings; where the authors' (Robomimic and Franka Kitchen) differ, theirs are named."""
 
-    lr: float = 1.5e-5
-    """Actor learning rate (AdamW); authors 4.5e-5 from state, 3.5e-6 from pixels."""
+    lr: float = 4.5e-5
+    """Actor learning rate (AdamW; authors' from state); authors 3.5e-6 from pixels."""
     noise_lr: float = 3e-4
     """Learning rate of the noise network; authors the actor's, over many more gradient steps: in as few as here it
     would stay where it begins."""
@@ -50,8 +50,8 @@ class ReinFlowSettings:
     """Largest standard deviation of a step (authors' for Robomimic; 0.16 to 0.24 elsewhere)."""
     noise_width: int = 64
     """Hidden width of the noise network (authors')."""
-    clip_eps: float = 0.002
-    """Clip range of the ratio; authors 0.01."""
+    clip_eps: float = 0.01
+    """Clip range of the ratio (authors')."""
     numbers: Literal["mean", "sum"] = "mean"
     """How the log-densities of a chain's numbers become that of the chain: the joint density is their sum, as in the
     paper; the authors' code takes the mean, and the clip range is meant for it."""
@@ -60,8 +60,8 @@ class ReinFlowSettings:
     0.01 for Robomimic, whose robot LIBERO has, 0.03 for locomotion, 0 for shortcut models."""
     gamma: float = 0.99
     """Discount a decision (authors')."""
-    gae_lambda: float = 0.3
-    """Lambda of the advantage estimator: ours, of all methods with a critic; authors 0.95."""
+    gae_lambda: float = 0.95
+    """Lambda of the advantage estimator (authors')."""
     target_kl: float = 0.01
     """An iteration's epochs end early beyond this divergence (authors' for Robomimic and Franka Kitchen)."""
     warmup: int = 0

@@ -37,7 +37,7 @@ else:
 class RWFMSettings:
     """Settings; none is the authors', whose task and rewards are of another kind."""
 
-    lr: float = 3e-4
+    lr: float = 9e-4
     """Actor learning rate (Adam)."""
     gradient_steps: int = 120
     """Gradient steps an iteration."""
@@ -120,7 +120,7 @@ class RWFM(Algorithm):
     requires = frozenset({"denoising"})
     learns_from = "rollouts"
     Settings = RWFMSettings
-    search = MappingProxyType({"lr": (3e-5, 1e-4, 3e-4), "alpha": (1.0, 5.0, 10.0), "gradient_steps": (30, 60, 120)})
+    search = MappingProxyType({"lr": (1e-4, 3e-4, 9e-4), "alpha": (1.0, 5.0, 10.0), "gradient_steps": (30, 60, 120)})
 
     def __init__(self, settings: RWFMSettings, policy: DenoisingPolicy, budget: Budget, seed: int) -> None:
         self.settings = settings

@@ -13,7 +13,9 @@ from vlarl_bench import registry
 from vlarl_bench.config import BUDGETS
 from vlarl_bench.errors import BenchError
 from vlarl_bench.options import Tune
+from vlarl_bench.report.runs import read_all
 from vlarl_bench.sweep import plan_sweep, read_sweep
+from vlarl_bench.sweep_jobs import packed_runs
 from vlarl_bench.tune import choices, report, trials
 
 
@@ -31,6 +33,14 @@ def test_the_first_trial_is_the_default_and_the_others_are_drawn_once():
             choices("fpo", count, seed=0)
     with pytest.raises(BenchError, match="'sft' names no settings"):
         choices("sft", 1, seed=0)
+
+
+@pytest.mark.parametrize("name", ["tuning", "tuning-suites"])
+def test_a_default_that_moves_changes_no_published_trial(name):
+    """The files spell out what the trials had, so every packed run is still one of them."""
+    results = Path(__file__).parents[1] / "results"
+    found = set(packed_runs(read_sweep(results / f"{name}.toml")).values())
+    assert len(found) == len(read_all([results / name])) > 0
 
 
 @pytest.mark.parametrize("observation", ["state", "pixels"])

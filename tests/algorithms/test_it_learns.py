@@ -56,8 +56,8 @@ def stochastic(seed):
 CASES = {
     "ar-ppo": (ARPPO, tokens, {"lr": 3e-2}),
     "ar-ppo-chunk": (ARPPO, tokens, {"lr": 3e-2, "ratio": "chunk"}),
-    "dppo": (DPPO, chain, {"lr": 1e-2, "noise": 0.3, "clip_eps": 0.1, "clip_base": 0.01}),
-    "dppo-flow": (DPPO, stochastic, {"lr": 2e-2, "noise": 0.3, "clip_eps": 0.1, "clip_base": 0.01}),
+    "dppo": (DPPO, chain, {"lr": 1e-2, "epochs": 4, "noise": 0.3, "clip_eps": 0.1, "clip_base": 0.01}),
+    "dppo-flow": (DPPO, stochastic, {"lr": 2e-2, "epochs": 4, "noise": 0.3, "clip_eps": 0.1, "clip_base": 0.01}),
     "dsrl": (
         DSRL,
         flow,
