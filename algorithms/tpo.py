@@ -41,7 +41,7 @@ else:
 class TPOSettings:
     """Settings; where GRAPE's value differs, it is named."""
 
-    lr: float = 3e-6
+    lr: float = 2.7e-5
     """Actor learning rate (Adam); GRAPE 2e-5 with LoRA on 7.5 B parameters."""
     epochs: int = 4
     """Passes over an iteration's groups; a gradient step takes all pairs of one group."""
@@ -54,7 +54,7 @@ class TPOSettings:
     counted: Literal["success", "episode"] = added("success", before="episode")
     """What of an episode its mean is over: as many decisions as its group's longest success took (GRAPE compares
     stretches of equal length), or all, of which failures have more, most of them long after they failed."""
-    group_size: int = 8
+    group_size: int = 4
     """Episodes from each initial state; each success is paired with each failure."""
     temperature: float = 1.0
     """Softmax temperature of token policies while collecting, and in the likelihood."""
@@ -98,7 +98,7 @@ class TPO(Algorithm):
     requires = frozenset({"likelihood"})
     learns_from = "rollouts"
     Settings = TPOSettings
-    search = MappingProxyType({"lr": (1e-6, 3e-6, 1e-5), "beta": (0.1, 0.3, 1.0), "epochs": (2, 4, 8)})
+    search = MappingProxyType({"lr": (9e-6, 2.7e-5, 8e-5), "beta": (0.1, 0.3, 1.0), "epochs": (2, 4, 8)})
 
     def __init__(self, settings: TPOSettings, policy: Any, budget: Budget, seed: int) -> None:
         self.settings, self.group = settings, settings.group_size
