@@ -91,8 +91,9 @@ def test_runs_of_before_a_setting_was_added_are_read_and_their_cells_go_on(name,
     written = cell.config.to_dict()
     stored = {**written, "settings": {k: v for k, v in written["settings"].items() if k not in before}}
     assert stored != written and RunConfig.from_dict(stored) == cell.config
+    now = registry.get("algorithm", name).Settings()
     other = {key: not value for key, value in before.items() if isinstance(value, bool)} or {
-        key: value + 1 for key, value in before.items()
+        key: getattr(now, key) if isinstance(value, str) else value + 1 for key, value in before.items()
     }
     changed = plan_sweep({**data, "settings": {name: other}}, tmp_path / "sweep.toml").cells[0]
     assert changed.name != cell.name
