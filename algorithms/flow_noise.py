@@ -75,7 +75,7 @@ class FlowNoise(ReinFlow):
     """PPO on the mean over steps of a flow's densities under learned noise."""
 
     name = "flow-noise"
-    summary = "Flow-Noise (pi_RL): PPO on a flow with learned noise, joint density averaged over its steps"
+    summary = "Flow-Noise (pi_RL): PPO on a flow with learned noise, densities averaged over its steps"
     Settings = FlowNoiseSettings
     search = MappingProxyType({"lr": (3e-6, 1e-5, 3e-5), "clip_eps": (0.1, 0.2, 0.4), "epochs": (2, 4, 8)})
 

@@ -29,9 +29,8 @@ def evaluations(run: RunFolder, kinds: Iterable[str]) -> Iterator[tuple[str, lis
     for key in sorted(run.manifest["evaluation"]["tasks"]):
         original, name = key.split("/", 1)
         tasks.setdefault(original.replace("libero_", "libero_pro_"), []).append(name)
-    for suite in (f"{changed}_{kind}" for changed in tasks for kind in kinds):
-        names = ",".join(tasks[suite.rsplit("_", 1)[0]])
-        shared = ["--suite", suite, "--policy", run.manifest["policy"], "--tasks", names]
+    for suite, names in ((f"{changed}_{kind}", names) for changed, names in tasks.items() for kind in kinds):
+        shared = ["--suite", suite, "--policy", run.manifest["policy"], "--tasks", ",".join(names)]
         shared += ["--seed", str(run.manifest["seed"]), "--protocol", run.config["protocol"]]
         before = f"{suite}-{run.manifest['policy']}-{run.start}-seed{run.manifest['seed']}"
         yield before, [*shared, "--base", run.config["base"]]
