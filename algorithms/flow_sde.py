@@ -14,10 +14,11 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from vlarl_bench.algorithm import Algorithm
+from vlarl_bench.config import added
 from vlarl_bench.decisions import decisions
 from vlarl_bench.errors import BenchError
 from vlarl_bench.lazy import lazy_import
-from vlarl_bench.policy_gradient import ActorCritic, Score, check_actor_critic, only_actor_learns
+from vlarl_bench.policy_gradient import ActorCritic, Score, alike, check_actor_critic, only_actor_learns
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +51,8 @@ class FlowSDESettings:
     """Clip range of the ratio (authors')."""
     numbers: Literal["sum", "mean"] = "sum"
     """How the log-densities of a step's executed numbers become that of the step (authors': their sum)."""
+    weigh: Literal["decision", "episode"] = added("decision", before="decision")
+    """What weighs the same in a gradient step: each decision, or each episode, however long it took (authors')."""
     gamma: float = 0.99
     """Discount a decision (authors')."""
     gae_lambda: float = 0.3
@@ -118,6 +121,8 @@ class FlowSDE(Algorithm):
         advantage, metrics = self.learner.judge(taken)
         if advantage is None:
             return metrics
+        if s.weigh == "episode":
+            advantage = alike(advantage, taken.episode)
         return metrics | self.learner.ascend(
             taken.spread(lambda i: self.score(policy, taken, i)),
             advantage,

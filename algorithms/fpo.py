@@ -84,7 +84,7 @@ class FPOSettings:
     ratio_gradient: Literal["through", "weight"] = "through"
     """`through` differentiates rho as PPO does; `weight` stops the gradient at rho and weighs the CFM loss by it."""
     chunk_credit: bool = added(True, before=True)
-    """Whether the executed chunk has one dl and one rho (the paper), or each of its actions has its own (ablation)."""
+    """Whether a draw of the executed chunk has one dl and one rho (the paper), or one of each action (ablation)."""
     gamma: float = 0.99
     """Discount a decision (one executed chunk)."""
     gae_lambda: float = 0.3

@@ -14,10 +14,11 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from vlarl_bench.algorithm import Algorithm
+from vlarl_bench.config import added
 from vlarl_bench.decisions import decisions
 from vlarl_bench.errors import BenchError
 from vlarl_bench.lazy import lazy_import
-from vlarl_bench.policy_gradient import Score, anneal, ascend, group_advantages, mixed, only_actor_learns
+from vlarl_bench.policy_gradient import Score, alike, anneal, ascend, group_advantages, mixed, only_actor_learns
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +44,8 @@ class GRPOSettings:
     """Decisions a gradient step."""
     group_size: int = 8
     """Episodes from each initial state (SimpleVLA-RL)."""
+    weigh: Literal["decision", "episode"] = added("decision", before="decision")
+    """What weighs the same in a gradient step: each decision, or each episode, however long it took (SimpleVLA-RL)."""
     baseline: Literal["grpo", "rloo"] = "grpo"
     """What an outcome is compared with: `grpo`, the group's mean, over the group's deviation; `rloo`, the mean of the
     others (RIPT)."""
@@ -123,6 +126,8 @@ class GRPO(Algorithm):
             return metrics
         rows = used[taken.episode].nonzero()[:, 0]
         advantage = group_advantages(outcome, start, s.baseline)[taken.episode][rows]
+        if s.weigh == "episode":
+            advantage = alike(advantage, taken.episode[rows])
         metrics |= {"advantage_std": advantage.std(correction=0).item()}
         score = taken.spread(lambda i: self.score(policy, taken, i))
         return metrics | ascend(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from vlarl_bench.algorithm import Algorithm
+from vlarl_bench.config import added
 from vlarl_bench.distributed import descend, spread
 from vlarl_bench.errors import BenchError
 from vlarl_bench.lazy import lazy_import
@@ -55,6 +56,8 @@ class RWFMSettings:
     """Iterations whose episodes are imitated."""
     explore_size: float = 0.1
     """Largest height of the bumps that are added to a chunk while collecting, in the latent's units; 0 adds none."""
+    ema: float = added(0.0, before=0.0)
+    """Decay, a gradient step, of the average of the weights with which the policy acts (authors'); 0: the last ones."""
     grad_norm: float = 1.0
     """Largest gradient norm; longer gradients are scaled down to it."""
 
@@ -68,6 +71,8 @@ class RWFMSettings:
                 raise BenchError(f"algo.{name}: {getattr(self, name)}; it must be at least 1")
         if not 0 <= self.tau_min < 1:
             raise BenchError(f"algo.tau_min: {self.tau_min}; it must be in [0, 1)")
+        if not 0 <= self.ema < 1:
+            raise BenchError(f"algo.ema: {self.ema}; it must be in [0, 1)")
         if self.explore_size < 0:
             raise BenchError(f"algo.explore_size: {self.explore_size}; it must be at least 0")
         if not 0 <= self.alpha <= 20:
@@ -129,6 +134,7 @@ class RWFM(Algorithm):
         self.optimizer = torch.optim.Adam(self.actor, lr=settings.lr, fused=True)
         self.iterations, self.updates = budget.iterations, 0
         self.replay: list[list[dict[str, Any]]] = []
+        self.learned: list[Tensor] | None = None  # weights that steps move, where the policy acts with their average
 
     def act(self, policy: DenoisingPolicy, context: Any, generators: Sequence[torch.Generator] | None) -> Sample:
         """The policy's own samples, each bent by a bump."""
@@ -161,13 +167,26 @@ class RWFM(Algorithm):
         weight = outcome if s.weight == "filtered" else torch.exp(s.alpha * (outcome - outcome.max()))
         weight = weight / weight.mean()
         losses: list[float] = []
+        average = self._put(self.learned) if s.ema else []
         for _ in range(s.gradient_steps):
             i = torch.randint(len(weight), (s.minibatch,), generator=self.generator)
             loss = (weight[i] * self._losses(policy, batch, latent, mask, i)).mean()
             descend(self.optimizer, loss, s.grad_norm)
             losses.append(loss.item())
+            for mean, p in zip(average, self.actor, strict=False):
+                mean.lerp_(p.detach(), 1 - s.ema)
+        if s.ema:
+            self.learned = self._put(average)
         effective = float(weight.sum() ** 2 / (weight**2).sum() / len(weight))
         return metrics | {"weighted_loss": float(np.mean(losses)), "effective_share": effective}
+
+    def _put(self, weights: list[Tensor] | None) -> list[Tensor]:
+        """The actor's weights so far; from now on it has these, if any."""
+        before = [p.detach().clone() for p in self.actor]
+        with torch.no_grad():
+            for p, value in zip(self.actor, weights or before, strict=True):
+                p.copy_(value)
+        return before
 
     def _losses(self, policy: DenoisingPolicy, batch: Any, latent: Tensor, mask: Tensor, i: Tensor) -> Tensor:
         """[B] denoising losses of the rows i [B] at fresh draws: the mean over draws, executed steps and action
@@ -193,12 +212,13 @@ class RWFM(Algorithm):
             return float(torch.cat([self._losses(policy, batch, latent, mask, i) for i in parts]).mean())
 
     def state_dict(self) -> dict[str, Any]:
-        """Optimiser, generator, the window's episodes and how many updates there were."""
+        """Optimiser, generator, the window's episodes, how many updates there were, and what the average is of."""
         return {
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
             "updates": self.updates,
             "replay": [list(episodes) for episodes in self.replay],
+            "learned": self.learned,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -207,6 +227,7 @@ class RWFM(Algorithm):
         self.generator.set_state(state["generator"])
         self.updates = state["updates"]
         self.replay = [list(episodes) for episodes in state["replay"]]
+        self.learned = state.get("learned")  # runs of before `ema` have none
 
 
 def gather(policy: DenoisingPolicy, episodes: Sequence[dict[str, Any]]) -> tuple[Any, Tensor, Tensor, Tensor]:

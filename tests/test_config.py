@@ -1,7 +1,7 @@
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 
 import pytest
 from hypothesis import given
@@ -91,10 +91,14 @@ def test_runs_of_before_a_setting_was_added_are_read_and_their_cells_go_on(name,
     written = cell.config.to_dict()
     stored = {**written, "settings": {k: v for k, v in written["settings"].items() if k not in before}}
     assert stored != written and RunConfig.from_dict(stored) == cell.config
-    now = registry.get("algorithm", name).Settings()
-    other = {key: not value for key, value in before.items() if isinstance(value, bool)} or {
-        key: getattr(now, key) if isinstance(value, str) else value + 1 for key, value in before.items()
-    }
+    fields = get_type_hints(registry.get("algorithm", name).Settings)
+
+    def another(key, value):
+        if isinstance(value, str):
+            return next(word for word in get_args(fields[key]) if word != value)
+        return not value if isinstance(value, bool) else value + 0.5
+
+    other = {key: another(key, value) for key, value in before.items()}
     changed = plan_sweep({**data, "settings": {name: other}}, tmp_path / "sweep.toml").cells[0]
     assert changed.name != cell.name
     run = Path(cell.config.out)

@@ -12,6 +12,7 @@ from vlarl_bench.policy_gradient import (
     ActorCritic,
     Score,
     advantages,
+    alike,
     ascend,
     clipped_surrogate,
     gae,
@@ -92,6 +93,12 @@ def test_standardise_by_hand():
     assert got.tolist() == pytest.approx([-(2**0.5), 2**0.5, 0, 0])
     assert standardise(torch.tensor([0.5, 0.51]), task[:2]).tolist() == pytest.approx([-0.1, 0.1], rel=1e-4)  # floored
     assert standardise(torch.tensor([0.7]), task[:1]).tolist() == [0.0]  # one decision has no deviation
+
+
+def test_alike_by_hand():
+    got = alike(torch.tensor([1.0, 2.0, -3.0, -3.0, -3.0, 5.0]), torch.tensor([7, 7, 2, 2, 2, 9]))
+    assert got.tolist() == pytest.approx([1.0, 2.0, -2.0, -2.0, -2.0, 10.0])
+    assert got.mean().item() == pytest.approx((1.5 - 3 + 5) / 3)  # each episode counts one third
 
 
 OUTCOME = torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0])

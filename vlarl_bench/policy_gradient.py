@@ -120,6 +120,13 @@ def group_advantages(outcome: torch.Tensor, start: torch.Tensor, baseline: Liter
     return advantage
 
 
+def alike(advantage: torch.Tensor, episode: torch.Tensor) -> torch.Tensor:
+    """[N] advantages of decisions of the episodes [N], such that in a mean over decisions each episode has the same
+    weight, however many decisions it took. A clipped surrogate is proportional to its advantage, so this weighs it."""
+    _, number, count = episode.unique(return_inverse=True, return_counts=True)
+    return advantage * (len(episode) / (len(count) * count[number]))
+
+
 def only_actor_learns(policy: Policy) -> list[torch.nn.Parameter]:
     """The actor's parameters, and no other of the policy's requires a gradient any more.
 

@@ -267,3 +267,20 @@ NOISE = [{"noise_least": 0.0}, {"noise_least": 0.2}, {"noise_width": 0}, {"entro
 def test_settings_out_of_range(cls, bad):
     with pytest.raises(BenchError, match=f"algo.{next(iter(bad))}"):
         cls.Settings(**bad).check()
+
+
+def test_flow_sde_can_weigh_episodes_alike(monkeypatch):
+    algorithm, policy, _, _ = scored(FlowSDE, weigh="episode")
+    given = []
+    monkeypatch.setattr(algorithm.learner, "judge", lambda taken: (torch.arange(len(taken)) + 1.0, {}))
+    monkeypatch.setattr(algorithm.learner, "ascend", lambda score, advantage, *a, **more: given.append(advantage) or {})
+    rollout = two_stages(policy, 6, 0, algorithm.act)
+    first, *others = rollout.episodes
+    cut = {name: getattr(first, name)[:1] for name in ("latents", "traces", "actions")}
+    first = dataclasses.replace(first, observations=first.observations[:2], **cut)
+    rollout = dataclasses.replace(rollout, episodes=[first, *others])
+    algorithm.update(policy, rollout)
+    counts = [len(e.latents) for e in rollout.episodes]
+    share = given[0] / (torch.arange(sum(counts)) + 1.0)
+    assert counts[0] < counts[1]
+    assert [part.sum().item() for part in share.split(counts)] == pytest.approx([sum(counts) / 6] * 6)

@@ -64,6 +64,22 @@ def test_every_decision_has_its_episodes_advantage_and_groups_without_spread_are
     assert (given["clip"], given["clip_high"]) == (0.2, 0.28)
 
 
+def test_episodes_weigh_alike_however_long_they_are(monkeypatch):
+    given = caught(monkeypatch)
+    algorithm, policy = start(weigh="episode")
+    rollout = play(algorithm, policy, [0, 1, 1, 0])
+    first, second, *others = rollout.episodes
+    n = len(first.latents)
+    cut = {name: getattr(second, name)[:1] for name in ("latents", "traces", "actions")}
+    second = dataclasses.replace(second, observations=second.observations[:2], **cut)
+    algorithm.update(policy, dataclasses.replace(rollout, episodes=[first, second, *others]))
+    parts = given["advantage"].split([n, 1, n, n])
+    sums = [part.sum().item() for part in parts]
+    assert n > 1
+    assert sums == pytest.approx([-sums[1], sums[1], sums[1], -sums[1]], rel=1e-6)
+    assert parts[1].item() == pytest.approx(n * parts[2][0].item(), rel=1e-6)
+
+
 @pytest.mark.parametrize("outcomes", [[0] * 8, [1] * 8, [0] * 4 + [1] * 4, [0], [1]])
 def test_without_spread_nothing_is_done(outcomes):
     algorithm, policy = start()

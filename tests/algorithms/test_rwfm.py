@@ -1,5 +1,6 @@
 """RWFM against closed forms: weights, exploration, window."""
 
+import copy
 import dataclasses
 import math
 
@@ -120,6 +121,26 @@ def test_the_window_forgets():
     for number, outcomes in enumerate(([1, 1, 1, 0], [0, 0, 0, 0], [0, 1, 0, 0], [1, 1, 0, 0])):
         seen.append(algorithm.update(policy, play(algorithm, policy, outcomes, number))["episodes_imitated"])
     assert seen == [3, 3, 1, 3]
+
+
+def test_the_policy_acts_with_the_average_of_its_weights():
+    """Gradient steps go on from the last weights, also after a checkpoint; the policy has their running average."""
+    (plain, last), (averaged, policy), (again, resumed) = (start(ema=e, gradient_steps=1) for e in (0.0, 0.75, 0.75))
+    average = policy.b.detach().clone()
+    for number in range(3):
+        rollout = play(plain, last, [1, 0, 1, 1], number)
+        plain.update(last, rollout)
+        averaged.update(policy, rollout)
+        average = 0.75 * average + 0.25 * last.b.detach()
+        assert torch.allclose(policy.b, average, atol=1e-7)
+        assert all(map(torch.equal, averaged.learned, last.actor_parameters()))
+        again.update(resumed, rollout)
+        assert torch.equal(resumed.b, policy.b)
+        state, weights = copy.deepcopy((again.state_dict(), resumed.state_dict()))
+        again, resumed = start(ema=0.75, gradient_steps=1)
+        again.load_state_dict(state)
+        resumed.load_state_dict(weights)
+    assert not torch.equal(policy.b, last.b)
 
 
 def test_a_stored_episode_shows_the_same_again():
