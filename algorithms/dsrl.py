@@ -52,7 +52,7 @@ class DSRLSettings:
     """Latest decisions that replay keeps; authors 10 million."""
     gamma: float = 0.99
     """Discount a decision; authors 0.999."""
-    lr: float = 3e-4
+    lr: float = 9e-4
     """Learning rate of the temperature, and of the actor, where it falls to 0 over the run (Adam); authors 1e-4 on
     LIBERO, 3e-4 on square, constant."""
     width: int = 128
@@ -74,7 +74,7 @@ class DSRLSettings:
     """Step of the target critics towards the critics after each gradient step; authors 0.005, with 20 times as many."""
     temperature: float = 0.1
     """Entropy temperature at the start; authors 1, with rewards of -1 a step. From then on it is learned."""
-    temperature_lr_ratio: float = added(1.0, before=1.0)
+    temperature_lr_ratio: float = added(15.0, before=1.0)
     """The temperature's learning rate as a multiple of `lr` (authors 1, over twenty times as many steps: its logarithm
     moves by no more than its rate a step)."""
     entropy_in_target: bool = False
@@ -113,7 +113,7 @@ class DSRL(Algorithm):
     requires = frozenset({"noise"})
     learns_from = "rollouts"
     Settings = DSRLSettings
-    search = MappingProxyType({"lr": (1e-4, 3e-4, 1e-3), "bound": (0.7, 1.0, 1.5), "repeat": (False, True)})
+    search = MappingProxyType({"lr": (1e-4, 3e-4, 9e-4), "bound": (0.7, 1.0, 1.5), "repeat": (False, True)})
 
     def __init__(self, settings: DSRLSettings, policy: NoisePolicy, budget: Budget, seed: int) -> None:
         from vlarl_bench.critics import QEnsemble

@@ -17,7 +17,7 @@ from vlarl_bench.errors import BenchError
 
 GOLDEN = json.loads((Path(__file__).parent / "dsrl_golden.json").read_text())
 BUDGET = BUDGETS["smoke"]
-QUICK = {"utd": 0.1, "batch": 8, "width": 8, "critic_width": 8, "repeat": False}
+QUICK = {"utd": 0.1, "batch": 8, "width": 8, "critic_width": 8, "repeat": False, "temperature_lr_ratio": 1.0}
 
 
 def start(**changes):

@@ -71,6 +71,7 @@ CASES = {
             "critic_lr": 3e-3,
             "polyak": 0.02,
             "temperature": 0.02,
+            "temperature_lr_ratio": 1.0,
         },
     ),
     "fpo": (FPO, flow, {"lr": 2e-2, "clip_eps": 0.05}),
