@@ -39,8 +39,8 @@ class ARPPOSettings:
 
     lr: float = 3e-4
     """Actor learning rate (Adam); VLA-RL 2e-5 with LoRA on 7.5 B parameters."""
-    epochs: int = 8
-    """Passes over an iteration's decisions."""
+    epochs: int = 2
+    """Passes over an iteration's decisions; VLA-RL 1, of rounds with many more gradient steps a pass."""
     minibatch: int = 128
     """Decisions a gradient step."""
     clip_eps: float = 0.2
