@@ -18,7 +18,7 @@ from vlarl_bench.config import added
 from vlarl_bench.decisions import decisions
 from vlarl_bench.errors import BenchError
 from vlarl_bench.lazy import lazy_import
-from vlarl_bench.policy_gradient import ActorCritic, Score, alike, check_actor_critic, only_actor_learns
+from vlarl_bench.policy_gradient import ActorCritic, Score, check_actor_critic, only_actor_learns, weigh_episodes
 
 if TYPE_CHECKING:
     import torch
@@ -122,7 +122,7 @@ class FlowSDE(Algorithm):
         if advantage is None:
             return metrics
         if s.weigh == "episode":
-            advantage = alike(advantage, taken.episode)
+            advantage = weigh_episodes(advantage, taken.episode)
         return metrics | self.learner.ascend(
             taken.spread(lambda i: self.score(policy, taken, i)),
             advantage,

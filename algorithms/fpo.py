@@ -80,7 +80,7 @@ class FPOSettings:
     """Smallest deviation that dl is divided by: on the first pass dl is 0 for all. Below it nothing is standardised."""
     drift_penalty: float = 0.0
     """Weight of relu(-mean dl), ours, against a rise of all losses, which `standardised` cannot see. Beside
-    `difference`, whose clip sees it, it only sharpens the policy, which then explores less (docs/methods/fpo.md)."""
+    `difference`, whose clip sees it, it sharpens the policy, which helps on some tasks (docs/methods/fpo.md)."""
     ratio_gradient: Literal["through", "weight"] = "through"
     """`through` differentiates rho as PPO does; `weight` stops the gradient at rho and weighs the CFM loss by it."""
     chunk_credit: bool = added(True, before=True)

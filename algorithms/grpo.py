@@ -18,7 +18,15 @@ from vlarl_bench.config import added
 from vlarl_bench.decisions import decisions
 from vlarl_bench.errors import BenchError
 from vlarl_bench.lazy import lazy_import
-from vlarl_bench.policy_gradient import Score, alike, anneal, ascend, group_advantages, mixed, only_actor_learns
+from vlarl_bench.policy_gradient import (
+    Score,
+    anneal,
+    ascend,
+    group_advantages,
+    mixed,
+    only_actor_learns,
+    weigh_episodes,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -127,7 +135,7 @@ class GRPO(Algorithm):
         rows = used[taken.episode].nonzero()[:, 0]
         advantage = group_advantages(outcome, start, s.baseline)[taken.episode][rows]
         if s.weigh == "episode":
-            advantage = alike(advantage, taken.episode[rows])
+            advantage = weigh_episodes(advantage, taken.episode[rows])
         metrics |= {"advantage_std": advantage.std(correction=0).item()}
         score = taken.spread(lambda i: self.score(policy, taken, i))
         return metrics | ascend(

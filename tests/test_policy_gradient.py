@@ -12,13 +12,13 @@ from vlarl_bench.policy_gradient import (
     ActorCritic,
     Score,
     advantages,
-    alike,
     ascend,
     clipped_surrogate,
     gae,
     group_advantages,
     mixed,
     standardise,
+    weigh_episodes,
 )
 
 
@@ -95,8 +95,8 @@ def test_standardise_by_hand():
     assert standardise(torch.tensor([0.7]), task[:1]).tolist() == [0.0]  # one decision has no deviation
 
 
-def test_alike_by_hand():
-    got = alike(torch.tensor([1.0, 2.0, -3.0, -3.0, -3.0, 5.0]), torch.tensor([7, 7, 2, 2, 2, 9]))
+def test_weigh_episodes_by_hand():
+    got = weigh_episodes(torch.tensor([1.0, 2.0, -3.0, -3.0, -3.0, 5.0]), torch.tensor([7, 7, 2, 2, 2, 9]))
     assert got.tolist() == pytest.approx([1.0, 2.0, -2.0, -2.0, -2.0, 10.0])
     assert got.mean().item() == pytest.approx((1.5 - 3 + 5) / 3)  # each episode counts one third
 

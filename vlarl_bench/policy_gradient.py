@@ -120,7 +120,7 @@ def group_advantages(outcome: torch.Tensor, start: torch.Tensor, baseline: Liter
     return advantage
 
 
-def alike(advantage: torch.Tensor, episode: torch.Tensor) -> torch.Tensor:
+def weigh_episodes(advantage: torch.Tensor, episode: torch.Tensor) -> torch.Tensor:
     """[N] advantages of decisions of the episodes [N], such that in a mean over decisions each episode has the same
     weight, however many decisions it took. A clipped surrogate is proportional to its advantage, so this weighs it."""
     _, number, count = episode.unique(return_inverse=True, return_counts=True)
