@@ -137,6 +137,8 @@ def test_what_cannot_run_says_why():
         ({"parallel": 0}, "parallel: 0; it must be at least 1"),
         ({"tracker": "wandbb"}, "tracker: 'wandbb'; did you mean 'wandb'?"),
         ({"out": "mine.toml"}, "out: 'mine.toml'; the file itself has that name"),
+        ({"packed": "mine"}, "sweep.packed: 'mine'; it must be a list"),
+        ({"packed": ["mine", ""]}, "packed[1]: ''; it must be the name of a folder"),
     ],
 )
 def test_mistakes_are_told_in_one_line_with_the_field(changes, line):

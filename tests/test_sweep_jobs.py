@@ -64,13 +64,25 @@ def test_a_done_sweep_is_left_alone_and_tells_what_more_would_cost(calm):
     assert f"2 cells to run: about {2 * seconds / 3600:.3g} h" in told
 
 
+def test_a_page_of_impossible_pairs_is_told_in_short(tmp_path):
+    file = tmp_path / "mixed.toml"
+    for policies, shown in ((["pi0-tiny", "openvla-tiny"], True), (["openvla-tiny", "pi0-fast-tiny"], False)):
+        axes = {"algorithms": ["fpo", "dppo"], "policies": policies, "suites": ["libero_object"], "seeds": [0]}
+        file.write_text(toml(axes))
+        told = here("sweep", file, "--dry-run")
+        assert ("'openvla-tiny' is trained by: ar-ppo" in told) == shown
+        assert ("`vlarl-bench list` shows what runs on what" in told) != shown
+        assert "dppo on openvla-tiny, libero_object: policy: 'openvla-tiny' lacks chain" in told
+
+
 def test_cells_of_a_pack_are_done_wherever_they_were_run(calm, monkeypatch):
     elsewhere = calm.with_name("elsewhere.toml")
-    elsewhere.write_text(toml({**TOY, "seeds": [0, 1, 2], "packed": "packed"}))
+    elsewhere.write_text(toml({**TOY, "seeds": [0, 1, 2], "packed": ["one", "other"]}))
     assert "3 cells: 3 missing" in here("sweep", elsewhere, "--dry-run")
-    for run in (calm.with_suffix("") / "runs").iterdir():
-        subprocess.run(["cp", "-r", run, calm.with_name(f"renamed-{run.name}")], check=True)
-    here("pack", *sorted(calm.parent.glob("renamed-*")), "--out", calm.with_name("packed"))
+    for run, pack in zip(sorted((calm.with_suffix("") / "runs").iterdir()), ("one", "other"), strict=True):
+        renamed = calm.with_name(f"renamed-{run.name}")
+        subprocess.run(["cp", "-r", run, renamed], check=True)
+        here("pack", renamed, "--out", calm.with_name(pack))
     told = here("sweep", elsewhere, "--dry-run")
     assert "done 0-1" in told
     assert "missing 2" in told

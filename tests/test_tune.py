@@ -131,6 +131,6 @@ def test_trials_are_runs_that_stay_and_are_not_run_again(tmp_path, monkeypatch):
     # As in another session: of all this only the file and a pack of the runs are left.
     here("pack", *runs, "--out", "packed")
     shutil.rmtree("tuning")
-    file.write_text('packed = "packed"\n' + file.read_text())
+    file.write_text('packed = ["packed"]\n' + file.read_text())
     assert text in here("tune", "tuning.toml")
     assert not Path("tuning/runs").exists() or not list(Path("tuning/runs").iterdir())

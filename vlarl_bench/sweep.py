@@ -136,8 +136,8 @@ class SweepFile:
     """Where metrics are shown besides the run folder: wandb, tensorboard or trackio."""
     out: str = ""
     """Folder of the sweep, from the file's own; empty takes the file's name without its suffix."""
-    packed: str = ""
-    """A pack, from the file's own folder: cells whose configuration a run of it has are done."""
+    packed: tuple[str, ...] = ()
+    """Packs, from the file's own folder: cells whose configuration a run of one of them has are done."""
 
 
 DEFAULT = "default"
@@ -268,9 +268,10 @@ def _read_file(data: Mapping[str, Any]) -> SweepFile:
         raise BenchError(f"parallel: {file.parallel}; it must be at least 1")
     if file.tracker and file.tracker not in TRACKERS:
         raise BenchError(f"tracker: {file.tracker!r}; {registry.did_you_mean(file.tracker, TRACKERS)}")
-    for name in ("out", "packed"):
-        if "\0" in getattr(file, name):
-            raise BenchError(f"{name}: {getattr(file, name)!r}; it must be the name of a folder")
+    folders = {"out": file.out, **{f"packed[{i}]": pack for i, pack in enumerate(file.packed)}}
+    for field, folder in folders.items():
+        if "\0" in folder or (field != "out" and not folder):
+            raise BenchError(f"{field}: {folder!r}; it must be the name of a folder")
     for name in _table(file.settings, "settings"):
         if name not in file.algorithms:
             raise BenchError(f"settings.{name}: not in algorithms; {registry.did_you_mean(name, file.algorithms)}")

@@ -82,10 +82,10 @@ def read_states(sweep: Sweep) -> list[State]:
 
 
 def packed_runs(sweep: Sweep) -> dict[str, Path]:
-    """Cell -> the run of the sweep's pack (PACK/NAME) that it is: the same experiment and seed, whatever its name. None
-    is one from a prior that no longer ships."""
-    pack = sweep.path.parent / sweep.file.packed
-    if not sweep.file.packed or not pack.exists():
+    """Cell -> the run of one of the sweep's packs (PACK/NAME) that it is: the same experiment and seed, whatever its
+    name. None is one from a prior that no longer ships."""
+    packs = [pack for name in sweep.file.packed if (pack := sweep.path.parent / name).exists()]
+    if not packs:
         return {}
     from .report.pack import read_pack
     from .report.runs import PLACE_AND_SPEED
@@ -98,13 +98,9 @@ def packed_runs(sweep: Sweep) -> dict[str, Path]:
     def from_here(config: RunConfig, checkpoint: str) -> bool:
         return config.base != "prior" or checkpoint == _prior(config.policy, config.suite)
 
-    runs = {decides(entry.config): entry for entry in read_pack(pack)}
-    found = [(cell, runs[key]) for cell in sweep.cells if (key := decides(cell.config.to_dict())) in runs]
-    return {
-        cell.name: pack / entry.name
-        for cell, entry in found
-        if from_here(cell.config, entry.manifest["base_checkpoint"])
-    }
+    runs = {decides(entry.config): (pack / entry.name, entry) for pack in packs for entry in read_pack(pack)}
+    found = [(cell, *runs[key]) for cell in sweep.cells if (key := decides(cell.config.to_dict())) in runs]
+    return {cell.name: run for cell, run, entry in found if from_here(cell.config, entry.manifest["base_checkpoint"])}
 
 
 @functools.cache
