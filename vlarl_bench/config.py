@@ -329,7 +329,7 @@ BUDGETS = {
     ),
     "quick": Budget(
         tasks=3,
-        iterations=10,
+        iterations=6,
         episodes=72,
         eval_states=25,
         eval_repeats=2,
