@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from vlarl_bench.algorithm import Algorithm
+from vlarl_bench.algorithm import Algorithm, uncounted
 from vlarl_bench.config import added
 from vlarl_bench.distributed import descend, spread
 from vlarl_bench.errors import BenchError
@@ -207,7 +207,7 @@ class RWFM(Algorithm):
     def _fresh_loss(self, policy: DenoisingPolicy, episodes: Sequence[dict[str, Any]]) -> float:
         """Mean loss on the round's own chunks, before anything is learned from them."""
         batch, latent, mask, _ = gather(policy, episodes)
-        with torch.no_grad():
+        with torch.no_grad(), uncounted():
             parts = torch.arange(len(latent)).split(self.settings.minibatch)
             return float(torch.cat([self._losses(policy, batch, latent, mask, i) for i in parts]).mean())
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from vlarl_bench.algorithm import Algorithm
+from vlarl_bench.algorithm import Algorithm, uncounted
 from vlarl_bench.config import added
 from vlarl_bench.decisions import decisions
 from vlarl_bench.distributed import descend
@@ -137,7 +137,7 @@ class TPO(Algorithm):
         # Failures last until time is up: with sums, making everything unlikely would tell them from successes.
         length = taken.episode[counts].bincount(minlength=len(outcome)).clamp_min(1)
         if not self.tokens:
-            with torch.no_grad():  # also of groups without pairs, which no gradient step sees
+            with torch.no_grad(), uncounted():  # also of groups without pairs, which no gradient step sees
                 errors = -2 * s.deviation**2 * torch.cat([score(i) for i in torch.arange(len(taken)).split(128)])
                 metrics["cfm_loss"] = float((errors / (taken.mask.sum(1) * policy.action_dim)).mean())
         with self._at_reference(), torch.no_grad():

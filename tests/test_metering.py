@@ -2,12 +2,14 @@
 
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vlarl_bench.algorithm import uncounted
 from vlarl_bench.distributed import descend
 from vlarl_bench.errors import Diverged
 from vlarl_bench.metering import Meter, check_finite
@@ -45,6 +47,39 @@ def test_attention_by_hand():
     with Meter(nn.Identity()) as meter:
         F.scaled_dot_product_attention(query, keys, keys).sum().backward()
     assert meter.flops == (2 + 5) * 2 * b * n * m * d  # backward computes the scores once more, and four gradients
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_what_is_not_differentiated_costs_the_same(mode):
+    """Under inference_mode linear layers and attention come to a mode whole, as operations without a formula."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.conv = nn.Linear(8, 8), nn.Conv1d(2, 2, 1)
+
+        def forward(self, x):
+            x = self.conv(self.inner(x))
+            return F.scaled_dot_product_attention(x[None], x[None], x[None]) @ x.mT
+
+    net, x = Net(), torch.randn(3, 2, 8)
+    with mode():
+        plain = net(x)
+        with Meter(net) as meter:
+            metered = net(x)
+    assert torch.equal(plain, metered)
+    assert meter.flops == 2 * 3 * (2 * 8 * 8 + 2 * 2 * 8 + 2 * 2 * 2 * 8 + 2 * 2 * 8)
+
+
+def test_what_is_only_reported_costs_nothing():
+    net, x = nn.Linear(3, 4), torch.randn(5, 3)
+    with Meter(net) as meter, torch.no_grad():
+        with suppress(ValueError), uncounted():
+            net(x)
+            raise ValueError
+        assert meter.flops == 0
+        net(x)
+    assert meter.flops == 2 * 5 * 3 * 4
 
 
 def test_convolution_by_hand():

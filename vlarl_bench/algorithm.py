@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -55,3 +56,22 @@ class Algorithm(ABC):
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+_counted = True
+
+
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """For what an update only reports and could do without: what it costs is not the method's."""
+    global _counted
+    before, _counted = _counted, False
+    try:
+        yield
+    finally:
+        _counted = before
+
+
+def counted() -> bool:
+    """Whether what is done now is part of what a method costs."""
+    return _counted

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import psutil
@@ -17,6 +17,7 @@ from torch.optim.optimizer import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from .algorithm import counted
 from .distributed import sharing, total
 from .errors import Diverged
 
@@ -52,7 +53,8 @@ class Meter(TorchDispatchMode):
     """Counts, inside `with Meter(policy) as meter:`, optimiser steps and floating-point operations.
 
     Operations are those of matrix products, convolutions and attention, forward and backward, a multiplication and its
-    addition being two; element-wise work is not counted. Every optimiser's steps count, a critic's like an actor's.
+    addition being two; element-wise work is not counted, nor what is done `uncounted`. Every optimiser's steps count, a
+    critic's like an actor's.
     Raises Diverged before a step whose gradient is not finite, naming the tensor and the step. Where a run has several
     processes, what each does its share of is summed when the block ends, and what all of them do counts once: so the
     numbers are those of one process.
@@ -79,9 +81,13 @@ class Meter(TorchDispatchMode):
             self.flops += int(total(self._shared))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
         formula = FORMULAS.get(func._overloadpacket)
-        if formula is not None:
+        if formula is None:  # under inference_mode, linear layers and attention come here whole
+            with _within(self):
+                out = func.decompose(*args, **(kwargs or {}))
+            return func(*args, **(kwargs or {})) if out is NotImplemented else out
+        out = func(*args, **(kwargs or {}))
+        if counted():
             found = formula(*args, **(kwargs or {}), out_val=out)
             if sharing():
                 self._shared += found
@@ -102,6 +108,16 @@ class Meter(TorchDispatchMode):
 
     def _count(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self.gradient_steps += 1
+
+
+@contextmanager
+def _within(meter: Meter) -> Iterator[None]:
+    """Counts what an operation is made of: a mode is off while it looks at one."""
+    TorchDispatchMode.__enter__(meter)
+    try:
+        yield
+    finally:
+        TorchDispatchMode.__exit__(meter, None, None, None)
 
 
 def check_finite(policy: nn.Module) -> None:

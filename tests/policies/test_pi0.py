@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from vlarl_bench.metering import Meter
 from vlarl_bench.policies import pi0
 from vlarl_bench.policies.noise import LearnedNoise
 from vlarl_bench.policies.pi0 import Pi0
@@ -128,6 +129,17 @@ def test_sample_integrates_from_noise_down_to_actions(policy, context):
     torch.testing.assert_close(sample.latent, noise - torch.arange(7.0))
     torch.testing.assert_close(sample.actions, policy.unnormalise(sample.latent))
     torch.testing.assert_close(policy.sample(context, None).latent, -torch.arange(7.0).expand(5, 8, 7))
+
+
+def test_decoding_costs_as_much_as_its_steps(policy, context):
+    """`decode` runs under inference_mode, `velocity` here does not: FLOPs must be counted alike."""
+    x, t = points(5, 1)
+    with torch.no_grad(), Meter(policy) as steps:
+        for _ in range(policy.euler_steps):
+            policy.velocity(context, x, t)
+    with Meter(policy) as decoding:
+        policy.decode(context, x[:, 0])
+    assert 0.9 < decoding.flops / steps.flops <= 1  # what all steps share is made once
 
 
 def test_sample_follows_transformers_forward(policy, context):
