@@ -181,6 +181,9 @@ class Chain(LikelihoodPolicy):
         return LogProb(logp, entropy, executed)
 
 
+Chain.__abstractmethods__ = frozenset()  # it only scores: nothing here samples or normalises
+
+
 def lined_up(data: Rollout) -> tuple[Tensor, Tensor]:
     """[N, 1, 11] states and [N, 11, 4, 3] chains, as theirs takes them."""
     states = np.stack([seen.proprio for episode in data.episodes for seen in episode.observations[:-1]])

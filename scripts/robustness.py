@@ -4,8 +4,8 @@
     vlarl-bench table runs/robustness/* --layout paper
 
 One `vlarl-bench eval` for each policy and LIBERO-PRO suite made from a suite that the run has tasks of, and one of the
-base policy for each seed and suite. Called again it goes on: what is finished is left alone, what was interrupted is
-played again. Needs the runs' `policy` folders, so no packs.
+base policy for each seed and suite. Called again it goes on: what is finished is left alone, as is what another call is
+playing, and what was interrupted is played again. Needs the runs' `policy` folders, so no packs.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from pathlib import Path
 
 from vlarl_bench import cli
 from vlarl_bench.errors import BenchError
+from vlarl_bench.records import EpisodeLog
 from vlarl_bench.report.runs import RunFolder, read_run
 
 KINDS = ("language", "object", "swap", "task")
@@ -58,8 +59,13 @@ def main(arguments: list[str]) -> int:
         if (out / "table.md").is_file():
             continue
         print(f"{i} of {len(planned)}: {name}", flush=True)
-        if (out / "config.json").is_file():  # an evaluation that was interrupted
-            shutil.rmtree(out)
+        if (out / "config.json").is_file():  # an evaluation that was interrupted, unless somebody plays it right now
+            try:
+                with EpisodeLog(out / "episodes.jsonl"):
+                    shutil.rmtree(out)
+            except BenchError as error:
+                print(f"passed over: {error}", file=sys.stderr)
+                continue
         more = ["--states", options.states, "--workers", options.workers, "--out", str(out)]
         if status := cli.main(["eval", *command, *more]):
             return status

@@ -112,6 +112,11 @@ def test_a_policy_is_not_judged_on_states_that_it_learned_from(tmp_path):
     other = {**known, "tasks": (plan_run(config()).suite.tasks[-1].key,)}
     base = carded(tmp_path / "other", train_states=[26], tasks=[])
     assert plan_evaluation(EvalConfig(base=base, **other)).learned_from() == [26]
+    # Fine-tuning on another task makes it forget none of them.
+    first, last = (plan_run(config()).suite.tasks[i].key for i in (0, -1))
+    base = carded(tmp_path / "twice", train_states=[26], tasks=[last], learned_tasks=[first, last])
+    with pytest.raises(BenchError, match=r"learned from .* such as 26 of libero_object/"):
+        plan_evaluation(EvalConfig(base=base, **known))
     base = carded(tmp_path / "tuned", train_states=[*range(25)])
     assert plan_run(config(base=base, protocol="tuning")).learned_from() == [*range(25)]
 
@@ -154,3 +159,11 @@ def test_a_run_that_draws_noise_where_it_is_judged_is_judged_without_any_besides
     assert [job for job in sampled if job.repeat == 0] == quiet
     keys = {plan.key("base", 0, job, decoding) for decoding in plan.decodings for job in plan.eval_jobs(decoding)}
     assert len(keys) == len(sampled) + len(quiet)
+
+
+def test_no_two_episodes_of_runs_rounds_or_evaluations_draw_the_same_noise():
+    drawn = []
+    for plan in (plan_run(config(seed=seed)) for seed in (0, 1)):
+        drawn += [job.seed for job in plan.eval_jobs("sampled")]
+        drawn += [job.seed for iteration in (1, 2, 3) for job in plan.train_jobs(iteration, 60)]
+    assert len(set(drawn)) == len(drawn) > 2 * 3 * 60

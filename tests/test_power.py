@@ -46,6 +46,8 @@ def test_pairs_that_agree_need_fewer():
     alone, paired = pairs_needed(0.6, 0.7), pairs_needed(0.6, 0.7, agreement=0.5)
     assert alone.power >= 0.8 and paired.power >= 0.8
     assert paired.n < 0.7 * alone.n
+    with pytest.raises(BenchError, match="agreement: nan; a correlation is in"):
+        pairs_needed(0.6, 0.7, agreement=float("nan"))
     with pytest.raises(BenchError, match="agreement: 1 is impossible"):
         pairs_needed(0.6, 0.7, agreement=1.0)
 

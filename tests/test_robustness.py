@@ -13,8 +13,8 @@ def test_each_suite_is_played_with_the_run_s_own_tasks_of_it_and_the_base_policy
     evaluations = runpy.run_path(str(ROOT / "scripts" / "robustness.py"))["evaluations"]
     runs = read_all([ROOT / "results" / "main"])
     planned = dict(one for run in runs for one in evaluations(run, ["swap", "task"]))
-    seeds = {run.manifest["seed"] for run in runs}
-    assert len(planned) == 3 * 2 * (len(runs) + len(seeds))
+    bases = {(run.manifest["policy"], run.start, run.manifest["seed"]) for run in runs}
+    assert len(planned) == 3 * 2 * (len(runs) + len(bases))
     for name, command in planned.items():
         options = dict(zip(command[::2], command[1::2], strict=True))
         assert name.startswith(f"{options['--suite']}-")

@@ -99,6 +99,9 @@ def test_a_policy_that_breaks_down_when_it_is_judged_is_scored_as_it_was_a_round
     final = [row for row in read_rows(folder / "episodes.jsonl") if row.phase == "final"]
     acted = {row.checkpoint for row in before if (row.phase, row.iteration) == ("train", 3)}
     assert {(row.iteration, row.checkpoint) for row in final} == {(2, *acted)}
+    trained = [row for row in read_rows(folder / "episodes.jsonl") if row.phase == "train"]
+    assert [row.iteration for row in trained] == [row.iteration for row in before if row.phase == "train"]
+    assert {row.env_steps for row in final} == {sum(row.steps for row in trained)}  # with those of the last round
     assert "stopped in round 3" in (folder / "table.md").read_text()
 
 
@@ -199,7 +202,9 @@ def test_every_row_says_what_training_had_cost(whole):
     for row in rows:
         done = row.iteration - (row.phase == "train")
         assert (row.env_steps, row.gradient_steps, row.flops) == spent[done]
-    assert json.loads((folder / "policy" / "config.json").read_text())["spent"]["flops"] == spent[2][2]
+    card = json.loads((folder / "policy" / "config.json").read_text())
+    assert card["spent"]["flops"] == spent[2][2]
+    assert set(card["tasks"]) < set(card["learned_tasks"])  # its base policy's, too
     for name in ("seconds", "cpu_seconds"):
         taken = [line[name] for line in lines]
         assert 0 < taken[0] < taken[1]

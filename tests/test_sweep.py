@@ -134,6 +134,7 @@ def test_what_cannot_run_says_why():
         ({"run": {"seed": 3}}, "run.seed: unknown field;"),
         ({"resources": {"minutes": 0}}, "resources.minutes: 0; it must be at least 1"),
         ({"resources": {"memory_gib": float("nan")}}, "resources.memory_gib: nan; it must be finite"),
+        ({"resources": {"memory_gib": 10**400}}, "resources.memory_gib: 1000"),
         ({"parallel": 0}, "parallel: 0; it must be at least 1"),
         ({"tracker": "wandbb"}, "tracker: 'wandbb'; did you mean 'wandb'?"),
         ({"out": "mine.toml"}, "out: 'mine.toml'; the file itself has that name"),

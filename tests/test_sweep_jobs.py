@@ -14,6 +14,7 @@ from sweeps import COMMAND, TOY, environment, here, history, outcomes, toml, vla
 
 from vlarl_bench import sweep_jobs
 from vlarl_bench.cli import main
+from vlarl_bench.report.pack import make_entry, metric_lines, read_pack, write_pack
 from vlarl_bench.sealed import read_sealed, write_sealed
 from vlarl_bench.sweep_jobs import State, choose, crowded, estimate, run_local
 
@@ -86,7 +87,13 @@ def test_cells_of_a_pack_are_done_wherever_they_were_run(calm, monkeypatch):
     told = here("sweep", elsewhere, "--dry-run")
     assert "done 0-1" in told
     assert "missing 2" in told
-    monkeypatch.setattr(sweep_jobs, "_prior", lambda policy, suite: "0" * 12)  # another one ships by now
+    (entry,) = read_pack(calm.with_name("one"))
+    old = {**entry.manifest, "base_checkpoint": "0" * 12}  # from another prior: it hides nothing
+    altered = make_entry("old", old, entry.config, None, entry.rows, metric_lines(entry.metrics))
+    write_pack(calm.with_name("older"), [altered])
+    elsewhere.write_text(toml({**TOY, "seeds": [0, 1, 2], "packed": ["one", "other", "older"]}))
+    assert "done 0-1" in here("sweep", elsewhere, "--dry-run")
+    monkeypatch.setattr(sweep_jobs, "_prior", lambda policy, suite: "1" * 12)  # another one ships by now
     assert "3 cells: 3 missing" in here("sweep", elsewhere, "--dry-run")
 
 
@@ -102,13 +109,11 @@ def test_a_done_cell_whose_folder_is_gone_is_run_again(calm, tmp_path):
 
 
 def test_one_seed_of_all_rows_runs_before_the_next():
-    def cell(name, seed):
-        return SimpleNamespace(name=name, seed=seed, row=SimpleNamespace(seeds=(7, 3)))
-
-    cells = [cell("a", 7), cell("a", 3), cell("b", 7), cell("b", 3)]
-    states = [State("missing"), State("missing"), State("done"), State("interrupted")]
-    chosen = choose(SimpleNamespace(cells=cells), states, retry_failed=False)
-    assert [(found.name, found.seed) for found, _ in chosen] == [("a", 7), ("a", 3), ("b", 3)]
+    """In the file's order of seeds, also where an override has made a row of its own of some of them."""
+    cells = [SimpleNamespace(name=name, seed=seed) for name, seed in (("a", 7), ("a", 3), ("b", 3), ("b", 7), ("c", 7))]
+    states = [State("missing")] * 2 + [State("interrupted"), State("missing"), State("done")]
+    chosen = choose(SimpleNamespace(cells=cells, file=SimpleNamespace(seeds=(7, 3))), states, retry_failed=False)
+    assert [(found.name, found.seed) for found, _ in chosen] == [("a", 7), ("b", 7), ("a", 3), ("b", 3)]
 
 
 def test_the_manifest_names_a_command_that_asks_for_the_same_run(calm):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -251,8 +251,8 @@ def read(annotation: Any, value: Any, where: str) -> Any:
             raise BenchError(f"{where}: {value!r}; it must have {len(kinds)} entries")
         return tuple(read(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(kinds, value, strict=True)))
     if annotation is float and type(value) in (int, float):
-        if not math.isfinite(value):
-            raise BenchError(f"{where}: {value!r}; it must be finite")
+        if not -sys.float_info.max <= value <= sys.float_info.max:  # an integer, too, that no float can hold
+            raise BenchError(f"{where}: {value!r:.80}; it must be finite")
         return float(value)
     if annotation in (bool, int, float, str):
         if type(value) is not annotation:

@@ -99,6 +99,15 @@ class Plan:
             raise BenchError(f"base: {self.base / 'config.json'}: train_states is {found!r}; it must list numbers")
         return found
 
+    def learned_tasks(self) -> list[str]:
+        """Keys of all tasks that the base policy was trained on, also before it was last fine-tuned."""
+        if self.base is None or not _ours(self.base):
+            return []
+        found = _listed(self.base, "learned_tasks") or _listed(self.base, "tasks")  # older cards have the last alone
+        if not all(isinstance(key, str) for key in found):
+            raise BenchError(f"base: {self.base / 'config.json'}: the tasks are {found!r}; it must list names")
+        return found
+
     @property
     def trained(self) -> dict[str, Any] | None:
         """Of a base policy that a run fine-tuned: the `base_checkpoint` that this began with, its `seed`, and its
@@ -113,7 +122,7 @@ class Plan:
         if not both or set(self.protocol.train_states) & set(self.protocol.eval_states):
             return  # where a protocol judges on what it trains on its label says so
         assert self.base is not None
-        trained = _listed(self.base, "tasks")
+        trained = self.learned_tasks()
         if known := [task.key for task in self.tasks if task.key in trained]:
             raise BenchError(
                 f"protocol: {self.protocol.label} holds out initial states that the policy in {self.base} learned from "

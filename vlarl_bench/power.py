@@ -63,6 +63,8 @@ def pairs_needed(first: float, second: float, power: float = 0.8, alpha: float =
     agreement: correlation of the two outcomes of a pair, 0 where the initial state tells nothing. The power of
     an exact test saws up and down with n, so n is found to about half a per cent and a few more pairs do no harm.
     """
+    if not -1 <= agreement <= 1:
+        raise BenchError(f"agreement: {agreement:g}; a correlation is in [-1, 1]")
     common = first * second + agreement * math.sqrt(first * (1 - first) * second * (1 - second))
     gained, lost = second - common, first - common
     if min(gained, lost) < 0 or common < max(0.0, first + second - 1):

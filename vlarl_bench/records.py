@@ -31,7 +31,7 @@ class EpisodeRow:
     run: str
     phase: Phase
     iteration: int
-    """Updates done when the episode was played: 0 for the base policy."""
+    """Updates done when the episode was played, 0 for the base policy; of a training episode its round, one more."""
     algorithm: str
     policy: str
     checkpoint: str
@@ -189,7 +189,10 @@ class _Log(Generic[Record]):
         For resuming: what was logged after the last checkpoint belongs to updates that died with the process.
         Returns the number of records forgotten.
         """
-        late = [self._starts[key] for key, record in self._records.items() if self._iteration(record) > iteration]
+        return self._cut(lambda record: self._iteration(record) > iteration)
+
+    def _cut(self, unwanted: Callable[[Record], bool]) -> int:
+        late = [self._starts[key] for key, record in self._records.items() if unwanted(record)]
         if not late:
             return 0
         cut = min(late)
@@ -235,6 +238,10 @@ class EpisodeLog(_Log[EpisodeRow]):
         """Writes rows with one wait for the disk, all or (on an error) none. A row already there is ignored; one
         with the same key and other content raises BenchError."""
         self._append(rows)
+
+    def forget(self, phase: Phase) -> int:
+        """Forgets the rows of a phase, and whatever follows the first of them; returns how many."""
+        return self._cut(lambda row: row.phase == phase)
 
 
 class MetricsLog(_Log[dict[str, Any]]):

@@ -273,7 +273,7 @@ def _without_last_round(
         shutil.rmtree(folder / f"{done:06d}")
         stopped = {"iteration": done, "reason": str(error), "spent": spent_so_far(metrics)}
         write_sealed(Path(config.out) / STOPPED, stopped)
-    log.rewind(done - 1)
+    log.forget("final")  # what the round played stays: it was spent
     metrics.rewind(done - 1)
     return policy
 

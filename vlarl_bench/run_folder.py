@@ -122,6 +122,7 @@ def save_last_policy(plan: Plan, policy: Policy, out: Path, spent: Spent) -> Non
         "algorithm": plan.algorithm,
         "protocol": plan.protocol.hash,
         "train_states": sorted({*plan.protocol.train_states, *plan.learned_from()}),
+        "learned_tasks": sorted({*(task.key for task in plan.tasks), *plan.learned_tasks()}),
         "code": code_version(),
         "spent": spent,
         "trained": {"base_checkpoint": run.start, "seed": run.manifest["seed"], "settings": run.settings()},

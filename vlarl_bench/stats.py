@@ -256,10 +256,10 @@ def hierarchical_bootstrap(
     """[replicates, S, T] scores as other experiments might have had them, drawn level by level from [S, T].
 
     Resamples what `levels` names: whole seeds; within each drawn seed its tasks; within each task its episodes, whose
-    numbers [S, T] `episodes` gives (only then). A level that is not named stays as it is. For plots: percentiles of
-    seeds alone cover too little with few seeds, and those of all levels too much for a claim about these tasks, since
-    the chance of tasks and episodes is in the spread of the seeds already (docs/statistics.md has how much). Intervals
-    in tables come from `seeds_estimate`.
+    numbers [S, T] `episodes` gives (only then). A level that is not named stays as it is. No table uses
+    it: percentiles of seeds alone cover too little with few seeds, and those of all levels too much for a claim about
+    these tasks, since the chance of tasks and episodes is in the spread of the seeds already (docs/statistics.md has
+    how much). Intervals in tables come from `seeds_estimate`.
     """
     scores = np.asarray(scores, dtype=float)
     n_seeds, n_tasks = scores.shape

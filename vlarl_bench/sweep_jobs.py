@@ -98,9 +98,12 @@ def packed_runs(sweep: Sweep) -> dict[str, Path]:
     def from_here(config: RunConfig, checkpoint: str) -> bool:
         return config.base != "prior" or checkpoint == _prior(config.policy, config.suite)
 
-    runs = {decides(entry.config): (pack / entry.name, entry) for pack in packs for entry in read_pack(pack)}
-    found = [(cell, *runs[key]) for cell in sweep.cells if (key := decides(cell.config.to_dict())) in runs]
-    return {cell.name: run for cell, run, entry in found if from_here(cell.config, entry.manifest["base_checkpoint"])}
+    runs: dict[str, list[tuple[Path, str]]] = {}
+    for pack in packs:
+        for entry in read_pack(pack):
+            runs.setdefault(decides(entry.config), []).append((pack / entry.name, entry.manifest["base_checkpoint"]))
+    found = [(cell, *run) for cell in sweep.cells for run in runs.get(decides(cell.config.to_dict()), ())]
+    return {cell.name: run for cell, run, checkpoint in found if from_here(cell.config, checkpoint)}
 
 
 @functools.cache
@@ -302,4 +305,4 @@ def choose(sweep: Sweep, states: Sequence[State], retry_failed: bool) -> list[tu
     next, so that a sweep which is cut short has played as much of each row."""
     wanted = (*TO_RUN, "failed") if retry_failed else TO_RUN
     chosen = [(cell, state.seen) for cell, state in zip(sweep.cells, states, strict=True) if state.word in wanted]
-    return sorted(chosen, key=lambda item: item[0].row.seeds.index(item[0].seed))
+    return sorted(chosen, key=lambda item: sweep.file.seeds.index(item[0].seed))

@@ -86,6 +86,28 @@ def test_timeouts_are_failures_or_bootstraps():
         assert algorithm.replay[0]["ended"].tolist() == [False, True] * 2
 
 
+def test_what_is_to_come_is_worth_the_least_that_target_critics_say():
+    """Eq. 5, of two that say 0.8 and 0.2 everywhere; nothing is won and nothing is over. The critics say 0."""
+    algorithm = FPO(
+        settings(critic_target="td", bootstrap_time_limit=True, gamma=0.9, critic_steps=1), ToyFlow(), BUDGET, 0
+    )
+    for member, value in zip(algorithm.target.members, (0.8, 0.2), strict=True):
+        torch.nn.init.constant_(member[1].bias, value)
+    metrics = algorithm.update(ToyFlow(), rollout(ToyFlow(), lambda x: False, 4, 0, length=2))
+    assert metrics["critic_loss"] == pytest.approx((0.9 * 0.2) ** 2)
+
+
+def test_critics_forget_rounds_beyond_the_window():
+    policy = ToyFlow(1)
+    algorithm = FPO(settings(window=2, critic_steps=1), policy, BUDGET, 0)
+    rounds = [rollout(policy, wants, 4, i) for i in range(3)]
+    for data in rounds:
+        algorithm.update(policy, data)
+    assert len(algorithm.replay) == 2
+    for kept, data in zip(algorithm.replay, rounds[1:], strict=True):
+        assert torch.equal(kept["latent"], decisions(policy, data).latent)
+
+
 def wants(x):
     """A one-step problem: succeed if the first action is positive."""
     return x[0, 0] > 0
@@ -217,7 +239,7 @@ def test_a_task_that_always_fails_is_not_pushed_away(monkeypatch):
 @pytest.mark.parametrize("changes", [{"explore_steps": 2}, {"ratio": "none"}], ids=str)
 def test_what_follows_a_velocity_needs_a_policy_that_has_one(changes):
     policy = ToyFlow(1)
-    policy.capabilities = frozenset({"denoising", "diffusion"})
+    policy.capabilities = frozenset({"denoising"})
     FPO(settings(), policy, BUDGET, 0)
     with pytest.raises(BenchError, match=f"^algo.{next(iter(changes))}: .* only flow policies have"):
         FPO(settings(**changes), policy, BUDGET, 0)

@@ -48,14 +48,12 @@ def outcomes(stage, policy):
         found["draw_loss"] = policy.draw_loss(context, latent, t, noise)
     if "flow" in policy.capabilities:
         found["velocity"] = policy.velocity(context, noise, t)
-    if "diffusion" in policy.capabilities:
-        found["denoising_loss"] = policy.denoising_loss(context, latent, (9 * t).long(), noise)
     if "noise" in policy.capabilities:
         found["decode"] = policy.decode(context, policy.start(context, seeds()))
     if "likelihood" in policy.capabilities:
         found["explore"] = policy.explore(context, seeds(), 1.0)
         found["log_prob"] = policy.log_prob(context.detach(), found["explore"].trace, mask, 1.0)
-    loss = found["sft_loss"] + sum(found[name].mean() for name in ("draw_loss", "denoising_loss") if name in found)
+    loss = found["sft_loss"] + (found["draw_loss"].mean() if "draw_loss" in found else 0)
     (loss + (found["log_prob"].logp.mean() if "log_prob" in found else 0)).backward()
     return found
 

@@ -24,7 +24,6 @@ METHODS = {
     "denoising": ("draw_loss",),
     "flow": ("velocity",),
     "likelihood": ("explore", "log_prob"),
-    "diffusion": ("denoising_loss",),
     "noise": ("decode",),
 }
 
@@ -439,21 +438,3 @@ def test_log_prob_reaches_exactly_the_actor(policy, context):
     actor = {id(parameter) for parameter in policy.actor_parameters()}
     for name, parameter in policy.named_parameters():
         assert (parameter.grad is not None) == (id(parameter) in actor), name
-
-
-def test_denoising_loss_is_the_squared_error_of_the_predicted_noise(policy, context):
-    needs(policy, "diffusion")
-    policy = copy.deepcopy(policy).requires_grad_(True)
-    draw = torch.Generator().manual_seed(0)
-    latent = torch.randn(4, policy.chunk, policy.action_dim, generator=draw)
-    noise = torch.randn(4, 3, policy.chunk, policy.action_dim, generator=draw)
-    t = torch.randint(policy.denoising_steps, (4, 3), generator=draw)
-    loss = policy.denoising_loss(context, latent, t, noise)
-    assert loss.shape == noise.shape
-    assert (loss >= 0).all()
-    for k in range(3):
-        alone = policy.denoising_loss(context, latent, t[:, k : k + 1], noise[:, k : k + 1])
-        torch.testing.assert_close(loss[:, k : k + 1], alone, rtol=1e-4, atol=1e-4)
-    loss.mean().backward()
-    for parameter in policy.actor_parameters():
-        assert parameter.grad is not None and parameter.grad.isfinite().all()

@@ -8,6 +8,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from transformers.cache_utils import DynamicCache
 
 from vlarl_bench.metering import Meter
 from vlarl_bench.policies import pi0
@@ -29,7 +30,7 @@ def points(n, k, seed=0):
 
 def transformers_velocity(policy, context, x, t):
     """One draw through `PI0ForConditionalGeneration.forward`."""
-    cache = policy.transformers_cache(context)
+    cache = DynamicCache([(layer[:, 0], layer[:, 1]) for layer in context.cache.unbind(1)])
     mask = context.mask
     return policy.model(state=context.proprio, noise=x, timestep=t, attention_mask=mask, past_key_values=cache).logits
 

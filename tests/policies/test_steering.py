@@ -83,6 +83,10 @@ def test_what_cannot_be_steered():
         steer(policy, {"bound": 1.0, "width": 8, "repeat": False})
     with pytest.raises(BenchError, match=r"^lora: .*steered"):
         add_lora(policy)
+    adapted = make()
+    add_lora(adapted, 2)
+    with pytest.raises(BenchError, match=r"^lora: .*adapters too"):
+        steer(adapted, fine)
 
 
 def test_flow_decodes_the_noise_that_it_would_have_drawn():

@@ -53,6 +53,12 @@ def test_a_run_that_was_stopped_reached_nothing(make_run):
     assert cost_table([stopped], 0.5).records[0]["env_steps"]["reached"] is None
 
 
+def test_what_is_first_played_in_a_later_round_had_cost_what_was_spent_by_then(make_run):
+    (whole,) = read_runs([run(make_run, "a0", 0)])
+    later = dataclasses.replace(whole, rows=whole.rows.where(whole.rows.column("iteration") != 1))
+    assert cost_table([later], 0.5).records[0]["env_steps"]["reached"] == 200
+
+
 def test_missing_episodes_are_marked(make_run, tmp_path):
     table = cost_table(read_runs([run(make_run, "a0", 0, skip=(4,))]))
     assert table.lines[0][5] == "+50.0 INCOMPLETE"

@@ -80,15 +80,19 @@ def test_what_is_read_is_what_was_packed(folders, tmp_path):
         (["--base=runs/x/policy"], ["--base=runs/x/policy"]),
         (["--base-from", "/home/me/runs", "--out=x"], ["--out=fpo0"]),
         (["--out=x", "--base-from=/home/me/runs"], ["--out=fpo0"]),
+        (["--demos", "/home/me/runs/demos"], ["--demos", "runs/demos"]),
     ],
 )
 def test_the_command_of_a_packed_run_names_no_place(folders, tmp_path, asked, packed):
     manifest, config = (read_sealed(Path(folders[0]) / name) for name in ("manifest.json", "config.json"))
     write_sealed(Path(folders[0]) / "manifest.json", manifest | {"argv": ["run", *asked, "--seed", "0"]})
-    write_sealed(Path(folders[0]) / "config.json", config | {"base": "/home/me/runs/x/policy"})
+    write_sealed(
+        Path(folders[0]) / "config.json", config | {"base": "/home/me/runs/x/policy", "demos": "/home/me/demos"}
+    )
     pack(folders[:1], tmp_path / "packed")
     (run,) = read_all([tmp_path / "packed"])
     assert run.manifest["argv"] == ["run", *packed, "--seed", "0"] and run.config["base"] == "x/policy"
+    assert run.config["demos"] == "me/demos"
 
 
 def test_a_pack_grows_and_the_order_of_runs_changes_nothing(folders, tmp_path):

@@ -80,8 +80,23 @@ def test_a_manifest_that_lacks_something_is_named(folders):
         inner = fewer if len(lost) == 1 else fewer[lost[0]]
         del inner[lost[-1]]
         write_sealed(folders[0] / "manifest.json", fewer)
-        with pytest.raises(BenchError, match=f"not a manifest of this version.*{named}"):
+        with pytest.raises(BenchError, match=f"not of this version; {named} is missing"):
             read_run(folders[0])
+
+
+@pytest.mark.parametrize("value", [7, [1, "x"], {"tasks": 3}])
+def test_a_manifest_or_config_with_anything_in_the_place_of_something_is_told_in_one_line(folders, value):
+    """Somebody else's, say; also within the tables that they have."""
+    for name in ("manifest.json", "config.json"):
+        whole = read_sealed(folders[0] / name)
+        inside = [(outer, inner) for outer, found in whole.items() if isinstance(found, dict) for inner in found]
+        for keys in [(outer,) for outer in whole] + inside:
+            changed = json.loads(json.dumps(whole))
+            place = changed if len(keys) == 1 else changed[keys[0]]
+            place[keys[-1]] = value
+            write_sealed(folders[0] / name, changed)
+            assert cli.main(["lint", str(folders[0])]) in (0, 1, 2), keys
+        write_sealed(folders[0] / name, whole)
 
 
 def test_a_cell_over_seeds_has_students_interval_and_one_seed_wilsons(folders):

@@ -350,7 +350,7 @@ def test_what_is_not_a_run_folder_is_named(tmp_path, make_run, outcomes):
         read_run(tmp_path / "nothing")
     folder = make_run("r", base=outcomes["half"])
     write_json_atomic(folder / "manifest.json", {"run": "r"})
-    with pytest.raises(BenchError, match="not a manifest of this version"):
+    with pytest.raises(BenchError, match="not of this version; algorithm is missing"):
         read_run(folder)
     with pytest.raises(BenchError, match="none given"):
         summary_table([])

@@ -13,7 +13,7 @@ asked for. So no algorithm knows of devices, unless it hands the policy a networ
 import dataclasses
 import functools
 import itertools
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -63,7 +63,7 @@ class LogProb:
 
 SEAM = frozenset(
     ("preprocess", "encode", "features", "sample", "start", "decode", "explore", "log_prob", "ode_log_prob")
-    + ("sft_loss", "draw_loss", "denoising_loss", "velocity", "normalise", "unnormalise")
+    + ("sft_loss", "draw_loss", "velocity", "normalise", "unnormalise")
 )
 """Methods through which tensors go into a policy and come out."""
 CPU = torch.device("cpu")
@@ -107,14 +107,14 @@ def _starts(policy: "Policy", n: int) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, max(n, 1), size))
 
 
-class Policy(nn.Module):
+class Policy(nn.Module, ABC):
     """A policy with weights. Evaluation and every algorithm go through these methods only."""
 
     capabilities: ClassVar[frozenset[str]]
-    """`sft`: has `sft_loss`. `denoising`: has `draw_loss`, and either `flow`: has `velocity`, or
-    `diffusion`: has `denoising_steps` and `denoising_loss`. `likelihood`: has `explore` and `log_prob`, and either
-    `tokens`: what it draws are tokens, or `chain`: they are the steps of a denoising chain. `flow` with `likelihood`: a
-    `StochasticFlow`. `fast`: its tokens are FAST's. `noise`: has `decode`, and may be steered."""
+    """`sft`: has `sft_loss`. `denoising`: has `draw_loss`. `flow`: has `velocity` besides. `likelihood`: has `explore`
+    and `log_prob`, and either `tokens`: what it draws are tokens, or `chain`: they are the steps of a denoising chain.
+    `flow` with `likelihood`: a `StochasticFlow`. `fast`: its tokens are FAST's. `noise`: has `decode`, and may be
+    steered."""
     chunk: int
     """H, actions a chunk."""
     action_dim: int
@@ -296,17 +296,3 @@ class LikelihoodPolicy(Policy):
     def log_prob(self, context: Any, trace: Tensor, mask: Tensor, noise: float) -> LogProb:
         """Differentiable likelihood of a trace that `explore` drew at the same `noise`; mask [B, H] marks the actions
         that were executed."""
-
-
-class DiffusionPolicy(DenoisingPolicy, LikelihoodPolicy, NoisePolicy):
-    """A policy that decodes by removing noise step by step (Ho et al., 2020, eq. 4, 11 and 14). Steps count down from
-    `denoising_steps` - 1 to 0; at step t a chunk is x_t = sqrt(a_t) latent + sqrt(1 - a_t) noise, with a_t the share
-    of the signal's variance that the schedule has left, and the network predicts the noise. S = `denoising_steps`,
-    D = H * A, and a trace is [B, S + 1, H, A]: the noise that decoding starts from, then what each step drew."""
-
-    denoising_steps: int
-
-    @abstractmethod
-    def denoising_loss(self, context: Any, latent: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """[B, K, H, A] squared errors of the predicted noise at stored steps t [B, K] (integers) and
-        noises [B, K, H, A]; latent is [B, H, A]. No reduction: the caller decides which elements count."""

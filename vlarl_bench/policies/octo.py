@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from ..errors import BenchError
 from ..suite import Embodiment, Observation
 from .adapt import learning
-from .base import ALL, DiffusionPolicy, LogProb, Sample
+from .base import ALL, DenoisingPolicy, LikelihoodPolicy, LogProb, NoisePolicy, Sample
 from .batch_invariant import batch_invariant
 from .inputs import Batch, Rows, to_batch
 from .octo_model import OctoArchitecture, OctoNetwork, cosine_betas
@@ -73,12 +73,16 @@ class Context(Rows):
     """[B, P] normalised."""
 
 
-class Octo(Standardised, DiffusionPolicy):
-    """Octo behind the diffusion seam. Its weights are random until some are loaded."""
+class Octo(Standardised, DenoisingPolicy, LikelihoodPolicy, NoisePolicy):
+    """Octo behind the seam. Its weights are random until some are loaded.
 
-    capabilities: ClassVar[frozenset[str]] = frozenset(
-        {"sft", "likelihood", "chain", "denoising", "diffusion", "noise"}
-    )
+    It decodes by removing noise step by step (Ho et al., 2020, eq. 4, 11 and 14). Steps count down from
+    `denoising_steps` - 1 to 0; at step t a chunk is x_t = sqrt(a_t) latent + sqrt(1 - a_t) noise, with a_t the share of
+    the signal's variance that the schedule has left. S = `denoising_steps`, D = H * A, and a trace is [B, S + 1, H, A]:
+    the noise that decoding starts from, then what each step drew.
+    """
+
+    capabilities: ClassVar[frozenset[str]] = frozenset({"sft", "likelihood", "chain", "denoising", "noise"})
     sft_draws: ClassVar[int] = 4
     """Draws of (t, noise) an observation in `sft_loss`: the transformer runs once, so more draws are cheap."""
 
@@ -261,7 +265,8 @@ class Octo(Standardised, DiffusionPolicy):
         return LogProb(torch.where(executed, logp, zero), torch.where(executed, entropy, zero), executed)
 
     def denoising_loss(self, context: Context, latent: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """[B, K, H, A] squared errors of the predicted noise; the latent is clipped first, as in the authors' code."""
+        """[B, K, H, A] squared errors of the predicted noise at steps t [B, K] (integers) and noises [B, K, H, A]; the
+        latent [B, H, A] is clipped first, as in the authors' code."""
         clean = latent.clamp(-self.architecture.max_latent, self.architecture.max_latent)[:, None]
         kept = self.kept[t][..., None, None]
         return (self.predict(context, kept.sqrt() * clean + (1 - kept).sqrt() * noise, t) - noise) ** 2

@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PI0Config, PI0ForConditionalGeneration
-from transformers.cache_utils import DynamicCache
 
 from ..suite import Embodiment, Observation
 from .adapt import learning
@@ -236,10 +235,6 @@ class Pi0(Standardised, StochasticFlow, NoisePolicy):
         """Velocities, shaped as x, of what leaves the expert."""
         velocity: Tensor = self.model.action_out_proj(norm(self.model.model.dit.norm, tokens)[:, 1:].float())
         return velocity.view(x.shape)
-
-    def transformers_cache(self, context: Context) -> DynamicCache:
-        """A fresh cache over the context's tensors; transformers appends to the cache, never to the tensors."""
-        return DynamicCache([(layer[:, 0], layer[:, 1]) for layer in context.cache.unbind(1)])
 
     @torch.no_grad()
     @batch_invariant

@@ -5,7 +5,7 @@ from .spec import PolicySpec, PublishedSpec
 TOKENS = frozenset({"sft", "likelihood", "tokens"})
 FLOW = frozenset({"sft", "denoising", "flow", "likelihood", "chain", "noise"})
 FAST = frozenset({"sft", "likelihood", "tokens", "fast"})
-DIFFUSION = frozenset({"sft", "likelihood", "chain", "denoising", "diffusion", "noise"})
+DIFFUSION = frozenset({"sft", "likelihood", "chain", "denoising", "noise"})
 """What each family offers (`policies/base.py`)."""
 
 OPENVLA = "vlarl_bench.policies.openvla"

@@ -87,10 +87,12 @@ class Steering(nn.Module):
 def steer(policy: NoisePolicy, config: Mapping[str, Any], seed: int = 0) -> Steering:
     """Has the policy carry a fresh steering module, which from then on is its whole actor.
 
-    Raises BenchError if it carries one already, or if `config` is none.
+    Raises BenchError if it carries one already, if adapters were to learn in its place, or if `config` is none.
     """
     if policy.steering is not None:
         raise BenchError("base: a steered policy; its steering has its noise already, start from what it steers")
+    if any(".lora_" in part for part, _ in policy.named_parameters()):
+        raise BenchError("lora: steering leaves the policy's weights as they are, adapters too; leave it out")
     try:
         bound, width, repeat = float(config["bound"]), int(config["width"]), config.get("repeat", False)
         if not (0 < bound < math.inf and width >= 1 and isinstance(repeat, bool)):

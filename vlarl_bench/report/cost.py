@@ -85,7 +85,7 @@ def _paid(runs: Sequence[RunFolder], suite: str, name: str, threshold: float) ->
         whole.append(spent[max(spent)])
         played = run.rows.where((run.rows.column("phase") == "train") & (run.rows.column("suite") == suite))
         rounds = [int(i) for i in np.unique(played.column("iteration"))]
-        before = {i: spent.get(i - 1) for i in rounds} | {i: 0.0 for i in rounds[:1]}  # a round's policy cost so much
+        before = {i: spent.get(i - 1) if i > 1 else 0.0 for i in rounds}  # a round's policy cost so much
         curve = [(x, y) for x, y in zip(before.values(), training_curve(played)[1], strict=True) if x is not None]
         reached.append(reach(run, [x for x, _ in curve], [rate for _, rate in curve], threshold))
     if not any(run.spent["train_episodes"] for run in runs):

@@ -294,10 +294,12 @@ def lint_cells(where: str, cells: Any) -> list[str]:
                 findings.append(f"{name}: {part} is {members!r:.80}; it must be a list of objects")
                 continue
             for field in ("episodes", "successes"):
-                total = sum(member.get(field, 0) for member in members)
-                if members and total != each[field]:
+                counts = [member.get(field, 0) for member in members]
+                if others := [count for count in counts if type(count) is not int]:
+                    findings.append(f"{name}: {field} of one of its {part} is {others[0]!r:.80}; it must be an integer")
+                elif members and (total := sum(counts)) != each[field]:
                     findings.append(f"{name}: {field} {each[field]}, but its {part} add up to {total}")
-    protocols = {each["protocol"] for each in cells if each.get("protocol")}
+    protocols = {str(each["protocol"]) for each in cells if each.get("protocol")}
     if len(protocols) > 1:
         findings.append(f"{where}: mixed protocols, whose scores do not compare: {', '.join(sorted(protocols))}")
     return findings + _lint_cell_budgets(where, cells)

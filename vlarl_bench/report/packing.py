@@ -60,14 +60,14 @@ def read_entries(path: Path) -> list[Entry]:
     metrics = read_metrics(path / "metrics.jsonl") if (path / "metrics.jsonl").exists() else []
     name = path.resolve().name
     manifest = run.manifest | {"argv": _placed(run.manifest["argv"], name)}
-    config = {k: _anywhere(v) if k == "base" else v for k, v in run.config.items()} | {"out": name}
+    config = {k: _anywhere(v) if k in ("base", "demos") else v for k, v in run.config.items()} | {"out": name}
     return [make_entry(name, manifest, config, run.stopped, run.rows, metrics)]
 
 
 def _placed(argv: Sequence[str], name: str) -> list[str]:
-    """The command with `--out NAME`, a base policy by the end of its path, and no `--base-from`: where things lay on a
-    machine is nobody's business."""
-    placed, change = list(argv), {"--out": lambda _: name, "--base": _anywhere}
+    """The command with `--out NAME`, a base policy and demonstrations by the ends of their paths, and no `--base-from`:
+    where things lay on a machine is nobody's business."""
+    placed, change = list(argv), {"--out": lambda _: name, "--base": _anywhere, "--demos": _anywhere}
     for i in reversed(range(len(placed))):
         if placed[i].partition("=")[0] == "--base-from":
             del placed[i : i + (1 if "=" in placed[i] else 2)]
@@ -80,6 +80,6 @@ def _placed(argv: Sequence[str], name: str) -> list[str]:
     return placed
 
 
-def _anywhere(base: str) -> str:
+def _anywhere(path: str) -> str:
     """A path from the root as its last two names; others as they are."""
-    return "/".join(Path(base).parts[-2:]) if Path(base).is_absolute() else base
+    return "/".join(Path(path).parts[-2:]) if Path(path).is_absolute() else path

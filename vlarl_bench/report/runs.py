@@ -4,7 +4,7 @@ import dataclasses
 import fnmatch
 import functools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,40 @@ from .rows import Rows
 PLACE_AND_SPEED = frozenset({"seed", "out", "workers", "slots", "threads", "device", "video", "demos"})
 """Entries of a config in which two runs of the same experiment may differ."""
 
-NEEDED = frozenset({"run", "argv", "algorithm", "policy", "suite", "seed", "base_checkpoint", "protocol", "evaluation",
-                    "code", "fingerprint"})  # fmt: skip
-NEEDED_OF_EVALUATION = frozenset({"tasks", "suite_tasks", "init_states", "repeats"})
-NEEDED_OF_TRAINED = frozenset({"base_checkpoint", "seed", "settings"})
-"""What reports take from manifest.json."""
+MANIFEST: dict[str, Any] = {
+    "run": str,
+    "argv": [str],
+    "algorithm": str,
+    "policy": str,
+    "suite": str,
+    "seed": int,
+    "base_checkpoint": str,
+    "protocol": dict,
+    "evaluation": {"tasks": [str], "suite_tasks": int, "init_states": [int], "repeats": int},
+    "code": str,
+    "fingerprint": dict,
+}
+"""What reports take from manifest.json, and what it is there; [str] is a list of texts."""
+TRAINED: dict[str, Any] = {"base_checkpoint": str, "seed": int, "settings": dict}
+"""And what a manifest's `trained` has, if it has one."""
+CONFIG: dict[str, Any] = {"settings": dict, "budget": dict, "base": str, "protocol": str, "rewards": str}
+"""What reports take from config.json, where it is there."""
+WORDS = {str: "text", int: "an integer", dict: "a table"}
+
+
+def wrong(found: Any, wanted: Any, where: str = "") -> Iterator[str]:
+    """What of `wanted` is missing or something else, a phrase each."""
+    if isinstance(wanted, dict) and isinstance(found, dict):
+        inside = f"{where}." if where else ""
+        yield from (f"{inside}{name} is missing" for name in wanted.keys() - found.keys())
+        for name in wanted.keys() & found.keys():
+            yield from wrong(found[name], wanted[name], f"{inside}{name}")
+    elif isinstance(wanted, list) and isinstance(found, list):
+        if others := [each for each in found if type(each) is not wanted[0]]:
+            yield f"{where} has {others[0]!r:.80}, where all must be {WORDS[wanted[0]]}"
+    elif type(found) is not wanted:
+        kind = dict if isinstance(wanted, dict) else wanted
+        yield f"{where} is {found!r:.80}; it must be {'a list' if isinstance(kind, list) else WORDS[kind]}"
 
 
 @dataclass(frozen=True)
@@ -47,13 +76,11 @@ class RunFolder:
     """Logs whose last line is unfinished and left out."""
 
     def __post_init__(self) -> None:
-        absent = {
-            *(NEEDED - self.manifest.keys()),
-            *(f"evaluation.{name}" for name in NEEDED_OF_EVALUATION - self.manifest.get("evaluation", {}).keys()),
-            *(f"trained.{name}" for name in (NEEDED_OF_TRAINED - {**self.trained}.keys() if self.trained else ())),
-        }
-        if absent:
-            raise KeyError(", ".join(sorted(absent)))
+        said = MANIFEST | ({"trained": TRAINED} if self.trained is not None else {})
+        set_ = {name: kind for name, kind in CONFIG.items() if name in self.config}
+        for file, content, wanted in (("manifest.json", self.manifest, said), ("config.json", self.config, set_)):
+            if problems := ", ".join(sorted(wrong(content, wanted))):
+                raise BenchError(f"{self.folder / file}: not of this version; {problems}")
         protocol, tasks = self.manifest["protocol"], set(self.manifest["evaluation"]["tasks"])
         described = Protocol(**{name: value for name, value in protocol.items() if name not in ("hash", "label")})
         if (described.hash, described.label) != (protocol["hash"], protocol["label"]):
@@ -242,8 +269,9 @@ def read_run(folder: str | os.PathLike[str]) -> RunFolder:
 def _checked(folder: Path, manifest: Any, config: Any, rows: Rows, stopped: Any, **more: Any) -> RunFolder:
     try:
         return RunFolder(folder, manifest, config, rows, stopped, **more)
-    except (KeyError, TypeError) as error:
-        raise BenchError(f"{folder / 'manifest.json'}: not a manifest of this version ({error!r} is missing)") from None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # in the protocol, which is somebody's JSON
+        reason = f"{type(error).__name__}: {error}"
+        raise BenchError(f"{folder / 'manifest.json'}: not of this version; its protocol is wrong ({reason})") from None
 
 
 def read_all(paths: Iterable[str | os.PathLike[str]]) -> list[RunFolder]:
