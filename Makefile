@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml constraints.txt scripts/setup.sh
 demo: $(STAMP) ## fine-tune a flow policy with FPO on LIBERO and show what it gained
 	$(BIN)/vlarl-bench run --algo fpo --suite libero
 
-reproduce: $(STAMP) ## run a published run again: make reproduce CELL='results/quick/fpo-pi0_tiny-*'
+reproduce: $(STAMP) ## run a published run again: make reproduce CELL='results/main/fpo-pi0_tiny-*'
 	@[ -n "$(CELL)" ] || { echo 'make: CELL: missing; name a run folder, or a run of a pack as PACK/NAME' >&2; exit 2; }
 	$(BIN)/vlarl-bench reproduce '$(CELL)'
 

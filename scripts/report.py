@@ -3,7 +3,7 @@
 Writes into results/report the tables and figures of each of PACKS, the curve of DEMO and the page of all results, and
 fills the blocks of PAGES that begin with a command and end with a mark:
 
-    <!-- vlarl-bench table results/quick --layout gains --format markdown -->
+    <!-- vlarl-bench table results/main --layout gains --pool --format markdown -->
     ...
     <!-- end -->
 
@@ -22,7 +22,7 @@ from vlarl_bench import cli
 from vlarl_bench.report.curve import write_curve
 from vlarl_bench.report.runs import read_all
 
-PACKS: dict[str, list[str]] = {"results/main": ["--pool"], "results/quick": []}
+PACKS: dict[str, list[str]] = {"results/main": ["--pool"]}
 """With what asks for the suites of a group as one, where several were played; scores (`paper`) have a column each."""
 DEMO = "results/quick/fpo-pi0_tiny-libero-seed0-*"
 LAYOUTS = ("gains", "paper", "aggregate", "cost")

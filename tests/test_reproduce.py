@@ -49,7 +49,7 @@ def test_equal_outcomes_of_other_weights_are_not_the_same_rows(runs):
 
 
 def test_what_cannot_be_run_again_is_told_in_one_line(tmp_path, capsys):
-    entry = next(entry for entry in read_pack("results/quick") if entry.config["algorithm"] == "fpo")
+    entry = next(entry for entry in read_pack("results/main") if entry.config["algorithm"] == "fpo")
     manifest = {**entry.manifest, "base_checkpoint": "0" * 12}
     altered = make_entry("altered", manifest, entry.config, None, entry.rows, metric_lines(entry.metrics))
     write_pack(tmp_path / "copy", [altered])
