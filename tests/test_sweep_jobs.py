@@ -78,7 +78,8 @@ def test_a_page_of_impossible_pairs_is_told_in_short(tmp_path):
 
 def test_cells_of_a_pack_are_done_wherever_they_were_run(calm, monkeypatch):
     elsewhere = calm.with_name("elsewhere.toml")
-    elsewhere.write_text(toml({**TOY, "seeds": [0, 1, 2], "packed": ["one", "other"]}))
+    budget = {**TOY["budget"], "gradient_steps": 7}  # which fpo does not read
+    elsewhere.write_text(toml({**TOY, "seeds": [0, 1, 2], "packed": ["one", "other"], "budget": budget}))
     assert "3 cells: 3 missing" in here("sweep", elsewhere, "--dry-run")
     for run, pack in zip(sorted((calm.with_suffix("") / "runs").iterdir()), ("one", "other"), strict=True):
         renamed = calm.with_name(f"renamed-{run.name}")

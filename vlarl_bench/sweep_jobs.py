@@ -88,10 +88,13 @@ def packed_runs(sweep: Sweep) -> dict[str, Path]:
     if not packs:
         return {}
     from .report.pack import read_pack
-    from .report.runs import PLACE_AND_SPEED
+    from .report.runs import PLACE_AND_SPEED, UNREAD
+
+    unread = {row.algorithm: UNREAD[registry.get("algorithm", row.algorithm).learns_from] for row in sweep.rows}
 
     def decides(config: Mapping[str, Any]) -> str:
         kept = {name: value for name, value in config.items() if name not in PLACE_AND_SPEED or name == "seed"}
+        kept["budget"] = {k: v for k, v in config["budget"].items() if k not in unread.get(config["algorithm"], ())}
         kept["settings"] = settings_before(config["algorithm"]) | kept["settings"]
         return json.dumps(kept, sort_keys=True)
 

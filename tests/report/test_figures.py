@@ -46,6 +46,19 @@ def test_a_seed_that_was_stopped_stays_where_it_ended(make_run):
     assert line.get_ydata()[-1] == pytest.approx(200 / 3)
 
 
+def test_bands_are_drawn_from_three_seeds_on(make_run):
+    made = [
+        make_run(f"r{i}", base=at_most(2), final=at_most(4 + i), seed=i, train=((1, False), (2, i > 0)))
+        for i in range(3)
+    ]
+    for draw in (learning_curves, profiles):
+        for seeds in (2, 3):
+            figure = Figure()
+            FigureCanvasAgg(figure)
+            assert draw(figure, compared_methods(read_runs(made[:seeds])), "suite_a")
+            assert bool(figure.axes[0].collections) == (seeds == 3)
+
+
 @pytest.fixture
 def folders(make_run):
     return [

@@ -234,6 +234,22 @@ def test_other_settings_are_another_experiment(make_run, outcomes):
     assert table.columns[3] == "settings"
 
 
+def test_what_a_budget_has_for_others_is_no_other_experiment(make_run, outcomes):
+    """Who learns from its own episodes reads no number of demonstrations; who learns from these plays none."""
+    numbers = {"tasks": 2, "iterations": 6, "episodes": 72, "demos": 25, "gradient_steps": 180, "batch_size": 256}
+
+    def settings(name, learner=False, **changes):
+        budget = {"budget": numbers | changes}
+        run = read_run(make_run(name, base=outcomes["half"], final=outcomes["always"], config=budget))
+        given = {"demonstrations": {"digest": "d" * 12}} if learner else {}
+        return dataclasses.replace(run, manifest=run.manifest | given).settings()
+
+    same = settings("a")
+    assert settings("b", demos=3, gradient_steps=1, batch_size=2) == same != settings("c", episodes=1)
+    learned = settings("d", learner=True)
+    assert settings("e", learner=True, episodes=1) == learned != settings("f", learner=True, gradient_steps=1)
+
+
 def test_a_narrow_terminal_says_what_is_the_same_once_and_keeps_p(make_run, outcomes, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("TERM", "xterm")

@@ -48,7 +48,7 @@ SAVED: dict[str, dict[str, Any]] = {
     "svg": {"metadata": {"Date": None}},
     "png": {"dpi": 150, "metadata": {"Software": ""}},
 }
-BAND = "band: 95% interval, resamples training seeds (Student's t); of one seed none"
+BAND = "band: 95% interval, resamples training seeds (Student's t); of fewer than three seeds none"
 BARS = "bars: 95% interval over training seeds, of one seed over initial states"
 """What a figure says of its intervals, below its axis."""
 Draw = Callable[[Figure, Sequence[Method], str], bool]
@@ -153,13 +153,15 @@ def _mean_curve(axes: Axes, title: str, look: dict[str, Any], curves: Sequence[C
     at = np.array([np.interp(grid, curve.x, curve.rates) for curve in curves])
     seeds = f"{len(curves)} seed{'s' * (len(curves) > 1)}"
     axes.plot(grid, 100 * at.mean(axis=0), label=f"{title}, {seeds}", markevery=12, markersize=4, **look)
-    _band(axes, grid, [seeds_estimate(mean, each[:, None]) for each in at.T], look["color"])
+    _band(axes, grid, at, look["color"])
     return True
 
 
-def _band(
-    axes: Axes, x: np.ndarray, estimates: Sequence[Any], colour: str, step: Literal["post"] | None = None
-) -> None:
+def _band(axes: Axes, x: np.ndarray, each: np.ndarray, colour: str, step: Literal["post"] | None = None) -> None:
+    """Around the mean of curves [S, N], where there are three: that of two seeds would cover the figure."""
+    if len(each) < 3:
+        return
+    estimates = [seeds_estimate(mean, column[:, None]) for column in each.T]
     low = np.array([np.nan if e.low is None else 100 * e.low for e in estimates])
     high = np.array([np.nan if e.high is None else 100 * e.high for e in estimates])
     axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0, step=step)
@@ -214,8 +216,7 @@ def profiles(figure: Figure, methods: Sequence[Method], suite: str) -> bool:
         axes.step(
             100 * thresholds, 100 * each.mean(axis=0), where="post", label=title, markevery=10, markersize=4, **look
         )
-        _band(axes, 100 * thresholds, [seeds_estimate(mean, column[:, None]) for column in each.T], look["color"],
-              step="post")  # fmt: skip
+        _band(axes, 100 * thresholds, each, look["color"], step="post")
     axes.set(xlabel=f"success rate τ (%)\n{BAND}", ylabel="runs and tasks above τ (%)", xlim=(0, 100), ylim=(-2, 102))
     place_legend(figure, axes)
     return bool(scored)

@@ -21,6 +21,8 @@ from .rows import Rows
 
 PLACE_AND_SPEED = frozenset({"seed", "out", "workers", "slots", "threads", "device", "video", "demos"})
 """Entries of a config in which two runs of the same experiment may differ."""
+UNREAD = {"rollouts": ("demos", "gradient_steps", "batch_size"), "demonstrations": ("episodes",)}
+"""Numbers of a budget that are not for who learns from these, by `Budget`: of no consequence there."""
 
 MANIFEST: dict[str, Any] = {
     "run": str,
@@ -236,11 +238,13 @@ class RunFolder:
         if self.trained:
             judged = {"protocol": "protocol", "budget.eval_states": "states", "budget.eval_repeats": "repeats"}
             here = {name: self.config[was] for name, was in judged.items() if was in self.config}
-            return {**before, **self.trained["settings"], **here}
+            found = {**before, **self.trained["settings"], **here}
+            return _of_consequence(found, "demonstrations" in found)
         flat = _flatten({name: value for name, value in self.config.items() if name not in PLACE_AND_SPEED})
         given = self.manifest.get("demonstrations")
         learned_from = {"demonstrations": given["digest"]} if given else {}
-        return before | flat | {"base": self.start} | learned_from  # a path says less than what was found there
+        found = before | flat | {"base": self.start} | learned_from  # a path says less than what was found there
+        return _of_consequence(found, given is not None)
 
     @property
     def start(self) -> str:
@@ -351,6 +355,11 @@ def training_curve(rows: Rows) -> tuple[list[float], list[float]]:
     taken = np.bincount(place, rows.column("steps"), len(played))
     successes = np.bincount(place, rows.column("success"), len(played))
     return np.cumsum(taken).tolist(), (successes / played).tolist()
+
+
+def _of_consequence(settings: dict[str, Any], demonstrated: bool) -> dict[str, Any]:
+    unread = UNREAD["demonstrations" if demonstrated else "rollouts"]
+    return {name: value for name, value in settings.items() if name.removeprefix("budget.") not in unread}
 
 
 def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
