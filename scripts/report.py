@@ -24,7 +24,7 @@ from vlarl_bench.report.runs import read_all
 
 PACKS: dict[str, list[str]] = {"results/main": ["--pool"]}
 """With what asks for the suites of a group as one, where several were played; scores (`paper`) have a column each."""
-DEMO = "results/quick/fpo-pi0_tiny-libero-seed0-*"
+DEMO = "results/demo"
 LAYOUTS = ("gains", "paper", "aggregate", "cost")
 PAGES = ("README.md", "docs/findings.md", "docs/runs.md", "docs/statistics.md")
 OUT = Path("results/report")

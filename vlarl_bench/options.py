@@ -42,7 +42,7 @@ class Run(Generic[Settings]):
     """Suite of tasks; `vlarl-bench list` shows them."""
     settings: Annotated[Settings, tyro.conf.arg(name="algo")]
     budget: str = "quick"
-    """Preset: smoke (a minute), quick (tens of minutes) or standard (hours), on two CPU cores."""
+    """Preset: smoke (a minute), quick (some ten minutes) or standard (hours), on two CPU cores."""
     numbers: Annotated[Budget, tyro.conf.arg(name="budget")] = BUDGETS["quick"]
     policy: str = DEFAULT_POLICY
     """Policy to fine-tune; `vlarl-bench list` shows which algorithm runs on which."""
