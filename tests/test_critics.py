@@ -63,3 +63,14 @@ def test_a_normalised_critic_stays_bounded_where_it_has_no_data():
             torch.nn.init.ones_(member[1].weight)
         near, away = (ensemble(torch.zeros(1, 3), chunk).abs().max().item() for chunk in far)
         assert (away > 10 * near) == grows
+
+
+def test_members_of_an_ensemble_are_not_copies_of_one():
+    """All say 0 at first, so that only what they learn could tell; here each head adds up what its layers say."""
+    ensemble = QEnsemble(3, 2, 4, 8, torch.Generator().manual_seed(0))
+    features, chunks = states(5)[0], torch.ones(5, 4)
+    ensemble.standardise(features)
+    assert not ensemble(features, chunks).any()
+    for member in ensemble.members:
+        torch.nn.init.ones_(member[1].weight)
+    assert len(ensemble(features, chunks)[:, 0].unique()) == 3

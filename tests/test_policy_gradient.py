@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from vlarl_bench.config import BUDGETS
+from vlarl_bench.distributed import descend
 from vlarl_bench.errors import BenchError, Diverged
 from vlarl_bench.policy_gradient import (
     ActorCritic,
@@ -230,6 +231,21 @@ def test_metrics_by_hand():
     assert metrics["entropy"] == pytest.approx(0.7)
 
 
+@pytest.mark.parametrize(("limit", "moved"), [(1.0, [-0.6, -0.8]), (1e9, [-3.0, -4.0])])
+def test_a_gradient_longer_than_the_limit_is_scaled_down_to_it(limit, moved):
+    p = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    descend(torch.optim.SGD([p], lr=1.0), 3 * p[0] + 4 * p[1], limit)
+    assert p.tolist() == pytest.approx(moved, rel=1e-5)
+
+
+def test_unless_told_otherwise_no_step_follows_a_gradient_longer_than_one():
+    score, far = Categorical(), Categorical()
+    assert step(far, far.theta, 100 * far.advantage)[0].norm() > 2
+    before, optimizer = score.theta.detach().clone(), torch.optim.SGD([score.theta], lr=1.0)
+    ascend(score, 100 * score.advantage, 0.2, optimizer, torch.Generator().manual_seed(0), 1, 100)
+    assert (score.theta - before).norm().item() == pytest.approx(1, rel=1e-4)
+
+
 def test_a_score_that_does_not_repeat_is_an_error():
     calls = iter(range(10))
     shift = torch.zeros(1, requires_grad=True)
@@ -316,10 +332,10 @@ def test_what_all_score_before_need_not_be_computed_again():
     assert len(seen) == 1
 
 
-@pytest.mark.parametrize(("warmup", "iterations", "alone"), [(1, 1, 0), (0, 3, 0), (2, 5, 2), (5, 3, 2)])
-def test_the_critic_warms_up_alone_but_the_last_round_trains_the_policy(warmup, iterations, alone):
+def judging(iterations, warmup=0):
+    """(an actor-critic, two episodes of two decisions, of which the first succeeds)."""
     critic = {"critic_width": 4, "critic_lr": 1e-3, "critic_steps": 2, "critic_batch": 4, "window": 2}
-    settings = SimpleNamespace(lr=0.5, warmup=warmup, gamma=0.9, gae_lambda=0.9, **critic)
+    settings = SimpleNamespace(lr=0.5, warmup=warmup, gamma=0.9, gae_lambda=0.5, **critic)
     budget = dataclasses.replace(BUDGETS["smoke"], iterations=iterations)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
     learner = ActorCritic(settings, SimpleNamespace(feature_dim=1), optimizer, budget, 0)
@@ -331,11 +347,27 @@ def test_the_critic_warms_up_alone_but_the_last_round_trains_the_policy(warmup, 
         task=torch.zeros(4),
         returns=lambda gamma: torch.tensor([gamma, 1.0, 0.0, 0.0]),
     )
+    return learner, taken
+
+
+@pytest.mark.parametrize(("warmup", "iterations", "alone"), [(1, 1, 0), (0, 3, 0), (2, 5, 2), (5, 3, 2)])
+def test_the_critic_warms_up_alone_but_the_last_round_trains_the_policy(warmup, iterations, alone):
+    learner, taken = judging(iterations, warmup)
     found, rates = [], []
     for _ in range(iterations):
         found.append(learner.judge(taken))
-        rates.append(optimizer.param_groups[0]["lr"])
+        rates.append(learner.optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx([0.5 * (1 - i / iterations) for i in range(iterations)])
     assert [advantage is None for advantage, _ in found] == [True] * alone + [False] * (iterations - alone)
     assert all("critic_loss" in metrics for _, metrics in found)
     assert found[-1][0].shape == (4,)
+
+
+def test_a_round_is_judged_by_the_settings_discounts_and_within_its_tasks():
+    learner, taken = judging(iterations=2)
+    taken.task, discounts = torch.tensor([0, 0, 1, 1]), []
+    inner = taken.returns
+    taken.returns = lambda gamma: discounts.append(gamma) or inner(gamma)
+    found, _ = learner.judge(taken)
+    assert torch.equal(found, standardise(advantages(taken, learner.critic, 0.9, 0.5), taken.task))
+    assert discounts == [0.9]

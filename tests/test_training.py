@@ -1,11 +1,20 @@
-"""When training has gone on for too long without a success, and what it goes on from."""
+"""What a learner is shown of a round and what acting costs; when training has gone on for too long without a
+success, and what it goes on from."""
+
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
+from toy import ToyFlow, rollout, sampled
 
+from vlarl_bench import training
 from vlarl_bench.checkpoint import Restored
 from vlarl_bench.errors import BenchError, Diverged
+from vlarl_bench.plan import NOTHING
 from vlarl_bench.records import EpisodeLog, MetricsLog
-from vlarl_bench.training import COLLAPSED, _check_collapse, check_whole
+from vlarl_bench.rollout import Episode, Job
+from vlarl_bench.suite import Task
+from vlarl_bench.training import COLLAPSED, _check_collapse, _flops_of_acting, _rewarded, _round, check_whole
 
 from .test_records import row
 
@@ -41,3 +50,48 @@ def test_logs_that_lost_whole_lines_since_the_checkpoint_are_named(tmp_path, sho
         found = f"{lines[short] - 1} lines up to round 1, but its checkpoint was made with {lines[short]}"
         with pytest.raises(BenchError, match=f"{short}: {found}"):
             check_whole(Restored(1, {"lines": lines}, []), log, metrics)
+
+
+TASKS = [Task("toy", "easy", "do it"), Task("hard", "hard", "do it")]
+
+
+def played():
+    """Of eight episodes of each task, by turns, the easy one's first six succeed and the hard one's first two."""
+    return [Episode(Job(TASKS[i % 2], i // 2, 0, i), success=i // 2 < (6, 2)[i % 2]) for i in range(16)]
+
+
+def test_the_control_deals_each_tasks_outcomes_out_anew_every_round():
+    plan, episodes = SimpleNamespace(tasks=TASKS), played()
+
+    def shown(rewards, seed, iteration):
+        found = _rewarded(plan, SimpleNamespace(rewards=rewards, seed=seed), episodes, iteration)
+        assert [episode.job for episode in found] == [episode.job for episode in episodes]
+        wins = Counter(episode.job.task.name for episode in found if episode.success)
+        assert wins == {"easy": 6, "hard": 2}
+        return tuple(episode.success for episode in found)
+
+    dealt = [shown("shuffled", *at) for at in ((0, 1), (0, 2), (1, 1))]
+    assert len({shown("success", 0, 1), *dealt}) == 4
+    assert shown("shuffled", 0, 1) == dealt[0]
+    assert episodes == played()  # rows and success rates are of what happened
+
+
+def test_a_decision_of_which_only_a_part_fits_into_an_episode_is_one(monkeypatch):
+    given = []
+    monkeypatch.setattr(training, "_collect", lambda *round: played())
+    monkeypatch.setattr(training, "_flops_of_acting", lambda *round: 0)
+    plan = SimpleNamespace(tasks=TASKS, protocol=SimpleNamespace(horizon={"toy": 20, "hard": 24}, execute=8))
+    config = SimpleNamespace(rewards="success", slots=1, budget=SimpleNamespace(iterations=1))
+    algorithm = SimpleNamespace(update=lambda policy, data: given.append(data) or {})
+    logs, bar = (SimpleNamespace(rows=[]), SimpleNamespace(lines=[])), SimpleNamespace(advance=lambda **told: None)
+    _round(plan, config, ToyFlow(), algorithm, None, 1, None, *logs, dict(NOTHING), bar)
+    assert given[0].max_decisions == {"toy": 3, "hard": 3}
+
+
+@pytest.mark.parametrize("slots", [1, 3, 8])
+def test_acting_costs_what_its_decisions_cost_whatever_the_slots(slots):
+    """Two episodes of three decisions, each of ten steps of [1, 4] x [4, 4] and [1, 1] x [1, 4]."""
+    policy = ToyFlow()
+    episodes = rollout(policy, lambda x: True, 2, 0, length=3).episodes
+    found = _flops_of_acting(policy, SimpleNamespace(act=sampled), episodes, slots)
+    assert found == 6 * 10 * 2 * (16 + 4)

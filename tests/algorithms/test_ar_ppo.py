@@ -132,6 +132,20 @@ def test_curriculum_by_hand():
     assert cold.task_weights([left, right]).tolist() == [1.0, 0.0]  # and no overflow
 
 
+def test_epochs_are_taken_as_the_settings_say(monkeypatch):
+    given = {}
+
+    def keep(score, advantage, clip_eps, optimizer, generator, epochs, minibatch, **more):
+        given.update(clip_eps=clip_eps, epochs=epochs, minibatch=minibatch, **more)
+        return {}
+
+    monkeypatch.setattr("vlarl_bench.policy_gradient.ascend", keep)
+    asked = {"clip_eps": 0.07, "epochs": 3, "minibatch": 5, "entropy": 0.3}
+    algorithm, policy = start(**asked)
+    algorithm.update(policy, two_stages(policy, 8, 0, algorithm.act))
+    assert given == asked
+
+
 def test_only_the_critic_learns_while_it_warms_up():
     algorithm, policy = start(warmup=2)
     before = policy.w.detach().clone()

@@ -254,6 +254,22 @@ def test_an_entropy_bonus_makes_more_noise(cls):
     assert algorithm.score(policy, taken, torch.arange(4)).mean_entropy.item() > before + 0.05
 
 
+@pytest.mark.parametrize("cls", [ReinFlow, FlowNoise, FlowSDE])
+def test_epochs_are_taken_as_the_settings_say(monkeypatch, cls):
+    given = {}
+
+    def keep(score, advantage, clip_eps, optimizer, generator, epochs, minibatch, **more):
+        given.update(clip_eps=clip_eps, epochs=epochs, minibatch=minibatch, **more)
+        return {}
+
+    monkeypatch.setattr("vlarl_bench.policy_gradient.ascend", keep)
+    asked = {"clip_eps": 0.07, "epochs": 3, "minibatch": 5, "target_kl": 0.7}
+    asked |= {} if cls is FlowSDE else {"entropy": 0.3}
+    algorithm, policy, data, _ = scored(cls, **asked)
+    algorithm.update(policy, data)
+    assert given == asked
+
+
 SHARED = [{"clip_eps": 0.0}, {"target_kl": 0.0}, {"epochs": 0}, {"warmup": -1}, {"gamma": 0.0}]
 NOISE = [{"noise_least": 0.0}, {"noise_least": 0.2}, {"noise_width": 0}, {"entropy": -0.1}]
 

@@ -213,6 +213,23 @@ def test_the_same_draws_score_both_policies_in_all_epochs():
     assert len({pairs[0][0][0].item() for pairs in drawn.values()}) == len(drawn)
 
 
+def test_epochs_are_taken_as_the_settings_say(monkeypatch):
+    given = {}
+
+    def keep(score, advantage, clip_eps, optimizer, generator, epochs, minibatch, **more):
+        given.update(clip_eps=clip_eps, epochs=epochs, minibatch=minibatch, **more)
+        return {"entropy": 0.0}
+
+    monkeypatch.setattr("vlarl_bench.policy_gradient.ascend", keep)
+    asked = {"clip_eps": 0.07, "epochs": 3, "minibatch": 5, "target_kl": 0.7, "log_ratio_limit": 2.0}
+    algorithm, policy = start(objective="aspo", **asked)
+    algorithm.update(policy, two_stages(policy, 16, 0))
+    objective, old = given.pop("objective"), given.pop("old")
+    assert given == asked and old.shape[1] == algorithm.settings.draws
+    ratio, gain = torch.tensor([0.8, 1.2])[:, None], torch.tensor([-1.0, 1.0])
+    assert torch.equal(objective(ratio, gain), surrogate(ratio, gain, "aspo", 0.07))
+
+
 def test_metrics_have_no_entropy_and_say_the_loss_of_fresh_draws():
     algorithm, policy = start()
     metrics = algorithm.update(policy, two_stages(policy, 16, 0))

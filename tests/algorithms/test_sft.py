@@ -31,18 +31,27 @@ def demonstrations():
     return [Demonstration(TASK, 0, True, seen, np.full((6, 2), 0.5, np.float32))]
 
 
-@pytest.mark.parametrize(("steps", "rounds"), [(10, 5), (20, 6), (7, 3), (3, 5)])
-def test_the_gradient_steps_are_those_of_the_budget_and_the_rate_never_turns_negative(steps, rounds):
+def rates_of(steps, rounds, warmup):
+    """The learning rate of each gradient step."""
     budget = dataclasses.replace(BUDGETS["smoke"], gradient_steps=steps, iterations=rounds, batch_size=4)
     policy = Imitator()
-    algorithm = SFT(SFTSettings(warmup=0), policy, budget, 0)
+    algorithm = SFT(SFTSettings(warmup=warmup), policy, budget, 0)
     rates = []
     inner = algorithm.optimizer.step
     algorithm.optimizer.step = lambda: (rates.append(algorithm.optimizer.param_groups[0]["lr"]), inner())
     for _ in range(rounds):
         algorithm.update(policy, demonstrations())
-    assert len(rates) == steps
-    assert rates == pytest.approx([1e-3 * (1 - i / steps) for i in range(steps)])
+    return rates
+
+
+@pytest.mark.parametrize(("steps", "rounds"), [(10, 5), (20, 6), (7, 3), (3, 5)])
+def test_the_gradient_steps_are_those_of_the_budget_and_the_rate_never_turns_negative(steps, rounds):
+    assert rates_of(steps, rounds, warmup=0) == pytest.approx([1e-3 * (1 - i / steps) for i in range(steps)])
+
+
+def test_the_rate_rises_over_the_warm_up():
+    expected = [1 / 4, 2 / 4, 3 / 4, 17 / 20, 16 / 20]
+    assert rates_of(20, 2, warmup=3)[:5] == pytest.approx([1e-3 * share for share in expected])
 
 
 def test_pi0_fast_is_sft_on_the_policies_whose_tokens_are_fasts():

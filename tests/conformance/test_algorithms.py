@@ -128,6 +128,12 @@ def moved(policy, before):
     return {key for key, tensor in policy.state_dict().items() if not torch.equal(tensor, before[key])}
 
 
+@pytest.fixture(scope="module")
+def budget(budget):
+    """Of ten rounds: in the second of one the learning rate is 0, whatever there was before."""
+    return dataclasses.replace(budget, iterations=10, gradient_steps=10 * budget.gradient_steps)
+
+
 @dataclasses.dataclass
 class Updated:
     """Updates done until the policy moved, and what it started from."""
@@ -207,12 +213,14 @@ def test_seed_and_checkpoint_decide_what_follows(updated, budget, tmp_path):
     found = load_latest(tmp_path)
     assert found is not None
     assert_equal(found.state["algorithm"], straight.state_dict())
-    # Into an algorithm with a history of its own: whatever it is, loading must overwrite it.
-    other_policy.load_state_dict(found.state["policy"])
-    other.load_state_dict(found.state["algorithm"])
     expected = straight.update(policy, updated.data)
-    assert other.update(other_policy, updated.data) == expected
-    assert_equal(dict(other_policy.state_dict()), dict(policy.state_dict()))
+    # Into one that has learned nothing yet, and into one with a history, which loading must overwrite, whatever it is.
+    for again, again_policy in (start(updated.name, updated.stage, budget, seed=1), (other, other_policy)):
+        found = load_latest(tmp_path)  # anew: an optimiser goes on in the very tensors that it was given
+        again_policy.load_state_dict(found.state["policy"])
+        again.load_state_dict(found.state["algorithm"])
+        assert again.update(again_policy, updated.data) == expected
+        assert_equal(dict(again_policy.state_dict()), dict(policy.state_dict()))
 
 
 def test_act_decodes_like_sample(updated):

@@ -1,6 +1,7 @@
 """Who is separated from whom, and what is not tested."""
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -33,6 +34,13 @@ def test_seeds_that_all_differ_alike_claim_nothing(make_run):
     assert differences[1, 2] == pytest.approx(0.5) and differences[2, 1] == pytest.approx(-0.5)
     assert p[1, 2] == 1.0 and best(methods, "suite_a") == []  # every seed differs by 0.5: Student's t is undefined
     assert reach[1, 2] == 0
+
+
+def test_where_few_episodes_change_the_exact_test_is_the_larger_p(make_run):
+    one_task = functools.partial(make_run, tasks=("suite_a/pick_it_up",))
+    methods = compared_methods(read_runs(made(one_task, {"better": (2, 2, 3)})))
+    assert ttest_1samp([1 / 8, 1 / 8, 2 / 8], 0).pvalue < 0.06
+    assert separation(methods, "suite_a").p[0, 1] == 0.125  # four initial states, all of them one episode better
 
 
 def test_best_is_found_where_seeds_vary_and_never_of_one_seed(make_run):

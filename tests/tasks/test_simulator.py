@@ -249,6 +249,20 @@ def test_frames_follow_snapshots_sizes_and_antialiasing():
     plain.close()
 
 
+def test_a_burner_that_glows_is_out_in_the_next_episode():
+    simulator = ours("libero_goal", 7, mode="pixels")
+    assert simulator.task.name == "turn_on_the_stove"
+    simulator.reset(1)
+    cold = simulator.render("agentview", 64)
+    simulator.reset(0)
+    simulator.data.joint("flat_stove_1_button").qpos[:] = simulator.model.joint("flat_stove_1_button").range[1]
+    assert simulator.step(SETTLE[None]).success
+    assert simulator.model.site("flat_stove_1_burner").rgba[3] > 0
+    simulator.reset(1)
+    np.testing.assert_array_equal(simulator.render("agentview", 64), cold)
+    simulator.close()
+
+
 def test_shadows_that_no_light_casts_cannot_be_switched_off():
     with pytest.raises(BenchError, match="shadows: False"):
         ours("libero_object", 0, mode="pixels", shadows=False)
