@@ -17,7 +17,7 @@ from vlarl_bench.config import BUDGETS
 from vlarl_bench.records import log_line
 from vlarl_bench.report.pack import read_pack
 
-PACK = Path(__file__).parents[1] / "results" / "quick"
+PACK = Path(__file__).parents[1] / "results" / "demo"
 
 NUMBERS: dict[str, tuple[float, str]] = {
     "gpus": (1000, "GPUs of the cluster"),

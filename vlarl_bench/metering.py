@@ -82,12 +82,13 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         formula = FORMULAS.get(func._overloadpacket)
-        if formula is None:  # under inference_mode, linear layers and attention come here whole
-            with _within(self):
+        if formula is None and torch.is_inference_mode_enabled() and func.namespace == "aten":
+            with _within(self):  # linear layers and attention come here whole
                 out = func.decompose(*args, **(kwargs or {}))
-            return func(*args, **(kwargs or {})) if out is NotImplemented else out
+            if out is not NotImplemented:
+                return out
         out = func(*args, **(kwargs or {}))
-        if counted():
+        if formula is not None and counted():
             found = formula(*args, **(kwargs or {}), out_val=out)
             if sharing():
                 self._shared += found
