@@ -58,9 +58,9 @@ function writeAddress(opened = {}) {
   history.replaceState(null, "", "#" + address);
 }
 
-// What compares stands together: measured scores of one suite under one protocol.
+// What compares stands together: measured scores of as many tasks of one suite under one protocol.
 const group = (cell) => (cell.kind === "measured"
-  ? `${cell.tuning ? "Trials to choose settings, on training states" : "Measured here"}: ${cell.suite}, protocol ${cell.protocol}`
+  ? `${cell.tuning ? "Trials to choose settings, on training states" : "Measured here"}: ${cell.suite}, ${cell.coverage}, protocol ${cell.protocol}`
   : "Copied: printed by others, measured by nobody here");
 const sizes = {}; // the group with the most scores comes first, but trials last
 for (const cell of data.cells) sizes[group(cell)] = (sizes[group(cell)] ?? 0) + 1;
