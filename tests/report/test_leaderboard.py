@@ -273,13 +273,11 @@ def test_suites_and_protocols_stand_apart_and_only_clear_changes_are_coloured(br
     page = browser.new_page()
     page.goto(path.as_uri())
     heads = page.locator("#table tr.group").all_inner_texts()
-    assert (
-        [head.split(" (")[0] for head in heads]
-        == [
-            *(f"Measured here: suite_a, 2 of 20 tasks of suite, protocol tiny-state@{n}" for n in (1, 2)),
-            "Trials to choose settings, on training states: suite_a, 2 of 20 tasks of suite, protocol tiny-state-tuning@2",  # last, though the most
-        ]
-    )
+    measured, trials = "Measured here", "Trials to choose settings, on training states"  # last, though the most
+    assert [head.split(" (")[0] for head in heads] == [
+        f"{kind}: suite_a, 2 of 20 tasks of suite, protocol tiny-state{which}"
+        for kind, which in ((measured, "@1"), (measured, "@2"), (trials, "-tuning@2"))
+    ]
     assert methods(page)[:2] == ["strong", "weak"] and methods(page)[4:7] == ["part", "strong", "base policy"]
 
     def change(method):
