@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from toy import SIDES, ToyTokens, two_stages
+from toy import SIDES, ToyTokens, asked_of_epochs, two_stages
 from vlarl_bench.algorithms.ar_ppo import ARPPO, ARPPOSettings
 
 from vlarl_bench.config import BUDGETS
@@ -133,13 +133,7 @@ def test_curriculum_by_hand():
 
 
 def test_epochs_are_taken_as_the_settings_say(monkeypatch):
-    given = {}
-
-    def keep(score, advantage, clip_eps, optimizer, generator, epochs, minibatch, **more):
-        given.update(clip_eps=clip_eps, epochs=epochs, minibatch=minibatch, **more)
-        return {}
-
-    monkeypatch.setattr("vlarl_bench.policy_gradient.ascend", keep)
+    given = asked_of_epochs(monkeypatch)
     asked = {"clip_eps": 0.07, "epochs": 3, "minibatch": 5, "entropy": 0.3}
     algorithm, policy = start(**asked)
     algorithm.update(policy, two_stages(policy, 8, 0, algorithm.act))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from golden import GOLDEN, copy_of_the_golden_flow, formula, seen, surrogate_gradient
 from torch.distributions import Normal
-from toy import ToyStochasticFlow, two_stages
+from toy import ToyStochasticFlow, asked_of_epochs, two_stages
 from vlarl_bench.algorithms.flow_noise import FlowNoise
 from vlarl_bench.algorithms.flow_sde import FlowSDE
 from vlarl_bench.algorithms.reinflow import ReinFlow
@@ -256,13 +256,7 @@ def test_an_entropy_bonus_makes_more_noise(cls):
 
 @pytest.mark.parametrize("cls", [ReinFlow, FlowNoise, FlowSDE])
 def test_epochs_are_taken_as_the_settings_say(monkeypatch, cls):
-    given = {}
-
-    def keep(score, advantage, clip_eps, optimizer, generator, epochs, minibatch, **more):
-        given.update(clip_eps=clip_eps, epochs=epochs, minibatch=minibatch, **more)
-        return {}
-
-    monkeypatch.setattr("vlarl_bench.policy_gradient.ascend", keep)
+    given = asked_of_epochs(monkeypatch)
     asked = {"clip_eps": 0.07, "epochs": 3, "minibatch": 5, "target_kl": 0.7}
     asked |= {} if cls is FlowSDE else {"entropy": 0.3}
     algorithm, policy, data, _ = scored(cls, **asked)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from golden import GOLDEN, copy_of_the_golden_flow, formula, seen, surrogate_gradient
-from toy import ToyFlow, two_stages
+from toy import ToyFlow, asked_of_epochs, two_stages
 from vlarl_bench.algorithms.fpo_cfm import FPOCFM, FPOCFMSettings, chunk_loss, surrogate
 
 from vlarl_bench.config import BUDGETS
@@ -214,13 +214,7 @@ def test_the_same_draws_score_both_policies_in_all_epochs():
 
 
 def test_epochs_are_taken_as_the_settings_say(monkeypatch):
-    given = {}
-
-    def keep(score, advantage, clip_eps, optimizer, generator, epochs, minibatch, **more):
-        given.update(clip_eps=clip_eps, epochs=epochs, minibatch=minibatch, **more)
-        return {"entropy": 0.0}
-
-    monkeypatch.setattr("vlarl_bench.policy_gradient.ascend", keep)
+    given = asked_of_epochs(monkeypatch)
     asked = {"clip_eps": 0.07, "epochs": 3, "minibatch": 5, "target_kl": 0.7, "log_ratio_limit": 2.0}
     algorithm, policy = start(objective="aspo", **asked)
     algorithm.update(policy, two_stages(policy, 16, 0))

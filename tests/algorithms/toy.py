@@ -285,3 +285,15 @@ def train(algorithm, policy, rounds, episodes=64, shuffled=False):
 def rate(policy):
     """Share of 400 fresh episodes that succeed."""
     return float(np.mean([episode.success for episode in two_stages(policy, 400, 999_999).episodes]))
+
+
+def asked_of_epochs(monkeypatch):
+    """What a method hands to `ascend`, which then does nothing, by name; filled by its next update."""
+    given = {}
+
+    def keep(score, advantage, clip_eps, optimizer, generator, epochs, minibatch, **more):
+        given.update(clip_eps=clip_eps, epochs=epochs, minibatch=minibatch, **more)
+        return {"entropy": 0.0}
+
+    monkeypatch.setattr("vlarl_bench.policy_gradient.ascend", keep)
+    return given

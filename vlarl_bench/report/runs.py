@@ -78,9 +78,10 @@ class RunFolder:
     """Logs whose last line is unfinished and left out."""
 
     def __post_init__(self) -> None:
-        said = MANIFEST | ({"trained": TRAINED} if self.trained is not None else {})
-        set_ = {name: kind for name, kind in CONFIG.items() if name in self.config}
-        for file, content, wanted in (("manifest.json", self.manifest, said), ("config.json", self.config, set_)):
+        of_manifest = MANIFEST | ({"trained": TRAINED} if self.trained is not None else {})
+        of_config = {name: kind for name, kind in CONFIG.items() if name in self.config}
+        checked = (("manifest.json", self.manifest, of_manifest), ("config.json", self.config, of_config))
+        for file, content, wanted in checked:
             if problems := ", ".join(sorted(wrong(content, wanted))):
                 raise BenchError(f"{self.folder / file}: not of this version; {problems}")
         protocol, tasks = self.manifest["protocol"], set(self.manifest["evaluation"]["tasks"])
@@ -358,8 +359,9 @@ def training_curve(rows: Rows) -> tuple[list[float], list[float]]:
 
 
 def _of_consequence(settings: dict[str, Any], demonstrated: bool) -> dict[str, Any]:
-    unread = UNREAD["demonstrations" if demonstrated else "rollouts"]
-    return {name: value for name, value in settings.items() if name.removeprefix("budget.") not in unread}
+    """Without what the budget has for those who learn from something else."""
+    unread = {f"budget.{name}" for name in UNREAD["demonstrations" if demonstrated else "rollouts"]}
+    return {name: value for name, value in settings.items() if name not in unread}
 
 
 def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
