@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .sweep import Row, Sweep
 
 SUITE = "libero_object"
-"""The declared tuning suite. Tasks of it are also compared on, from other initial states."""
+"""What trials are of unless a file says otherwise. Tasks of it are also compared on, from other initial states."""
 
 
 def choices(algorithm: str, trials: int, seed: int) -> list[Any]:
