@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -105,6 +106,9 @@ def test_a_gradient_that_is_not_finite_is_told_by_name_and_step():
     stray = torch.optim.SGD(critic.parameters(), lr=0.1)
     with Meter(net), pytest.raises(Diverged, match=r"a tensor of shape \(1, 3\) outside the policy"):
         learn(critic, x * float("inf"), stray)
+    method = SimpleNamespace(learner=SimpleNamespace(critic=critic))
+    with Meter(net, method), pytest.raises(Diverged, match=r"the gradient of learner\.critic\.weight is not finite"):
+        learn(critic, x * float("inf"), stray)
 
 
 def test_the_tensor_that_is_told_is_the_one_whose_gradient_it_was():
@@ -118,11 +122,11 @@ def test_the_tensor_that_is_told_is_the_one_whose_gradient_it_was():
 
 def test_numbers_that_are_not_finite_are_told_by_name():
     net = nn.Linear(2, 2)
-    check_finite(net)
+    check_finite(net, 7)
     with torch.no_grad():
         net.bias[1] = float("inf")
-    with pytest.raises(Diverged, match="bias is not finite"):
-        check_finite(net)
+    with pytest.raises(Diverged, match="bias is not finite after gradient step 7"):
+        check_finite(net, 7)
 
 
 MEASURED = """

@@ -263,7 +263,7 @@ def test_a_score_that_is_no_number_has_destroyed_the_policy():
     def score(i):
         return Score((shift + math.nan)[None], torch.ones(1, 1, dtype=torch.bool), *nothing(i))
 
-    with pytest.raises(Diverged, match="its own decisions is not finite before the update"):
+    with pytest.raises(Diverged, match="the ratio of the policy to itself is not finite before gradient step 1"):
         step(score, shift, torch.ones(1))
 
 

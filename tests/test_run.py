@@ -218,6 +218,7 @@ def test_a_run_that_destroys_its_policy_stops_and_counts_as_it_was(toy, tmp_path
     assert stopped["reason"].startswith("the gradient of model.")
     assert "is not finite at gradient step 2" in stopped["reason"]
     assert f"stopped in round 1 of 3: {stopped['reason']}" in done.stderr
+    assert stopped["seconds"] > 0 < stopped["cpu_seconds"]
     base, final = (
         [row for row in read_rows(folder / "episodes.jsonl") if row.phase == phase] for phase in ("base", "final")
     )

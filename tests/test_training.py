@@ -83,8 +83,8 @@ def test_a_decision_of_which_only_a_part_fits_into_an_episode_is_one(monkeypatch
     plan = SimpleNamespace(tasks=TASKS, protocol=SimpleNamespace(horizon={"toy": 20, "hard": 24}, execute=8))
     config = SimpleNamespace(rewards="success", slots=1, budget=SimpleNamespace(iterations=1))
     algorithm = SimpleNamespace(update=lambda policy, data: given.append(data) or {})
-    logs, bar = (SimpleNamespace(rows=[]), SimpleNamespace(lines=[])), SimpleNamespace(advance=lambda **told: None)
-    _round(plan, config, ToyFlow(), algorithm, None, 1, None, *logs, dict(NOTHING), bar)
+    log, bar = SimpleNamespace(rows=[]), SimpleNamespace(advance=lambda **told: None)
+    _round(plan, config, ToyFlow(), algorithm, None, 1, None, log, dict(NOTHING), bar)
     assert given[0].max_decisions == {"toy": 3, "hard": 3}
 
 

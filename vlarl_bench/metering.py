@@ -50,22 +50,24 @@ def cpu_seconds() -> float:
 
 
 class Meter(TorchDispatchMode):
-    """Counts, inside `with Meter(policy) as meter:`, optimiser steps and floating-point operations.
+    """Counts, inside `with Meter(policy, algorithm) as meter:`, optimiser steps and floating-point operations.
 
     Operations are those of matrix products, convolutions and attention, forward and backward, a multiplication and its
     addition being two; element-wise work is not counted, nor what is done `uncounted`. Every optimiser's steps count, a
     critic's like an actor's.
-    Raises Diverged before a step whose gradient is not finite, naming the tensor and the step. Where a run has several
-    processes, what each does its share of is summed when the block ends, and what all of them do counts once: so the
-    numbers are those of one process.
+    Raises Diverged before a step whose gradient is not finite, naming the step and the tensor, the policy's or one of
+    the algorithm's own networks (`critic.members.0.weight`). Where a run has several processes, what each does its
+    share of is summed when the block ends, and what all of them do counts once: so the numbers are those of one
+    process.
     """
 
-    def __init__(self, policy: nn.Module) -> None:
+    def __init__(self, policy: nn.Module, algorithm: object = None) -> None:
         super().__init__()
         self.flops = 0
         self._shared = 0
         self.gradient_steps = 0
         self._names = {id(parameter): name for name, parameter in policy.named_parameters()}
+        self._algorithm = algorithm
         self._hooks: list[Any] = []
 
     def __enter__(self) -> Meter:
@@ -104,11 +106,23 @@ class Meter(TorchDispatchMode):
         if norms.isfinite().all():
             return
         first = learned[int((~norms.isfinite()).nonzero()[0])]
-        name = self._names.get(id(first), f"a tensor of shape {tuple(first.shape)} outside the policy")
+        names = dict(_parameters(self._algorithm)) | self._names  # looked for only now: critics may be made late
+        name = names.get(id(first), f"a tensor of shape {tuple(first.shape)} outside the policy")
         raise Diverged(f"the gradient of {name} is not finite at gradient step {self.gradient_steps + 1}")
 
     def _count(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self.gradient_steps += 1
+
+
+def _parameters(holder: object, where: str = "", depth: int = 3) -> Iterator[tuple[int, str]]:
+    """Id and dotted name of what is learned in an object's networks, and in those of what it has."""
+    for name, value in getattr(holder, "__dict__", {}).items():
+        if isinstance(value, nn.Module):
+            yield from ((id(found), f"{where}{name}.{inner}") for inner, found in value.named_parameters())
+        elif isinstance(value, Tensor):
+            yield id(value), f"{where}{name}"
+        elif depth:
+            yield from _parameters(value, f"{where}{name}.", depth - 1)
 
 
 @contextmanager
@@ -121,8 +135,8 @@ def _within(meter: Meter) -> Iterator[None]:
         TorchDispatchMode.__exit__(meter, None, None, None)
 
 
-def check_finite(policy: nn.Module) -> None:
-    """Raises Diverged if a number of the policy is not finite, naming the tensor."""
+def check_finite(policy: nn.Module, steps: int) -> None:
+    """Raises Diverged if a number of the policy is not finite after an update of so many steps, naming the tensor."""
     for name, tensor in policy.state_dict().items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise Diverged(f"{name} is not finite after the update")
+            raise Diverged(f"{name} is not finite after gradient step {steps}")

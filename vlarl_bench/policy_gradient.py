@@ -269,7 +269,7 @@ def check_first_ratio(off: torch.Tensor) -> None:
     """Of `off`, by how much ratios differ from 1 before the first step: raises Diverged if that is no number, and
     BenchError if it is more than rounding, for then the same policy was given two scores."""
     if not off.isfinite().all():
-        raise Diverged("what the policy makes of its own decisions is not finite before the update")
+        raise Diverged("the ratio of the policy to itself is not finite before gradient step 1")
     if float(off.max()) > 1e-3:
         raise BenchError(
             f"ratio: off 1 by {float(off.max()):.2g} before the first update; the same policy must score its own "

@@ -37,7 +37,7 @@ from .rollout import Episode, run_shared
 from .run_folder import as_begun, claimed, save_last_policy, write_manifest
 from .sealed import read_sealed, write_sealed
 from .trackers import TrackedMetrics
-from .training import check_whole, same_hash, spent_so_far, state, train
+from .training import check_whole, same_hash, spent_so_far, state, taken_so_far, train
 
 if TYPE_CHECKING:
     from .policies.base import Policy
@@ -269,9 +269,10 @@ def _without_last_round(
     policy.load_state_dict(load_checkpoint(earlier)[1]["policy"])
     policy.to(find_device(config.device))
     _merge(policy)
+    taken = taken_so_far(metrics)
     if rank() == 0:  # in an order in which a kill at any point leaves what resuming goes on from
         shutil.rmtree(folder / f"{done:06d}")
-        stopped = {"iteration": done, "reason": str(error), "spent": spent_so_far(metrics)}
+        stopped = {"iteration": done, "reason": str(error), "spent": spent_so_far(metrics)} | taken
         write_sealed(Path(config.out) / STOPPED, stopped)
     log.forget("final")  # what the round played stays: it was spent
     metrics.rewind(done - 1)

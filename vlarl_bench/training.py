@@ -56,20 +56,24 @@ def train(
         return
     with progress.phase("fine-tuning" if plan.base else "training", total=length, unit=unit) as bar:
         for iteration in range(done + 1, budget.iterations + 1):
-            spent = spent_so_far(metrics)
+            spent, began = spent_so_far(metrics), clock()
             try:
-                line = _round(
-                    plan, config, policy, algorithm, demonstrations, iteration, pool, log, metrics, spent, bar
-                )
+                line = _round(plan, config, policy, algorithm, demonstrations, iteration, pool, log, spent, bar)
             except Diverged as error:
+                taken = taken_so_far(metrics, began)
                 if rank() == 0:
-                    write_sealed(out / STOPPED, {"iteration": iteration, "reason": str(error), "spent": spent})
+                    write_sealed(out / STOPPED, {"iteration": iteration, "reason": str(error), "spent": spent, **taken})
                 progress.say(f"stopped in round {iteration} of {budget.iterations}: {error}; it is scored as it was")
                 restored = load_latest(out / "checkpoints")
                 assert restored is not None
                 policy.load_state_dict(restored.state["policy"])
                 return
+            line |= {**spent, **taken_so_far(metrics, began)}
             metrics.append(line)
+            if demonstrations is None:
+                bar.advance(note=f"round {iteration}/{budget.iterations}: {line['train_success']:.0%}")
+            else:
+                bar.advance(episodes=1, note=", ".join(f"{k} {v:.4g}" for k, v in line.items() if k != "iteration"))
             if rank() == 0:
                 content = state(policy, algorithm, log, metrics)
                 save_checkpoint(out / "checkpoints", iteration, content, keep, _last_good(log))
@@ -84,15 +88,13 @@ def _round(
     iteration: int,
     pool: Pool,
     log: EpisodeLog,
-    metrics: MetricsLog,
     spent: Spent,
     bar: Phase,
 ) -> dict[str, Any]:
     """Collects, if the method learns from its own episodes, and updates; returns the round's metrics. `spent` grows by
     what it costs, also where it ends in Diverged."""
-    from .metering import Meter, check_finite, cpu_seconds
+    from .metering import Meter, check_finite
 
-    began, cpu = time.monotonic(), cpu_seconds()
     line: dict[str, Any] = {"iteration": iteration} | ({"processes": world_size()} if world_size() > 1 else {})
     data: Any = demonstrations
     if demonstrations is not None and world_size() > 1:
@@ -110,22 +112,14 @@ def _round(
             _rewarded(plan, config, episodes, iteration),
             {task.suite: -(-horizon[task.suite] // execute) for task in plan.tasks},
         )
-    meter = Meter(policy)
+    meter = Meter(policy, algorithm)
     try:
         with meter:
             line |= algorithm.update(policy, data)
     finally:
         spent["gradient_steps"] += meter.gradient_steps
         spent["flops"] += meter.flops
-    check_finite(policy)
-    taken = {"seconds": time.monotonic() - began, "cpu_seconds": total(cpu_seconds() - cpu)}
-    for earlier in metrics.lines[-1:]:
-        taken = {name: earlier.get(name, 0.0) + more for name, more in taken.items()}  # cpu_seconds: since 2026-11-28
-    line |= {**spent, **{name: round(value, 3) for name, value in taken.items()}}
-    if demonstrations is None:
-        bar.advance(note=f"round {iteration}/{config.budget.iterations}: {line['train_success']:.0%}")
-    else:
-        bar.advance(episodes=1, note=", ".join(f"{k} {v:.4g}" for k, v in line.items() if k != "iteration"))
+    check_finite(policy, meter.gradient_steps)
     return line
 
 
@@ -197,6 +191,22 @@ def _flops_of_acting(policy: Policy, algorithm: Algorithm, episodes: Sequence[Ep
 def spent_so_far(metrics: MetricsLog) -> Spent:
     """What whole rounds of training have cost up to now."""
     return {name: line[name] for line in metrics.lines[-1:] for name in NOTHING} or dict(NOTHING)
+
+
+def clock() -> tuple[float, float]:
+    """Seconds, and CPU seconds of this process and its workers, from some moments on."""
+    from .metering import cpu_seconds
+
+    return time.monotonic(), cpu_seconds()
+
+
+def taken_so_far(metrics: MetricsLog, began: tuple[float, float] | None = None) -> dict[str, float]:
+    """`seconds`, and `cpu_seconds` of all processes, that whole rounds have taken, and the one that `began` then."""
+    now, cpu = (0.0, 0.0) if began is None else (now - then for now, then in zip(clock(), began, strict=True))
+    taken = {"seconds": now, "cpu_seconds": total(cpu)}
+    for earlier in metrics.lines[-1:]:
+        taken = {name: earlier.get(name, 0.0) + more for name, more in taken.items()}  # cpu_seconds: since 2026-11-28
+    return {name: round(value, 3) for name, value in taken.items()}
 
 
 def _rewarded(plan: Plan, config: RunConfig, episodes: list[Episode], iteration: int) -> list[Episode]:

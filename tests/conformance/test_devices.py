@@ -109,7 +109,7 @@ def test_an_algorithm_learns_the_same_wherever_the_policy_computes(name, policy_
             with Meter(policy) as meter:
                 metrics.append(algorithm.update(policy, data))
             metrics[-1] |= {"flops": meter.flops, "gradient_steps": meter.gradient_steps}
-            check_finite(policy)
+            check_finite(policy, meter.gradient_steps)
         ended.append((metrics, begun, weights(policy)))
     (expected, before, here), (found, _, there) = ended
     for a, b in zip(expected, found, strict=True):

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from vlarl_bench.cli import main
+from vlarl_bench.errors import BenchError
 from vlarl_bench.records import MetricsLog
 from vlarl_bench.report.cost import cost_table
 from vlarl_bench.report.lint import lint
@@ -51,6 +52,20 @@ def test_a_run_that_was_stopped_reached_nothing(make_run):
     stopped = dataclasses.replace(whole, stopped={"iteration": 3, "reason": "collapsed"})
     assert cost_table([whole], 0.5).records[0]["env_steps"]["reached"] == 0
     assert cost_table([stopped], 0.5).records[0]["env_steps"]["reached"] is None
+
+
+def test_the_round_that_destroyed_the_policy_is_paid_for(make_run):
+    (whole,) = read_runs([run(make_run, "a0", 0)])
+    spent = {"env_steps": 800, "gradient_steps": 41, "flops": int(4e12)}
+    stopped = {"iteration": 4, "reason": "collapsed", "spent": spent, "seconds": 9.0, "cpu_seconds": 14400.0}
+    (line,) = cost_table([dataclasses.replace(whole, stopped=stopped)], 0.5).records
+    assert [line[name]["whole"] for name in ("env_steps", "gradient_steps", "flops")] == list(spent.values())
+    assert line["cpu_seconds"]["whole"] == 14400
+    told = {"iteration": 4, "reason": "collapsed", "spent": spent}  # as until 2026-11-30
+    (line,) = cost_table([dataclasses.replace(whole, stopped=told)], 0.5).records
+    assert (line["flops"]["whole"], line["cpu_seconds"]["whole"]) == (4e12, 10800)
+    with pytest.raises(BenchError, match=r"stopped.json: not .*; spent.flops is 'much'; it must be an integer"):
+        dataclasses.replace(whole, stopped=told | {"spent": spent | {"flops": "much"}})
 
 
 def test_what_is_first_played_in_a_later_round_had_cost_what_was_spent_by_then(make_run):

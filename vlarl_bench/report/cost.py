@@ -80,9 +80,11 @@ def _paid(runs: Sequence[RunFolder], suite: str, name: str, threshold: float) ->
     for run in runs:
         told = {line["iteration"]: line.get(name) for line in metrics_of(run)}
         spent = {iteration: float(value) for iteration, value in told.items() if value is not None}
-        if not spent or len(spent) < len(told):
+        in_vain = {**run.stopped, **run.stopped.get("spent", {})} if run.stopped else {}
+        all_of_it = in_vain.get(name, spent[max(spent)] if spent else None)  # its time is there since 2026-11-30
+        if all_of_it is None or len(spent) < len(told):
             return None
-        whole.append(spent[max(spent)])
+        whole.append(float(all_of_it))
         played = run.rows.where((run.rows.column("phase") == "train") & (run.rows.column("suite") == suite))
         rounds = [int(i) for i in np.unique(played.column("iteration"))]
         before = {i: spent.get(i - 1) if i > 1 else 0.0 for i in rounds}  # a round's policy cost so much

@@ -42,7 +42,15 @@ TRAINED: dict[str, Any] = {"base_checkpoint": str, "seed": int, "settings": dict
 """And what a manifest's `trained` has, if it has one."""
 CONFIG: dict[str, Any] = {"settings": dict, "budget": dict, "base": str, "protocol": str, "rewards": str}
 """What reports take from config.json, where it is there."""
-WORDS = {str: "text", int: "an integer", dict: "a table"}
+STOP: dict[str, Any] = {"iteration": int, "reason": str}
+"""What reports take from stopped.json, and ..."""
+SPENT: dict[str, Any] = {
+    "spent": {"env_steps": int, "gradient_steps": int, "flops": int},
+    "seconds": float,
+    "cpu_seconds": float,
+}
+"""... where it is there."""
+WORDS = {str: "text", int: "an integer", float: "a number with a point", dict: "a table"}
 
 
 def wrong(found: Any, wanted: Any, where: str = "") -> Iterator[str]:
@@ -80,7 +88,10 @@ class RunFolder:
     def __post_init__(self) -> None:
         of_manifest = MANIFEST | ({"trained": TRAINED} if self.trained is not None else {})
         of_config = {name: kind for name, kind in CONFIG.items() if name in self.config}
-        checked = (("manifest.json", self.manifest, of_manifest), ("config.json", self.config, of_config))
+        checked = [("manifest.json", self.manifest, of_manifest), ("config.json", self.config, of_config)]
+        if self.stopped is not None:
+            of_stopped = STOP | {name: kind for name, kind in SPENT.items() if name in self.stopped}
+            checked.append(("stopped.json", self.stopped, of_stopped))
         for file, content, wanted in checked:
             if problems := ", ".join(sorted(wrong(content, wanted))):
                 raise BenchError(f"{self.folder / file}: not of this version; {problems}")
