@@ -146,6 +146,12 @@ def test_every_wrong_tensor_is_named(folder):
     )
 
 
+def test_a_tensor_that_is_there_twice(folder):
+    key, tensors = "projector.fc1.bias", load_file(folder / "model.safetensors")
+    save_file(tensors | {f"module.{key}": tensors[key] + 1}, folder / "model.safetensors")
+    refused(folder, f"has {key} twice, as module.{key} and as {key}")
+
+
 def test_wrong_heads(folder):
     file = folder / "action_head--150000_checkpoint.safetensors"
     save_file({k: v for k, v in load_file(file).items() if k != "model.fc2.bias"}, file)

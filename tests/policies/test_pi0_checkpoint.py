@@ -88,6 +88,22 @@ def test_every_wrong_tensor_is_named(folder):
     )
 
 
+def test_a_tensor_that_is_there_twice(folder):
+    """With the prefix and without, one of the two would win unseen."""
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"state_proj.bias": tensors["model.state_proj.bias"] + 1}, folder / "model.safetensors")
+    refused(folder, "has state_proj.bias twice, as model.state_proj.bias and as state_proj.bias")
+
+
+def test_a_tensor_that_two_shards_have(tmp_path):
+    folder = tmp_path / "published"
+    publish(folder, prefix="", shards=3)
+    first, second, *_ = sorted(folder.glob("model-*.safetensors"))
+    key, tensor = next(iter(load_file(first).items()))
+    save_file(load_file(second) | {key: tensor + 1}, second)
+    refused(folder, f"{first.name} and {second.name} both have {key}")
+
+
 def change(folder, **fields):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **fields}))

@@ -56,6 +56,12 @@ def test_every_wrong_tensor_is_named(folder):
     )
 
 
+def test_a_tensor_that_is_there_twice(folder):
+    key, tensors = "paligemma_with_expert.paligemma.lm_head.weight", load_file(folder / "model.safetensors")
+    save_file(tensors | {key: tensors[f"model.{key}"] + 1}, folder / "model.safetensors")
+    refused(folder, f"has {key} twice, as model.{key} and as {key}")
+
+
 @pytest.mark.parametrize(
     ("fields", "needles"),
     [

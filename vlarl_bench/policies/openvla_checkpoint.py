@@ -21,7 +21,7 @@ from ..files import read_json_object
 from .openvla import OpenVLA, OpenVLARegression, assemble
 from .openvla_inputs import EMPTY_TOKEN, Prompts
 from .openvla_model import OpenVLAArchitecture, Tower
-from .shards import keys_in, pick_statistics, read_tensors, refuse_pickles, shards
+from .shards import keys_in, keys_without, pick_statistics, read_tensors, refuse_pickles, shards
 
 PUBLISHED: Mapping[str, Any] = {
     "observation": "pixels",
@@ -112,7 +112,7 @@ def load_published(
     for part, files in (("network", shards(folder)), *heads.items()):
         if files:
             expected = {k.removeprefix(f"{part}."): p for k, p in parameters.items() if k.startswith(f"{part}.")}
-            stored = {key.removeprefix("module."): key for key in keys_in(files)}  # DDP's prefix
+            stored = keys_without("module.", keys_in(files))  # DDP's prefix
             found = read_tensors(files, stored, expected)
             tensors |= {f"{part}.{key}": tensor for key, tensor in found.items()}
     policy.load_state_dict(tensors, strict=True, assign=True)

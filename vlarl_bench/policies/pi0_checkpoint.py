@@ -21,7 +21,7 @@ from ..errors import BenchError
 from ..files import read_json_object
 from .paligemma import PaliGemmaPrompts
 from .pi0_published import PublishedPi0, PublishedPi0Architecture
-from .shards import keys_in, pick_statistics, read_tensors, shards
+from .shards import keys_in, keys_without, pick_statistics, read_tensors, shards
 
 EXPERT = "paligemma_with_expert."
 NAMES = (
@@ -73,13 +73,9 @@ def load_published(
         policy = PublishedPi0(name, PublishedPi0Architecture(**shape), prompts)
     scales = _scales(folder, config, policy, unnorm_key)
     files = shards(folder)
-    stored: dict[str, str] = {}
-    for key in keys_in(files):
-        published = key.removeprefix("model.")
-        if published == TIED:
-            stored[published_key("model.vlm.language_model.embed_tokens.weight")] = key
-        else:
-            stored.setdefault(published, key)
+    stored = keys_without("model.", keys_in(files))
+    if TIED in stored:  # in the embedding's place, or beside it
+        stored[published_key("model.vlm.language_model.embed_tokens.weight")] = stored.pop(TIED)
     own = {published_key(key): key for key, _ in policy.model.named_parameters()}
     parameters = dict(policy.model.named_parameters())
     expected: dict[str, Tensor] = {published: parameters[key] for published, key in own.items()}

@@ -28,7 +28,7 @@ from .pi0_checkpoint import (
     whole_number,
 )
 from .pi0_fast_published import FastPrompts, PublishedPi0Fast, PublishedPi0FastArchitecture
-from .shards import keys_in, read_tensors, shards
+from .shards import keys_in, keys_without, read_tensors, shards
 
 NAMES = (
     ("network.model.vision_tower.", EXPERT + "paligemma.model.vision_tower.vision_model."),
@@ -77,7 +77,7 @@ def load_published(
     parameters = {published_key(key, NAMES): key for key, _ in policy.named_parameters()}
     expected: dict[str, Tensor] = {key: policy.get_parameter(own) for key, own in parameters.items()}
     files = shards(folder)
-    stored = {key.removeprefix("model."): key for key in keys_in(files)}
+    stored = keys_without("model.", keys_in(files))
     if HEAD in stored and TIED not in stored:  # a base checkpoint has both in one
         del expected[TIED]
     tensors = read_tensors(files, stored, expected)

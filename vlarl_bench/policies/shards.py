@@ -48,15 +48,30 @@ def refuse_pickles(pickles: Sequence[Path], name: str) -> None:
 
 
 def keys_in(files: Iterable[Path]) -> dict[str, Path]:
-    """Every tensor's key, and the file that it is in. Raises BenchError naming the file that cannot be read."""
+    """Every tensor's key, and the file that it is in. Raises BenchError naming the file that cannot be read, or a key
+    that two have."""
     where: dict[str, Path] = {}
     for file in files:
         try:
             with safe_open(file, framework="pt") as opened:
-                where |= dict.fromkeys(opened.keys(), file)
+                keys = list(opened.keys())
         except (OSError, SafetensorError) as error:
             raise BenchError(f"policy: cannot read {file}: {error}") from None
+        if twice := sorted(where.keys() & set(keys)):
+            raise BenchError(f"policy: {where[twice[0]]} and {file.name} both have {twice[0]}")
+        where |= dict.fromkeys(keys, file)
     return where
+
+
+def keys_without(prefix: str, keys: Iterable[str]) -> dict[str, str]:
+    """Each key by what it is without the prefix, which some have before all of their keys and some before none. Raises
+    BenchError if two come to the same, which one of them would silently win."""
+    found: dict[str, str] = {}
+    for key in sorted(keys):
+        if other := found.get(key.removeprefix(prefix)):
+            raise BenchError(f"policy: the checkpoint has {key.removeprefix(prefix)} twice, as {other} and as {key}")
+        found[key.removeprefix(prefix)] = key
+    return found
 
 
 def wrong_keys(expected: Iterable[str], found: Iterable[str]) -> list[str]:
