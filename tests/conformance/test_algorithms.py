@@ -187,6 +187,39 @@ def test_the_first_ratio_is_one(name, policy_name, bench, budget):
     assert algorithm.update(policy, stage.data(algorithm, policy))["ratio_off_one"] < 1e-5
 
 
+@pytest.mark.parametrize(("name", "policy_name"), [pair for pair in PAIRS if pair[1].endswith("-tiny")])
+def test_what_was_drawn_is_scored_as_it_was_drawn(name, policy_name, bench, budget):
+    """A first ratio of 1 says that an update scores a decision alike twice. That it scores it with the noise,
+    temperature or level that it was drawn with, it does not say. Methods without a likelihood draw none and score none."""
+    stage = bench(policy_name)
+    algorithm, policy = start(name, stage, budget)
+    drawn, scored = {}, set()
+
+    def rows(trace, noise):
+        for i, row in enumerate(trace):
+            yield row.numpy().tobytes(), (noise[i].tolist() if isinstance(noise, torch.Tensor) else noise)
+
+    def explore(context, generators, noise):
+        sample = explored(context, generators, noise)
+        drawn.update(rows(sample.trace, noise))
+        return sample
+
+    def log_prob(context, trace, mask, noise):
+        for row, level in rows(trace, noise):
+            assert drawn[row] == level
+            scored.add(row)
+        return scores(context, trace, mask, noise)
+
+    if "likelihood" in policy.capabilities:
+        explored, scores = policy.explore, policy.log_prob
+        policy.explore, policy.log_prob = explore, log_prob
+    data = stage.data(algorithm, policy)
+    for _ in range(WARM):
+        if not scored:
+            algorithm.update(policy, data)
+    assert scored == drawn.keys()
+
+
 def test_update_leaves_the_frozen_part_alone(updated):
     """Buffers, and every parameter that the algorithm does not train; from rollouts that is all but the actor. A
     steering module, where the method gave the policy one, is the actor, with its scales."""
