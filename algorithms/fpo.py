@@ -4,8 +4,7 @@ Not McAllister et al.'s FPO (2507.21053), which shares the idea of a ratio made 
 
 A flow policy has no cheap likelihood. FPO replaces the log-probability ratio of PPO by the change of the conditional
 flow-matching (CFM) loss on the chunk that was executed: a chunk that the new policy would denoise better has become
-more likely. The paper leaves several points open; each reading is a setting, and docs/methods/fpo.md says which one
-works here and why. Equations are numbered as in the paper.
+more likely. docs/methods/fpo.md has the readings of what the paper leaves open. Equations are numbered as in the paper.
 """
 
 from __future__ import annotations

@@ -76,16 +76,31 @@ def test_the_control_deals_each_tasks_outcomes_out_anew_every_round():
     assert episodes == played()  # rows and success rates are of what happened
 
 
-def test_a_decision_of_which_only_a_part_fits_into_an_episode_is_one(monkeypatch):
-    given = []
-    monkeypatch.setattr(training, "_collect", lambda *round: played())
+def round_of(monkeypatch, episodes, policy, update):
+    """One round of a run in which these are collected; its line of metrics."""
+    monkeypatch.setattr(training, "_collect", lambda *round: episodes)
     monkeypatch.setattr(training, "_flops_of_acting", lambda *round: 0)
     plan = SimpleNamespace(tasks=TASKS, protocol=SimpleNamespace(horizon={"toy": 20, "hard": 24}, execute=8))
     config = SimpleNamespace(rewards="success", slots=1, budget=SimpleNamespace(iterations=1))
-    algorithm = SimpleNamespace(update=lambda policy, data: given.append(data) or {})
     log, bar = SimpleNamespace(rows=[]), SimpleNamespace(advance=lambda **told: None)
-    _round(plan, config, ToyFlow(), algorithm, None, 1, None, log, dict(NOTHING), bar)
+    algorithm = SimpleNamespace(update=update)
+    return _round(plan, config, policy, algorithm, None, 1, None, log, dict(NOTHING), bar)
+
+
+def test_a_decision_of_which_only_a_part_fits_into_an_episode_is_one(monkeypatch):
+    given = []
+    round_of(monkeypatch, played(), ToyFlow(), lambda policy, data: given.append(data) or {})
     assert given[0].max_decisions == {"toy": 3, "hard": 3}
+
+
+@pytest.mark.parametrize("invalid", [0, 3])
+def test_chunks_that_spelled_nothing_are_counted_where_there_can_be_any(monkeypatch, invalid):
+    episodes = played()
+    episodes[2].invalid, episodes[5].invalid = invalid, 2 * invalid
+    speller = ToyFlow()
+    speller.capabilities = ToyFlow.capabilities | {"fast"}
+    lines = [round_of(monkeypatch, episodes, policy, lambda *_: {}) for policy in (speller, ToyFlow())]
+    assert [line.get("invalid_chunks") for line in lines] == [3 * invalid, None]
 
 
 @pytest.mark.parametrize("slots", [1, 3, 8])

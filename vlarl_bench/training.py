@@ -101,9 +101,9 @@ def _round(
         same_hash(policy)
     if demonstrations is None:
         episodes = _collect(plan, config, policy, algorithm, iteration, pool, log, spent, bar)
-        invalid = sum(episode.invalid for episode in episodes)
         line |= {"train_success": float(np.mean([e.success for e in episodes]))}
-        line |= {"invalid_chunks": invalid} if invalid else {}
+        if "fast" in policy.capabilities:
+            line["invalid_chunks"] = sum(episode.invalid for episode in episodes)
         spent["env_steps"] += sum(episode.steps for episode in episodes)
         spent["flops"] += _flops_of_acting(policy, algorithm, episodes, config.slots)
         _check_collapse(log)

@@ -189,8 +189,8 @@ def test_the_first_ratio_is_one(name, policy_name, bench, budget):
 
 @pytest.mark.parametrize(("name", "policy_name"), [pair for pair in PAIRS if pair[1].endswith("-tiny")])
 def test_what_was_drawn_is_scored_as_it_was_drawn(name, policy_name, bench, budget):
-    """A first ratio of 1 says that an update scores a decision alike twice. That it scores it with the noise,
-    temperature or level that it was drawn with, it does not say. Methods without a likelihood draw none and score none."""
+    """A first ratio of 1 says that an update scores a decision alike twice. That it does so with the noise, temperature
+    or level that it was drawn with, it does not say. Methods without a likelihood draw none and score none."""
     stage = bench(policy_name)
     algorithm, policy = start(name, stage, budget)
     drawn, scored = {}, set()
