@@ -113,8 +113,6 @@ def test_pi0_against_transformers(benchmark, size):
     """Same weights, noise and pixels; from images to a chunk."""
     spec, policy = make("pi0-tiny-pixels")
     batch = inputs(spec, policy, size)
-    tokens = policy.model.model.vlm.config.image_token_id * torch.ones(size, 32, dtype=torch.long)
-    ids = torch.cat((tokens, batch.words), 1)
     noise = torch.stack([torch.randn(8, 7, generator=g) for g in generators(size)])
 
     def ours():
@@ -126,16 +124,61 @@ def test_pi0_against_transformers(benchmark, size):
             policy.normalise_proprio(batch.proprio),
             noise=noise,
             num_steps=policy.euler_steps,
-            input_ids=ids,
-            attention_mask=ids != 0,
-            pixel_values=batch.images.float() / 127.5 - 1,
-            pixel_attention_mask=torch.ones(batch.images.shape[:2], dtype=torch.bool),
+            **as_transformers_has_it(policy, batch),
         )
 
     torch.testing.assert_close(ours(), theirs(), atol=1e-5, rtol=0)
-    fast, slow = in_turn(benchmark, ours, theirs, rounds=30)
+    compare(benchmark, f"batch {size}", ours, theirs, rounds=30)
+
+
+@pytest.mark.benchmark(group="pi0 against transformers' forward, loss + backward, 32 observations")
+def test_pi0_learns_against_transformers(benchmark):
+    """Same weights, times, noise and pixels, and all weights learning; transformers' loss is of all numbers, too."""
+    spec, policy = make("pi0-tiny-pixels")
+    batch, draw = inputs(spec, policy, 32), torch.Generator().manual_seed(0)
+    latent, noise = torch.randn(2, 32, policy.chunk, 7, generator=draw)
+    t = torch.rand(32, generator=draw)
+
+    def ours():
+        policy.zero_grad()
+        loss = policy.draw_loss(policy.encode(batch), latent, t[:, None], noise[:, None]).mean()
+        loss.backward()
+        return loss.detach()
+
+    def theirs():
+        policy.zero_grad()
+        loss = policy.model(
+            policy.normalise_proprio(batch.proprio),
+            noise=noise,
+            timestep=t,
+            actions=latent,
+            **as_transformers_has_it(policy, batch),
+        ).loss.mean()
+        loss.backward()
+        return loss.detach()
+
+    torch.testing.assert_close(ours(), theirs(), atol=1e-5, rtol=1e-5)
+    compare(benchmark, "loss + backward, batch 32", ours, theirs, rounds=10)
+
+
+def as_transformers_has_it(policy, batch):
+    """The words, behind a placeholder for each patch of an image, and the images."""
+    places = batch.images.shape[1] * 16
+    patches = policy.model.model.vlm.config.image_token_id * torch.ones(len(batch.words), places, dtype=torch.long)
+    ids = torch.cat((patches, batch.words), 1)
+    return {
+        "input_ids": ids,
+        "attention_mask": ids != 0,
+        "pixel_values": batch.images.float() / 127.5 - 1,
+        "pixel_attention_mask": torch.ones(batch.images.shape[:2], dtype=torch.bool),
+    }
+
+
+def compare(benchmark, what, ours, theirs, rounds):
+    """Prints how much faster ours is."""
+    fast, slow = in_turn(benchmark, ours, theirs, rounds=rounds)
     benchmark.extra_info.update(transformers_ms=slow * 1e3, ours_ms=fast * 1e3, ratio=slow / fast)
-    print(f"\nbatch {size}: transformers {slow * 1e3:.2f} ms, ours {fast * 1e3:.2f} ms, {slow / fast:.2f}x")
+    print(f"\n{what}: transformers {slow * 1e3:.2f} ms, ours {fast * 1e3:.2f} ms, {slow / fast:.2f}x")
     benchmark.pedantic(ours, rounds=5)
 
 
