@@ -56,7 +56,7 @@ bench-policies: $(STAMP) ## speed of the policies, and of pi0 against transforme
 
 bench-updates: $(STAMP) ## cost of each method's update, of FPO's draws with and without a shared prefix; DPPO=CHECKOUT: DPPO's against its public implementation's
 	$(BIN)/python -m pytest tests/benchmarks/test_update_speed.py --benchmark-only --benchmark-columns=min,rounds -s
-	$(if $(DPPO),PYTHONPATH=. $(BIN)/python scripts/bench_dppo.py '$(DPPO)' --epochs 5)
+	$(if $(DPPO),PYTHONPATH=. $(BIN)/python scripts/bench_dppo.py '$(DPPO)' --epochs 5,@echo 'skipped: DPPO against its public implementation; to have it, clone irom-princeton/dppo and run make bench-updates DPPO=CHECKOUT')
 
 clean: ## remove .venv and caches (runs, demonstrations and results stay)
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis

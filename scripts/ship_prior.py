@@ -41,6 +41,7 @@ def ship(run: Path, name: str) -> None:
     card = {key: config[key] for key in sorted(config.keys() - policy.config.keys())}
     manifest, asked = (read_sealed(run / name, older=True) for name in ("manifest.json", "config.json"))
     card["made_by"] = shlex.join(["vlarl-bench", *manifest["argv"]])
+    card["demonstrations"] = manifest["demonstrations"]  # priors with one digest have learned from the same
     folder = PRIORS / name / registry.get("suite", manifest["suite"]).benchmark
     folder.parent.mkdir(parents=True, exist_ok=True)
     demos = ["vlarl-bench", "demos", "--suite", manifest["suite"], "--mode", spec.observation]

@@ -35,7 +35,7 @@ def test_the_first_trial_is_the_default_and_the_others_are_drawn_once():
         choices("sft", 1, seed=0)
 
 
-@pytest.mark.parametrize("name", ["tuning", "tuning-suites"])
+@pytest.mark.parametrize("name", ["tuning", "tuning-suites", "tuning-tokens"])
 def test_a_default_that_moves_changes_no_published_trial(name):
     """The files spell out what the trials had, so every packed run is still one of them."""
     results = Path(__file__).parents[1] / "results"

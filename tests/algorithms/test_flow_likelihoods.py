@@ -1,6 +1,7 @@
 """ReinFlow, Flow-SDE and Flow-Noise against numbers from their authors' code and closed forms."""
 
 import dataclasses
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from vlarl_bench.algorithms.flow_noise import FlowNoise
 from vlarl_bench.algorithms.flow_sde import FlowSDE
 from vlarl_bench.algorithms.reinflow import ReinFlow
 
+from vlarl_bench import policy_gradient
 from vlarl_bench.config import BUDGETS
 from vlarl_bench.decisions import decisions
 from vlarl_bench.errors import BenchError
@@ -51,11 +53,25 @@ def golden_setup(cls):
 
 
 def assert_golden(algorithm, policy, taken, learning, golden, old, advantage, clip, entropy=0.0):
-    surrogate_gradient(lambda i: algorithm.score(policy, taken, i), old, advantage, clip, learning, entropy=entropy)
+    """Loss without the entropy bonus, mean ratio, and gradients. Returns the metrics, and `held`, the share of rows at
+    which the clip changes the loss."""
+    with (
+        mock.patch.object(policy_gradient, "descend", wraps=policy_gradient.descend) as descend,
+        mock.patch.object(policy_gradient, "clipped_surrogate", wraps=policy_gradient.clipped_surrogate) as clipped,
+    ):
+        metrics = surrogate_gradient(
+            lambda i: algorithm.score(policy, taken, i), old, advantage, clip, learning, entropy=entropy
+        )
+    loss = descend.call_args.args[1].item() + entropy * golden["entropy"][0]
+    assert loss == pytest.approx(golden["loss"], rel=1e-5)
+    ratio, gain, *bounds = clipped.call_args.args
+    assert ratio.mean().item() == pytest.approx(golden["ratio mean"], rel=1e-5)
     assert policy.b.grad.tolist() == pytest.approx(golden["gradient of b"], rel=1e-6)
     assert policy.u.grad.tolist() == pytest.approx(golden["gradient of u"], rel=1e-6)
     if "gradient of heights" in golden:
         assert algorithm.noise.layers[-1].bias.grad.tolist() == pytest.approx(golden["gradient of heights"], rel=1e-6)
+    held = policy_gradient.clipped_surrogate(ratio, gain, *bounds) < ratio * gain
+    return metrics | {"held": held.double().mean().item()}
 
 
 def column(numbers):
@@ -70,7 +86,12 @@ def test_reinflows_numbers():
     assert score.mean_entropy.item() == pytest.approx(golden["entropy"][0], rel=1e-7)
     advantage = formula(5, N)
     advantage = (advantage - advantage.mean()) / advantage.std()  # as their loss does first
-    assert_golden(algorithm, policy, taken, learning, golden, column(golden["old"]), advantage, 0.01, entropy=0.03)
+    old = column(golden["old"])
+    metrics = assert_golden(algorithm, policy, taken, learning, golden, old, advantage, 0.01, entropy=0.03)
+    assert metrics["kl"] == pytest.approx(golden["kl"], rel=1e-5)
+    # the mean over two steps, and in the first all ratios are 1
+    assert 2 * metrics["clip_fraction"] == pytest.approx(golden["clipped"], rel=1e-5)
+    assert metrics["held"] == 0.5
 
 
 def test_flow_sdes_numbers():
@@ -81,7 +102,8 @@ def test_flow_sdes_numbers():
     taken = seen(N, trace=torch.cat((chain, label), 1))
     score = algorithm.score(policy, taken, torch.arange(N))
     torch.testing.assert_close(score.logp, column(golden["logp"]), rtol=1e-7, atol=1e-7)
-    assert_golden(algorithm, policy, taken, learning, golden, column(golden["old"]), formula(5, N), 0.2)
+    metrics = assert_golden(algorithm, policy, taken, learning, golden, column(golden["old"]), formula(5, N), 0.2)
+    assert metrics["held"] == pytest.approx(golden["clipped"], rel=1e-5), "they count what the clip changes"
 
 
 def test_flow_noises_numbers():
@@ -92,13 +114,16 @@ def test_flow_noises_numbers():
     theirs = column(golden["logp"])
     score = algorithm.score(policy, taken, torch.arange(N))
     torch.testing.assert_close((score.logp * STEPS + first) / (STEPS + 1), theirs, rtol=1e-7, atol=1e-7)
+    entropy = (score.mean_entropy * STEPS + Normal(0.0, 1.0).entropy()) / (STEPS + 1)
+    assert entropy.item() == pytest.approx(golden["entropy"][0], rel=1e-6)
 
     def like_theirs(policy, taken, i):
         ours = FlowNoise.score(algorithm, policy, taken, i)
         return ours._replace(logp=(ours.logp * STEPS + first[i]) / (STEPS + 1))
 
     algorithm.score = like_theirs
-    assert_golden(algorithm, policy, taken, learning, golden, column(golden["old"]), formula(5, N), 0.2)
+    metrics = assert_golden(algorithm, policy, taken, learning, golden, column(golden["old"]), formula(5, N), 0.2)
+    assert metrics["held"] == pytest.approx(golden["clipped"], rel=1e-5), "they count what the clip changes"
 
 
 def steps_by_hand(policy, taken, n):

@@ -15,13 +15,13 @@ from vlarl_bench.algorithms.fpo import chunk_loss
 from vlarl_bench import registry
 from vlarl_bench.config import BUDGETS
 from vlarl_bench.rollout import Episode, Job, Rollout
-from vlarl_bench.suite import Task
+from vlarl_bench.suite import Demonstration, Task
 
 from .test_policy_speed import POLICIES, in_turn, inputs, make, observe
 
-METHODS = [name for name in registry.names("algorithm") if registry.get("algorithm", name).learns_from == "rollouts"]
 DECISIONS, LENGTH = 32, 8
-BUDGET = dataclasses.replace(BUDGETS["quick"], iterations=100)
+BUDGET = dataclasses.replace(BUDGETS["quick"], iterations=100, gradient_steps=100)
+"""Of one gradient step an update, which methods that learn from demonstrations take from it."""
 
 
 def subject(method):
@@ -52,6 +52,15 @@ def rollout(spec, policy, algorithm, decisions):
     return Rollout(episodes, max_decisions={"made-up": LENGTH})
 
 
+def experience(spec, policy, algorithm, size):
+    """What the method learns from, and the observations in it that it learns at; a made-up expert does nothing."""
+    if algorithm.learns_from == "rollouts":
+        data = rollout(spec, policy, algorithm, size)
+        return data, [seen for episode in data.episodes for seen in episode.observations[:-1]]
+    seen, actions = tuple(observe(i, spec) for i in range(size)), np.zeros((size, policy.action_dim), np.float32)
+    return [Demonstration(Task("made-up", "task", "go"), 0, True, seen, actions)], seen
+
+
 def peak(function):
     """MiB that the process grew by, at most, while the function ran; none where the kernel does not tell."""
     try:
@@ -72,22 +81,23 @@ def status(name):
 
 
 @pytest.mark.benchmark(group="update of 32 decisions")
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", registry.names("algorithm"))
 def test_update(benchmark, method):
-    """As a multiple of encoding the same observations, the policy's own supervised loss on them and its backward."""
+    """As a multiple of encoding the same observations, the policy's own supervised loss on them and its backward to the
+    actor. Who learns from demonstrations takes one gradient step on as many of their steps, of the whole policy."""
     torch.manual_seed(0)
     cls, (spec, policy) = registry.get("algorithm", method), make(subject(method))
-    algorithm = cls(settings(method, benchmark.enabled), policy, BUDGET, 0)
     size = DECISIONS if benchmark.enabled else 2 * LENGTH
-    data = rollout(spec, policy, algorithm, size)
+    algorithm = cls(settings(method, benchmark.enabled), policy, dataclasses.replace(BUDGET, batch_size=size), 0)
+    data, _ = experience(spec, policy, algorithm, size)
     metrics = algorithm.update(policy, data)  # in which critics may learn alone
-    data = rollout(spec, policy, algorithm, size)
+    data, observations = experience(spec, policy, algorithm, size)
     assert all(np.isfinite(value) for value in metrics.values())
     _, plain = make(subject(method))
     actor = plain.requires_grad_(False).actor_parameters()
     for parameter in actor:
         parameter.requires_grad_(True)
-    batch = plain.preprocess([seen for episode in data.episodes for seen in episode.observations[:-1]])
+    batch = plain.preprocess(observations)
     actions, mask = torch.zeros(size, plain.chunk, plain.action_dim), torch.ones(size, plain.chunk)
 
     def once():
