@@ -87,7 +87,7 @@ class ARPPO(Algorithm):
     """PPO on token likelihoods, with a state value, critic warm-up and a task curriculum."""
 
     name = "ar-ppo"
-    summary = "Autoregressive PPO (VLA-RL): PPO on action tokens, GAE, critic warm-up, task curriculum"
+    summary = "Autoregressive PPO (VLA-RL): PPO on action tokens, GAE; critic warm-up and task curriculum on request"
     requires = frozenset({"tokens"})
     learns_from = "rollouts"
     Settings = ARPPOSettings
