@@ -56,6 +56,13 @@ def test_it_leaves_room_to_learn_and_is_stored_in_half_precision(name):
     assert {dtype for key, dtype in dtypes.items() if not key.startswith(("action_", "proprio_"))} == {"F16"}
 
 
+def test_those_whose_cards_tell_have_learned_from_one_set_of_demonstrations():
+    """Cards from 2026-11-30 on do: the token policies' on LIBERO."""
+    configs = [read_policy(PRIORS / name)[0] for name in SHIPPED if name.endswith("-tiny/libero")]
+    told = [config["demonstrations"]["digest"] for config in configs if "demonstrations" in config]
+    assert len(told) >= 2 and len(set(told)) == 1
+
+
 @pytest.mark.parametrize("name", map(marked, SHIPPED))
 def test_a_card_says_what_the_prior_is(name):
     policy, benchmark = name.split("/")
