@@ -13,6 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from vlarl_bench import registry
 from vlarl_bench.suite import Embodiment, Observation
 
+from ..policies.pi0_small import image_inputs
+
 POLICIES = [name for name in registry.names("policy") if not registry.get("policy", name).published]
 """Those that a benchmark can make: published sizes come from a folder."""
 TINY_PI0 = ("pi0-tiny", "pi0-tiny-pixels")
@@ -124,7 +126,7 @@ def test_pi0_against_transformers(benchmark, size):
             policy.normalise_proprio(batch.proprio),
             noise=noise,
             num_steps=policy.euler_steps,
-            **as_transformers_has_it(policy, batch),
+            **image_inputs(policy, batch),
         )
 
     torch.testing.assert_close(ours(), theirs(), atol=1e-5, rtol=0)
@@ -152,26 +154,13 @@ def test_pi0_learns_against_transformers(benchmark):
             noise=noise,
             timestep=t,
             actions=latent,
-            **as_transformers_has_it(policy, batch),
+            **image_inputs(policy, batch),
         ).loss.mean()
         loss.backward()
         return loss.detach()
 
     torch.testing.assert_close(ours(), theirs(), atol=1e-5, rtol=1e-5)
     compare(benchmark, "loss + backward, batch 32", ours, theirs, rounds=10)
-
-
-def as_transformers_has_it(policy, batch):
-    """The words, behind a placeholder for each patch of an image, and the images."""
-    places = batch.images.shape[1] * 16
-    patches = policy.model.model.vlm.config.image_token_id * torch.ones(len(batch.words), places, dtype=torch.long)
-    ids = torch.cat((patches, batch.words), 1)
-    return {
-        "input_ids": ids,
-        "attention_mask": ids != 0,
-        "pixel_values": batch.images.float() / 127.5 - 1,
-        "pixel_attention_mask": torch.ones(batch.images.shape[:2], dtype=torch.bool),
-    }
 
 
 def compare(benchmark, what, ours, theirs, rounds):

@@ -113,3 +113,17 @@ def lay_out(folder, config, tokenizer, stats, tensors, shards):
         for name in names:
             save_file({k: v for k, v in tensors.items() if where[k] == name}, folder / name)
         (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+
+
+def image_inputs(policy, batch):
+    """What transformers calls the inputs of a pixel batch."""
+    tokens = policy.model.model.vlm.config.image_token_id * torch.ones(
+        len(batch), policy.architecture.image_tokens, dtype=torch.long
+    )
+    ids = torch.cat((tokens, batch.words), 1)
+    return {
+        "input_ids": ids,
+        "attention_mask": ids != 0,
+        "pixel_values": batch.images.float() / 127.5 - 1,
+        "pixel_attention_mask": torch.ones(batch.images.shape[:2], dtype=torch.bool),
+    }

@@ -17,6 +17,7 @@ from vlarl_bench.policies.pi0 import Pi0
 from vlarl_bench.policies.presets import PI0_TINY, PI0_TINY_PIXELS
 
 from .conftest import INSTRUCTIONS, OBJECTS, in_float64, make, observe
+from .pi0_small import image_inputs
 
 
 def generators(*seeds):
@@ -33,20 +34,6 @@ def transformers_velocity(policy, context, x, t):
     cache = DynamicCache([(layer[:, 0], layer[:, 1]) for layer in context.cache.unbind(1)])
     mask = context.mask
     return policy.model(state=context.proprio, noise=x, timestep=t, attention_mask=mask, past_key_values=cache).logits
-
-
-def image_inputs(policy, batch):
-    """What transformers calls the inputs of a pixel batch."""
-    tokens = policy.model.model.vlm.config.image_token_id * torch.ones(
-        len(batch), policy.architecture.image_tokens, dtype=torch.long
-    )
-    ids = torch.cat((tokens, batch.words), 1)
-    return {
-        "input_ids": ids,
-        "attention_mask": ids != 0,
-        "pixel_values": batch.images.float() / 127.5 - 1,
-        "pixel_attention_mask": torch.ones(batch.images.shape[:2], dtype=torch.bool),
-    }
 
 
 def test_velocity_of_k_draws_is_transformers_forward_of_each(policy, context):

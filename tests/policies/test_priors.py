@@ -16,7 +16,16 @@ OLDER = {"pi0-tiny-pixels/libero": "shipped before scripts/ship_prior.py wrote w
 
 WANTED = [f"{policy}-tiny/{on}" for policy in ("pi0", "pi0-fast", "openvla", "octo") for on in ("libero", "aloha")]
 WANTED += ["pi0-tiny-pixels/libero", "openvla-tiny-pixels/libero", "pi0-tiny-pixels/aloha"]
-MISSING = {name: "not trained yet" for name in (*WANTED[3::2], *WANTED[-2:])}
+MISSING = dict.fromkeys(
+    (
+        "pi0-fast-tiny/aloha",
+        "openvla-tiny/aloha",
+        "octo-tiny/aloha",
+        "openvla-tiny-pixels/libero",
+        "pi0-tiny-pixels/aloha",
+    ),
+    "not trained yet",
+)
 
 
 def marked(name, reasons=OLDER):
