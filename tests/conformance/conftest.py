@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import json
+import os
+import pickle
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -11,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 from vlarl_bench import registry
 from vlarl_bench.config import BUDGETS
@@ -84,7 +87,6 @@ def stage(spec):
     return pytest.skip(f"no registered suite shows what {spec.name} must see")
 
 
-@functools.cache
 def _recorded(name):
     """What policies that see the same share, since opening a scene takes longest: names of the objects, four short
     episodes and two of single steps, as the policy called `name` acts."""
@@ -116,19 +118,30 @@ def _vocabulary(suite, objects):
 
 
 @functools.cache
-def _bench(policy_name):
+def _shared(name, folder):
+    """The same, recorded by whichever of the processes that test comes first."""
+    recorded = folder / f"{name}.pickle"
+    with FileLock(folder / f"{name}.lock"):
+        if not recorded.exists():
+            recorded.write_bytes(pickle.dumps(_recorded(name)))
+    return pickle.loads(recorded.read_bytes())
+
+
+@functools.cache
+def _bench(folder, policy_name):
     spec = registry.get("policy", policy_name)
     suite, protocol = stage(spec)
     alike = next(n for n in registry.names("policy") if stage(registry.get("policy", n)) == (suite, protocol))
-    objects, rollout, demonstrations = _recorded(alike)
+    objects, rollout, demonstrations = _shared(alike, folder)
     policy = create(spec, suite.embodiment(protocol), _vocabulary(suite, objects), 0)
     return Bench(spec, suite, protocol, policy, rollout, demonstrations)
 
 
 @pytest.fixture(scope="session")
-def bench():
+def bench(tmp_path_factory):
     """`bench(policy_name)`: the policy and its data, made once a session. Copy the policy before changing it."""
-    return _bench
+    folder = tmp_path_factory.getbasetemp()
+    return functools.partial(_bench, folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder)
 
 
 @pytest.fixture(scope="session")

@@ -22,8 +22,14 @@ FEW = [(a, p) for a, p in PAIRS if p.endswith("-tiny") and (p not in OTHERS or a
 """Each algorithm on the tiny policies that it runs on, of those of tokens one."""
 
 
+@pytest.fixture
+def stage(request, bench):
+    return bench(request.param)
+
+
 @pytest.fixture(autouse=True)
-def pretend(monkeypatch):
+def pretend(monkeypatch, stage):
+    """Once the policy and its data are there."""
     monkeypatch.setattr(torch, "inference_mode", torch.no_grad)  # in which torch lets no wrapped tensor be written to
     with Pretend():
         yield
@@ -67,9 +73,8 @@ def tensors(found):
         yield from ((name, part) for part in parts if part is not None)
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_a_policy_takes_and_gives_tensors_of_the_cpu_wherever_it_computes(name, bench):
-    stage = bench(name)
+@pytest.mark.parametrize("stage", PUBLISHED, indirect=True)
+def test_a_policy_takes_and_gives_tensors_of_the_cpu_wherever_it_computes(stage):
     here, there = (copy.deepcopy(stage.policy).requires_grad_(True) for _ in range(2))
     there.to(DEVICE)
     assert there.device == DEVICE
@@ -92,11 +97,11 @@ def weights(policy):
     return {key: tensor.detach().cpu().clone() for key, tensor in found if tensor.is_floating_point()}
 
 
-@pytest.mark.parametrize(("name", "policy_name"), FEW, ids=["-".join(pair) for pair in FEW])
-def test_an_algorithm_learns_the_same_wherever_the_policy_computes(name, policy_name, bench, budget):
+@pytest.mark.parametrize(("name", "stage"), FEW, indirect=["stage"], ids=["-".join(pair) for pair in FEW])
+def test_an_algorithm_learns_the_same_wherever_the_policy_computes(name, stage, budget):
     """Two updates, metered, a stored state in between. Attention takes other kernels there, of which torch counts other
     operations."""
-    stage, ended = bench(policy_name), []
+    ended = []
     for device in ("cpu", DEVICE):
         placed = dataclasses.replace(stage, policy=copy.deepcopy(stage.policy).to(device))
         algorithm, policy = start(name, placed, budget)
