@@ -55,11 +55,11 @@ class FPOSettings:
     latent: Literal["action", "noise"] = added("action", before="action")
     """What x is: `action`, the normalised chunk, and the policy's own flow learns; `noise`, what the frozen policy
     decodes from, and a small flow over that learns (`vlarl_bench/noise_flow.py`)."""
-    lr: float = 1e-5
+    lr: float = 3e-5
     """Actor learning rate (Adam) of the first iteration."""
     anneal_lr: bool = True
     """Whether the learning rate falls linearly towards 0 over the budget's iterations, as the other methods' does."""
-    epochs: int = 4
+    epochs: int = 8
     """Passes over an iteration's decisions."""
     minibatch: int = 128
     """Decisions a gradient step; each counts with all its draws."""
@@ -86,7 +86,7 @@ class FPOSettings:
     """Whether a draw of the executed chunk has one dl and one rho (the paper), or one of each action (ablation)."""
     gamma: float = 0.99
     """Discount a decision (one executed chunk)."""
-    gae_lambda: float = 0.3
+    gae_lambda: float = 0.95
     """Lambda of the advantage estimator; the paper names none."""
     advantage_centre: Literal["task", "batch"] = "task"
     """What the mean advantage is taken over: each task, or the batch, where a hard task is nothing but bad examples."""
