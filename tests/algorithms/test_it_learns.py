@@ -52,7 +52,8 @@ def stochastic(seed):
     return flow(seed, ToyStochasticFlow)
 
 
-# A policy of a dozen numbers takes other steps than one of a million: rates and trust regions are its own.
+# A policy of a dozen numbers takes other steps than one of a million: rates, passes and trust regions are its own, and
+# how far credit reaches in so short an episode.
 CASES = {
     "ar-ppo": (ARPPO, tokens, {"lr": 3e-2}),
     "ar-ppo-chunk": (ARPPO, tokens, {"lr": 3e-2, "ratio": "chunk"}),
@@ -75,7 +76,7 @@ CASES = {
         },
     ),
     "fpo": (FPO, flow, {"lr": 2e-2, "clip_eps": 0.05}),
-    "fpo-noise": (FPO, flow, {"lr": 1e-3, "clip_eps": 0.05, "latent": "noise"}),
+    "fpo-noise": (FPO, flow, {"lr": 1e-3, "epochs": 4, "clip_eps": 0.05, "gae_lambda": 0.3, "latent": "noise"}),
     "fpo-minibatch": (FPO, flow, {"lr": 2e-2, "clip_eps": 0.05, "advantage_over": "minibatch"}),
     "grpo": (GRPO, tokens, {"lr": 3e-2}),
     "grpo-rloo": (GRPO, tokens, {"lr": 3e-2, "baseline": "rloo"}),
