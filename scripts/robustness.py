@@ -16,7 +16,7 @@ from pathlib import Path
 
 from vlarl_bench import cli
 from vlarl_bench.errors import BenchError
-from vlarl_bench.records import EpisodeLog
+from vlarl_bench.files import sole_writer
 from vlarl_bench.report.runs import RunFolder, read_run
 
 KINDS = ("language", "object", "swap", "task")
@@ -54,22 +54,26 @@ def main(arguments: list[str]) -> int:
     if not runs:
         parser.error(f"runs: {', '.join(options.runs)}: none has a policy folder; name finished run folders")
     planned = dict(one for run in runs for one in evaluations(run, options.kinds))
+    more = ["--states", options.states, "--workers", options.workers]
     for i, (name, command) in enumerate(planned.items(), 1):
-        out = Path(options.out) / name
-        if (out / "table.md").is_file():
-            continue
         print(f"{i} of {len(planned)}: {name}", flush=True)
-        if (out / "config.json").is_file():  # an evaluation that was interrupted, unless somebody plays it right now
-            try:
-                with EpisodeLog(out / "episodes.jsonl"):
-                    shutil.rmtree(out)
-            except BenchError as error:
-                print(f"passed over: {error}", file=sys.stderr)
-                continue
-        more = ["--states", options.states, "--workers", options.workers, "--out", str(out)]
-        if status := cli.main(["eval", *command, *more]):
+        if status := play(Path(options.out) / name, [*command, *more]):
             return status
     return 0
+
+
+def play(out: Path, command: list[str]) -> int:
+    """One evaluation, into `out`, unless it is finished or another call is playing it; returns the exit status."""
+    try:
+        with sole_writer(out.parent / ".playing" / out.name):
+            if (out / "table.md").is_file():
+                return 0
+            if out.exists():  # interrupted
+                shutil.rmtree(out)
+            return cli.main(["eval", *command, "--out", str(out)])
+    except BenchError as error:
+        print(f"passed over: {error}", file=sys.stderr)
+        return 0
 
 
 if __name__ == "__main__":
