@@ -56,18 +56,19 @@ def main(arguments: list[str]) -> int:
     planned = dict(one for run in runs for one in evaluations(run, options.kinds))
     more = ["--states", options.states, "--workers", options.workers]
     for i, (name, command) in enumerate(planned.items(), 1):
-        print(f"{i} of {len(planned)}: {name}", flush=True)
-        if status := play(Path(options.out) / name, [*command, *more]):
+        if status := play(Path(options.out) / name, [*command, *more], f"{i} of {len(planned)}"):
             return status
     return 0
 
 
-def play(out: Path, command: list[str]) -> int:
-    """One evaluation, into `out`, unless it is finished or another call is playing it; returns the exit status."""
+def play(out: Path, command: list[str], number: str) -> int:
+    """One evaluation, into `out`, unless it is finished or another call is playing it; returns the exit status. As it
+    begins it is announced with its `number`."""
     try:
         with sole_writer(out.parent / ".playing" / out.name):
             if (out / "table.md").is_file():
                 return 0
+            print(f"{number}: {out.name}", flush=True)
             if out.exists():  # interrupted
                 shutil.rmtree(out)
             return cli.main(["eval", *command, "--out", str(out)])

@@ -33,7 +33,7 @@ def play(monkeypatch):
     begun = []
     monkeypatch.setattr(cli, "main", lambda command: begun.append(command) or 3)
     function = runpy.run_path(str(ROOT / "scripts" / "robustness.py"))["play"]
-    return lambda out: (function(out, ["--suite", "libero_pro_goal_swap"]), bool(begun))
+    return lambda out: (function(out, ["--suite", "libero_pro_goal_swap"], "1 of 1"), bool(begun))
 
 
 def test_what_was_interrupted_is_played_again(play, tmp_path):
