@@ -10,11 +10,11 @@ playing, and what was interrupted is played again. Needs the runs' `policy` fold
 
 import argparse
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from vlarl_bench import cli
 from vlarl_bench.errors import BenchError
 from vlarl_bench.files import sole_writer
 from vlarl_bench.report.runs import RunFolder, read_run
@@ -63,7 +63,7 @@ def main(arguments: list[str]) -> int:
 
 def play(out: Path, command: list[str], number: str) -> int:
     """One evaluation, into `out`, unless it is finished or another call is playing it; returns the exit status. As it
-    begins it is announced with its `number`."""
+    begins it is announced with its `number`. It has a process of its own, so that its manifest has its own command."""
     try:
         with sole_writer(out.parent / ".playing" / out.name):
             if (out / "table.md").is_file():
@@ -71,10 +71,12 @@ def play(out: Path, command: list[str], number: str) -> int:
             print(f"{number}: {out.name}", flush=True)
             if out.exists():  # interrupted
                 shutil.rmtree(out)
-            return cli.main(["eval", *command, "--out", str(out)])
+            return subprocess.call([sys.executable, "-P", "-m", "vlarl_bench", "eval", *command, "--out", str(out)])
     except BenchError as error:
         print(f"passed over: {error}", file=sys.stderr)
         return 0
+    except KeyboardInterrupt:  # told by the evaluation
+        return 130
 
 
 if __name__ == "__main__":

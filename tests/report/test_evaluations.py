@@ -48,6 +48,21 @@ def test_several_suites_are_one_line_with_one_base_policy(evaluate):
     assert [(cell["episodes"], cell["expected"]) for cell in table.cells] == [(8, 8), (16, 16), (16, 16), (32, 32)]
 
 
+def test_a_suite_that_some_of_the_seeds_played_is_theirs_alone(evaluate, tmp_path):
+    """As where runs of several seeds are published with one seed's evaluations elsewhere."""
+    played = [(0, ELSEWHERE), (1, ELSEWHERE), (1, ("suite_a/one",))]
+    folders = [evaluate(f"fpo{seed}-{len(on)}", seed, tasks=on) for seed, on in played]
+    folders += [evaluate(f"prior{seed}-{len(on)}", seed, "half", on, trained=False) for seed, on in played]
+    for table in (paper_table(read_runs(folders)), gains_table(read_runs(folders))):
+        found = {(cell["algorithm"], cell["suite"]): cell for cell in table.records or table.cells}
+        assert found["fpo", "suite_b"]["seeds"] == [0, 1] and found["fpo", "suite_a"]["seeds"] == [1]
+    assert {line[3] for line in paper_table(read_runs(folders)).lines} == {"1 or 2"}
+    assert {line[4] for line in gains_table(read_runs(folders)).lines} == {"1", "2"}
+    shown = {(cell["algorithm"], cell["suite"]): cell["rate"] for cell in paper_table(read_runs(folders)).cells}
+    assert shown["base policy", "suite_a"] == 0.5 and shown["fpo", "suite_a"] == 1
+    assert cli.main(["leaderboard", *map(str, folders), "--published", "", "--out", str(tmp_path / "page")]) == 0
+
+
 def test_beside_the_runs_that_made_them(evaluate, make_run, outcomes):
     run = make_run("run", base=outcomes["half"], final=outcomes["always"], train=((1, True),) * 3,
                    config={"budget": {"demos": 3, "eval_states": 4, "eval_repeats": 2}})  # fmt: skip

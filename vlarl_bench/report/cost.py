@@ -51,8 +51,8 @@ def cost_table(runs: Sequence[RunFolder], threshold: float = 0.8) -> Table:
             records.append(record)
             texts = [_text(paid[name], scale) for name, (_, scale) in CURRENCIES.items()]
             counts = f"{shown['successes']}/{shown['episodes']}"
-            policy = f"{method.policy} {method.checkpoint}"
-            lines.append((suite, method.label, policy, str(len(method.seeds)), counts, change_text(gain), *texts))
+            policy, seeds = f"{method.policy} {method.checkpoint}", str(len(method.seeds_on(suite)))
+            lines.append((suite, method.label, policy, seeds, counts, change_text(gain), *texts))
     columns = (
         "suite",
         "method",

@@ -326,7 +326,8 @@ def _bars(figure: Figure, methods: Sequence[Method], suite: str, groups: Sequenc
             if noiseless and noiseless["complete"] and noiseless["difference"] is not None:
                 axes.plot(100 * noiseless["difference"], y, "D", color="white", markeredgecolor="0.1", markersize=6)
                 diamond = "; diamond: the same without noise"
-            seeds = f"{len(method.seeds)} seed{'s' * (len(method.seeds) > 1)}"
+            n = len(method.seeds_on(suite))
+            seeds = f"{n} seed{'s' * (n > 1)}"
             told = f"{change_text(gain)}, {seeds}, {shown['successes']}/{shown['episodes']}"
             axes.annotate(told, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=8)
             name[y] = textwrap.fill(title[method], 40)

@@ -46,7 +46,7 @@ def gains_table(runs: Sequence[RunFolder]) -> Table:
                       for n, m in ((before, of), (shown["successes"], shown["episodes"]))]  # fmt: skip
             start, spent = f"{method.policy} {method.checkpoint}", training_text(method.budget())
             found = (change_text(gain), p_text(record["p_holm"]))
-            lines.append((suite, method.label, start, spent, str(len(method.seeds)), *counts, *found))
+            lines.append((suite, method.label, start, spent, str(len(method.seeds_on(suite))), *counts, *found))
     columns: tuple[str, ...] = ("suite", "method", "base policy", TRAINING, "seeds", "before", "after")
     columns += ("gain, pp [95%]", "p")
     if any(record["noiseless"] for record in records):

@@ -135,7 +135,7 @@ def _task(method: Method, base: Method | None, suite: str, task: str, single: bo
     def of(which: Method) -> list[np.ndarray]:
         at = which.played(suite) & (which.episodes["task"] == task).to_numpy()
         seeds = which.episodes["seed"].to_numpy()[at]
-        return [which.results[at][seeds == seed] for seed in which.seeds]
+        return [which.results[at][seeds == seed] for seed in which.seeds_on(suite)]
 
     def count(outcomes: Iterable[np.ndarray]) -> list[int]:
         listed = list(outcomes)

@@ -88,8 +88,9 @@ def lint_methods(methods: Sequence[Method]) -> list[str]:
     findings = []
     title = titles(methods)
     trained = [method for method in methods if not method.is_base]
-    for n in sorted({len(method.seeds) for method in trained}):
-        few = [title[method] for method in trained if len(method.seeds) == n]
+    fewest = {m: min(len(m.seeds_on(suite)) for suite in suites_of([m])) for m in trained}
+    for n in sorted(set(fewest.values())):
+        few = [title[method] for method in trained if fewest[method] == n]
         if n < FEW_SEEDS:
             findings.append(f"{n} training seed(s), and a claim about a method takes {FEW_SEEDS}: {_listed(few)}")
     findings += [finding for method in methods if method.is_base for finding in _lint_base(method, title[method])]

@@ -63,6 +63,10 @@ class Method:
         """Whether it was made not to learn, to show what learning adds."""
         return not self.is_base and any(run.is_control for run in self.runs)
 
+    def seeds_on(self, suite: str) -> tuple[int, ...]:
+        """Those of its seeds that were to be judged on a suite: evaluations add suites to some seeds of a method."""
+        return tuple(sorted({run.manifest["seed"] for run in self.runs if suite in run.suites}))
+
     def budget(self) -> dict[str, float]:
         """What the average run spent on training: episodes and environment steps, counted from rows, and what the
         rows say of gradient steps and FLOPs. Where there are only evaluations of what was trained, they tell the rest,
@@ -220,10 +224,10 @@ def in_order(methods: Iterable[Method], suites: Sequence[str]) -> list[Method]:
 
 def scores(method: Method, suite: str) -> np.ndarray:
     """Success rates [S, T] over seeds and planned tasks of a suite; NaN where nothing was played."""
-    tasks = planned_tasks(method, suite)
+    seeds, tasks = method.seeds_on(suite), planned_tasks(method, suite)
     at = method.played(suite)
-    shape = (len(method.seeds), len(tasks))
-    cells = pd.Index(method.seeds).get_indexer(method.episodes["seed"][at]) * len(tasks)
+    shape = (len(seeds), len(tasks))
+    cells = pd.Index(seeds).get_indexer(method.episodes["seed"][at]) * len(tasks)
     cells += pd.Index(tasks).get_indexer(method.episodes["task"][at])
     played = np.bincount(cells, minlength=shape[0] * shape[1]).reshape(shape)
     wins = np.bincount(cells, method.results[at], shape[0] * shape[1]).reshape(shape)
@@ -268,7 +272,7 @@ def cell(method: Method, suite: str) -> dict[str, Any]:
         "protocol": method.runs[0].manifest["protocol"]["hash"],
         "decoding": method.decoding,
         "submitted": method.runs[0].submitted,
-        "seeds": list(method.seeds),
+        "seeds": list(method.seeds_on(suite)),
         "tasks": len(planned_tasks(method, suite)),
         "expected": owed,
         "episodes": n,

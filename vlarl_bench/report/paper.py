@@ -45,7 +45,7 @@ def paper_table(runs: Sequence[RunFolder], published: Sequence[Published] = ()) 
             rates = [each["rate"] for each in mine]
             whole = all(each["complete"] for each in mine)
             texts.append(f"{100 * float(np.mean(rates)):.1f}" if whole else "-")
-        seeds = str(len(method.seeds))
+        seeds = " or ".join(map(str, sorted({len(each["seeds"]) for each in mine if each["tasks"]})))
         lines.append((method.label, f"{method.policy} {method.checkpoint}", budget_text(method), seeds, *texts))
         cells += mine
     copied = [line for entry in published if (line := _copied_line(entry, suites)) is not None]
@@ -161,7 +161,7 @@ def _head(method: Method, suite: str) -> tuple[str, ...]:
     shown = cell(method, suite)
     budget = "none" if method.is_base else training_text(method.budget())
     counts = f"{shown['successes']}/{shown['episodes']}"
-    return suite, method.label, f"{method.policy} {method.checkpoint}", budget, str(len(method.seeds)), counts
+    return suite, method.label, f"{method.policy} {method.checkpoint}", budget, str(len(method.seeds_on(suite))), counts
 
 
 def _ranks(methods: Sequence[Method], suite: str) -> dict[Method, list[int]]:
