@@ -18,7 +18,6 @@ MISSING = dict.fromkeys(
     (
         "pi0-fast-tiny/aloha",
         "openvla-tiny/aloha",
-        "octo-tiny/aloha",
         "openvla-tiny-pixels/libero",
         "pi0-tiny-pixels/aloha",
     ),
