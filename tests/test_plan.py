@@ -70,8 +70,8 @@ def test_a_group_shares_its_initial_state():
 def test_a_prior_is_that_of_the_suite_s_benchmark():
     folders = {plan_run(config(suite=suite)).base for suite in ("libero_object", "aloha_insertion")}
     assert {folder.name for folder in folders} == {"libero", "aloha"}
-    with pytest.raises(BenchError, match=r"^base: 'prior'; 'octo-tiny' ships no prior for aloha; train one with "):
-        plan_run(config("dppo", "octo-tiny", "aloha"))
+    with pytest.raises(BenchError, match=r"^base: 'prior'; 'octo-tiny-pixels' ships no prior for aloha; train one with "):
+        plan_run(config("dppo", "octo-tiny-pixels", "aloha"))
 
 
 def test_a_policy_that_looks_at_cameras_which_are_not_shown_is_refused():
