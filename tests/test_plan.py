@@ -70,7 +70,7 @@ def test_a_group_shares_its_initial_state():
 def test_a_prior_is_that_of_the_suite_s_benchmark():
     folders = {plan_run(config(suite=suite)).base for suite in ("libero_object", "aloha_insertion")}
     assert {folder.name for folder in folders} == {"libero", "aloha"}
-    with pytest.raises(BenchError, match=r"^base: 'prior'; 'octo-tiny-pixels' ships no prior for aloha; train one with "):
+    with pytest.raises(BenchError, match=r"^base: 'prior'; 'octo-tiny-pixels' ships no prior for aloha; train one "):
         plan_run(config("dppo", "octo-tiny-pixels", "aloha"))
 
 
