@@ -14,9 +14,11 @@ from sweeps import COMMAND, TOY, environment, here, history, outcomes, toml, vla
 
 from vlarl_bench import sweep_jobs
 from vlarl_bench.cli import main
+from vlarl_bench.errors import BenchError
 from vlarl_bench.report.pack import make_entry, metric_lines, read_pack, write_pack
 from vlarl_bench.sealed import read_sealed, write_sealed
 from vlarl_bench.sweep_jobs import State, choose, crowded, estimate, run_local
+from vlarl_bench.sweep_slurm import queued
 
 
 @pytest.fixture(scope="module")
@@ -326,3 +328,19 @@ def test_estimates_take_the_finished_cells_that_are_most_alike():
     done = [SimpleNamespace(word="done", attempt=SimpleNamespace(seconds=s)) for s in (10.0, 20.0, 60.0)]
     left = [SimpleNamespace(word="missing", attempt=None)] * 3
     assert estimate(cells, [*done, *left]) == {"4": 15.0, "5": 30.0, "6": 30.0}
+
+
+def test_cells_of_a_cluster_that_does_not_answer_are_neither_taken_nor_lost(tmp_path, monkeypatch):
+    squeue = tmp_path / "bin" / "squeue"
+    squeue.parent.mkdir()
+    squeue.write_text("#!/bin/sh\necho 'cannot reach the controller' >&2\nexit 1\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", str(squeue.parent), prepend=os.pathsep)
+    submissions = tmp_path / "sweep" / "submissions"
+    submissions.mkdir(parents=True)
+    write_sealed(submissions / "4d0e3dcc.json", {"job": "1", "cells": ["fpo-seed0"]})
+    assert queued(tmp_path / "sweep", ["another-cell"]) == {}
+    with pytest.raises(BenchError, match=r"squeue: cannot reach the controller - cells .*; if it is gone .* delete /"):
+        queued(tmp_path / "sweep", ["fpo-seed0"])
+    (submissions / "4d0e3dcc.json").unlink()
+    assert queued(tmp_path / "sweep", ["fpo-seed0"]) == {}

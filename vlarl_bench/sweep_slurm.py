@@ -129,7 +129,13 @@ def queued(out: Path, names: Iterable[str]) -> dict[str, str]:
     if not submissions or shutil.which("squeue") is None:
         return {}
     # By name as well as by id: a cluster that was set up anew counts from 1 again.
-    shown = ask(["squeue", "--noheader", "--array", f"--name={','.join(submissions)}", "--format=%j %F %K"])
+    try:
+        shown = ask(["squeue", "--noheader", "--array", f"--name={','.join(submissions)}", "--format=%j %F %K"])
+    except BenchError as error:  # whether a cell still waits there, only the cluster knows
+        raise BenchError(
+            f"{error} - cells of this sweep were given to a cluster, which must be asked about them: set what reaches "
+            f"it (SLURM_CONF); if it is gone for good, delete {out / 'submissions'}"
+        ) from None
     live = {tuple(line.split()) for line in shown.splitlines()}
     found = {}
     for job_name, (job, indices) in submissions.items():
