@@ -45,7 +45,7 @@ def test_methods_are_grouped_and_bases_counted_once(folders):
     base, strong, weak = compared_methods(read_runs(folders))
     assert (base.is_base, strong.name, weak.name) == (True, "strong", "weak")
     assert base.played("suite_a").sum() == 3 * 16  # of six runs, two a seed that played the same episodes
-    assert strong.seeds == (0, 1, 2)
+    assert strong.seeds_on("suite_a") == (0, 1, 2)
     assert base_of(strong, [base]) is base and base_of(base, [base]) is None
     assert strong.budget() == {"train_episodes": 4, "env_steps": 400}
     assert scores(strong, "suite_a").tolist() == [[7 / 8, 7 / 8], [6 / 8, 6 / 8], [7 / 8, 7 / 8]]
@@ -60,9 +60,9 @@ def test_random_weights_of_any_seed_are_one_start_and_other_demonstrations_anoth
 
     made = [trained(f"a{seed}", seed, "one") for seed in range(3)]
     (method,) = compared_methods(read_runs(made))
-    assert (method.seeds, method.checkpoint) == ((0, 1, 2), "scratch")
+    assert (method.seeds_on("suite_a"), method.checkpoint) == ((0, 1, 2), "scratch")
     several = compared_methods(read_runs([*made, trained("b", 3, "two")]))
-    assert [one.seeds for one in several] == [(0, 1, 2), (3,)]
+    assert [one.seeds_on("suite_a") for one in several] == [(0, 1, 2), (3,)]
 
 
 def test_a_curve_is_of_one_suite(make_run):

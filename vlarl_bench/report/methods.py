@@ -35,8 +35,6 @@ class Method:
     submitted_by: str
     """Whose runs they are; empty where they are our own. Runs of several are never seeds of one method."""
     runs: tuple[RunFolder, ...]
-    seeds: tuple[int, ...]
-    """Training seeds; a base policy's are those of the noise it was played with."""
     episodes: pd.DataFrame
     """[N] the distinct episodes that any of the compared methods is scored on, in order: the columns `EPISODE`, and
     `cluster`, the same number for repeats of one seed, task and initial state. One object for all of them."""
@@ -64,7 +62,8 @@ class Method:
         return not self.is_base and any(run.is_control for run in self.runs)
 
     def seeds_on(self, suite: str) -> tuple[int, ...]:
-        """Those of its seeds that were to be judged on a suite: evaluations add suites to some seeds of a method."""
+        """Training seeds that were to be judged on a suite; a base policy's are those of the noise it was played with.
+        They differ between suites where some seeds were evaluated elsewhere, too."""
         return tuple(sorted({run.manifest["seed"] for run in self.runs if suite in run.suites}))
 
     def budget(self) -> dict[str, float]:
@@ -163,8 +162,7 @@ def _methods(groups: Sequence[_Group]) -> list[Method]:
         results = np.full(len(episodes), -1, dtype=np.int8)
         results[number[start : start + len(part)]] = part["success"]
         start += len(part)
-        seeds = tuple(sorted({run.manifest["seed"] for run in group.runs}))
-        methods.append(Method(*group, seeds, episodes, results))
+        methods.append(Method(*group, episodes, results))
     return methods
 
 
