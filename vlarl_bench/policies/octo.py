@@ -327,9 +327,9 @@ def _check_noise(noise: float) -> None:
 
 def create(spec: PolicySpec, embodiment: Embodiment, vocabulary: Sequence[str], seed: int) -> Octo:
     """A tiny preset with random weights; `vocabulary` are texts."""
-    # Noise must pass through the head to be told apart, so it is wider than the chunk has numbers; where that makes it
-    # wider than usual, fewer blocks keep its size.
-    head_width = max(256, 64 * round(embodiment.chunk * embodiment.action_dim / 48))
+    # Noise must pass through the head to be told apart, so it is at least as wide as the chunk has numbers; where that
+    # makes it wider than usual, fewer blocks keep its size.
+    head_width = max(128, 64 * math.ceil(embodiment.chunk * embodiment.action_dim / 64))
     architecture = OctoArchitecture(
         observation=spec.observation,
         action_dim=embodiment.action_dim,
@@ -341,7 +341,7 @@ def create(spec: PolicySpec, embodiment: Embodiment, vocabulary: Sequence[str], 
         camera_sizes=(spec.image_size,) * len(embodiment.cameras),
         predicts="velocity",
         head_width=head_width,
-        head_blocks=max(1, round(3 * (256 / head_width) ** 2)),
+        head_blocks=max(1, round(3 * (128 / head_width) ** 2)),
     )
     return Octo(spec.name, architecture, Vocabulary.of(vocabulary), seed)
 

@@ -97,14 +97,14 @@ PI0_FAST_BASE = PublishedSpec(
 OCTO = "vlarl_bench.policies.octo"
 OCTO_TINY = PolicySpec(
     name="octo-tiny",
-    summary="Octo scaled down to 2.5 M parameters: instruction, object poses (privileged state) and proprioception",
+    summary="Octo scaled down to 1.3 M parameters: instruction, object poses (privileged state) and proprioception",
     capabilities=DIFFUSION,
     observation="state",
     family=OCTO,
 )
 OCTO_TINY_PIXELS = PolicySpec(
     name="octo-tiny-pixels",
-    summary="Octo scaled down to 2.9 M parameters: instruction, cameras (64 x 64) and proprioception",
+    summary="Octo scaled down to 1.7 M parameters: instruction, cameras (64 x 64) and proprioception",
     capabilities=DIFFUSION,
     observation="pixels",
     image_size=64,
