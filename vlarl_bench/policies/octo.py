@@ -327,9 +327,9 @@ def _check_noise(noise: float) -> None:
 
 def create(spec: PolicySpec, embodiment: Embodiment, vocabulary: Sequence[str], seed: int) -> Octo:
     """A tiny preset with random weights; `vocabulary` are texts."""
-    # Noise must pass through the head to be told apart, so it is at least as wide as the chunk has numbers; where that
-    # makes it wider than usual, fewer blocks keep its size.
-    head_width = max(128, 64 * math.ceil(embodiment.chunk * embodiment.action_dim / 64))
+    # Noise must pass through the head to be told apart, so it is wider than the chunk has numbers; where that makes it
+    # wider than usual, fewer blocks keep its size.
+    head_width = max(128, 64 * round(embodiment.chunk * embodiment.action_dim / 48))
     architecture = OctoArchitecture(
         observation=spec.observation,
         action_dim=embodiment.action_dim,
