@@ -19,10 +19,10 @@ ELSEWHERE = ("suite_b/one", "suite_b/two")
 def evaluate(make_run, outcomes):
     """Writes an evaluation of the prior, or of what a run made of it."""
 
-    def make(name, seed, success="always", tasks=ELSEWHERE, algorithm="fpo", trained=True, **settings):
+    def make(name, seed, success="always", tasks=ELSEWHERE, algorithm="fpo", trained=True, config=None, **settings):
         flat = {"algorithm": algorithm, "base": BASE, "budget.demos": 3, **settings}
         lineage = {"base_checkpoint": BASE, "seed": seed, "settings": flat}
-        return make_run(name, evaluated=outcomes[success], seed=seed, tasks=tasks, algorithm=algorithm,
+        return make_run(name, evaluated=outcomes[success], seed=seed, tasks=tasks, algorithm=algorithm, config=config,
                         trained=lineage if trained else None, env_steps=900 if trained else 0)  # fmt: skip
 
     return make
@@ -73,6 +73,19 @@ def test_beside_the_runs_that_made_them(evaluate, make_run, outcomes):
     assert fpo[2] == "3 episodes, 300 steps"  # of the run, which has them
     with pytest.raises(BenchError, match="same experiment; give one"):
         paper_table(read_runs([*folders, evaluate("again", 0, tasks=("suite_a/pick_it_up",), **settings)]))
+
+
+def test_how_many_episodes_a_suite_was_judged_by_makes_no_other_method(evaluate):
+    """As where a look at another suite takes fewer states than the comparison."""
+    other, fewer = ("suite_a/one",), {"states": 2}
+    folders = [evaluate("here", 0), evaluate("there", 0, tasks=other, config=fewer),
+               evaluate("prior-here", 0, "half", trained=False),
+               evaluate("prior-there", 0, "half", other, trained=False, config=fewer)]  # fmt: skip
+    assert [line[0] for line in paper_table(read_runs(folders)).lines] == ["base policy", "fpo"]
+    assert {line[1] for line in gains_table(read_runs(folders)).lines} == {"fpo"}
+    again = evaluate("again", 1, config=fewer)  # on a suite that others were judged on by more
+    assert [line[0] for line in paper_table(read_runs([*folders, again])).lines[1:]] == [
+        "fpo", "fpo (budget.eval_states=2)", "fpo (budget.eval_states=4)"]  # fmt: skip
 
 
 def test_settings_tell_them_apart_and_a_control_is_one(evaluate):

@@ -313,13 +313,19 @@ def spent_text(spent: Mapping[str, float], run: RunFolder) -> str:
 
 
 def settings_labels(runs: Sequence[RunFolder]) -> list[str]:
-    """For each run, the settings in which it differs from other runs of the same algorithm and policy."""
+    """For each run, the settings in which it differs from other runs of the same algorithm and policy. By how many
+    episodes it was judged counts only among runs on one suite: it is no other method that was judged elsewhere, too."""
     flats = [run.settings() for run in runs]
     families = [(run.method, run.manifest["policy"], run.submitted_by) for run in runs]
     labels = []
-    for family, flat in zip(families, flats, strict=True):
-        kin = [other for other, theirs in zip(flats, families, strict=True) if theirs == family]
-        odd = sorted({name for other in kin for name in flat.keys() | other.keys() if len(_values(kin, name)) > 1})
+    for run, family, flat in zip(runs, families, flats, strict=True):
+        kin = [i for i, theirs in enumerate(families) if theirs == family]
+        beside = [i for i in kin if {*runs[i].suites} & {*run.suites}]
+        odd = []
+        for name in sorted({name for i in kin for name in flats[i]}):
+            among = beside if name in ("budget.eval_states", "budget.eval_repeats") else kin
+            if len({repr(flats[i].get(name)) for i in among}) > 1:
+                odd.append(name)
         labels.append(", ".join(f"{name.removeprefix('settings.')}={flat.get(name, '(absent)')}" for name in odd))
     return labels
 
@@ -327,10 +333,6 @@ def settings_labels(runs: Sequence[RunFolder]) -> list[str]:
 def submitter(by: str) -> str:
     """What is said behind the name of a method that another group ran."""
     return f", submitted by {by}" if by else ""
-
-
-def _values(flats: list[dict[str, Any]], name: str) -> set[str]:
-    return {repr(flat.get(name)) for flat in flats}
 
 
 def _notes(runs: Sequence[RunFolder], records: Sequence[Record]) -> tuple[str, ...]:
