@@ -327,8 +327,8 @@ def _check_noise(noise: float) -> None:
 
 def create(spec: PolicySpec, embodiment: Embodiment, vocabulary: Sequence[str], seed: int) -> Octo:
     """A tiny preset with random weights; `vocabulary` are texts."""
-    # Noise must pass through the head to be told apart, so it is wider than the chunk has numbers; where that makes it
-    # wider than usual, fewer blocks keep its size.
+    # Noise must pass through the head to be told apart, so it is a third wider than the chunk has numbers, or more: 320
+    # for ALOHA's 280 were too few (docs/experiments.md). Where that is wider than usual, fewer blocks keep its size.
     head_width = max(128, 64 * round(embodiment.chunk * embodiment.action_dim / 48))
     architecture = OctoArchitecture(
         observation=spec.observation,

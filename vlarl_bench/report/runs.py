@@ -23,6 +23,8 @@ PLACE_AND_SPEED = frozenset({"seed", "out", "workers", "slots", "threads", "devi
 """Entries of a config in which two runs of the same experiment may differ."""
 UNREAD = {"rollouts": ("demos", "gradient_steps", "batch_size"), "demonstrations": ("episodes",)}
 """Numbers of a budget that are not for who learns from these, by `Budget`: of no consequence there."""
+JUDGED_BY = {"protocol": "protocol", "budget.eval_states": "states", "budget.eval_repeats": "repeats"}
+"""Settings of a run that say how it is judged, and what an evaluation's config calls them."""
 
 MANIFEST: dict[str, Any] = {
     "run": str,
@@ -248,8 +250,7 @@ class RunFolder:
         a fine-tuned policy, what that was trained with, as if it had been judged so at once."""
         before = {f"settings.{name}": value for name, value in settings_before(self.manifest["algorithm"]).items()}
         if self.trained:
-            judged = {"protocol": "protocol", "budget.eval_states": "states", "budget.eval_repeats": "repeats"}
-            here = {name: self.config[was] for name, was in judged.items() if was in self.config}
+            here = {name: self.config[was] for name, was in JUDGED_BY.items() if was in self.config}
             found = {**before, **self.trained["settings"], **here}
             return _of_consequence(found, "demonstrations" in found)
         flat = _flatten({name: value for name, value in self.config.items() if name not in PLACE_AND_SPEED})

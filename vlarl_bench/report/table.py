@@ -11,7 +11,7 @@ import pandas as pd
 from ..errors import BenchError
 from ..stats import paired_result, seeds_interval, wilson_interval
 from .rows import Rows
-from .runs import RunFolder
+from .runs import JUDGED_BY, RunFolder
 from .spans import spans
 
 Record = dict[str, Any]
@@ -313,8 +313,8 @@ def spent_text(spent: Mapping[str, float], run: RunFolder) -> str:
 
 
 def settings_labels(runs: Sequence[RunFolder]) -> list[str]:
-    """For each run, the settings in which it differs from other runs of the same algorithm and policy. By how many
-    episodes it was judged counts only among runs on one suite: it is no other method that was judged elsewhere, too."""
+    """For each run, the settings in which it differs from other runs of the same algorithm and policy. How it was
+    judged counts only among runs on one suite: it is no other method that was judged elsewhere, too."""
     flats = [run.settings() for run in runs]
     families = [(run.method, run.manifest["policy"], run.submitted_by) for run in runs]
     labels = []
@@ -323,7 +323,7 @@ def settings_labels(runs: Sequence[RunFolder]) -> list[str]:
         beside = [i for i in kin if {*runs[i].suites} & {*run.suites}]
         odd = []
         for name in sorted({name for i in kin for name in flats[i]}):
-            among = beside if name in ("budget.eval_states", "budget.eval_repeats") else kin
+            among = beside if name in JUDGED_BY else kin
             if len({repr(flats[i].get(name)) for i in among}) > 1:
                 odd.append(name)
         labels.append(", ".join(f"{name.removeprefix('settings.')}={flat.get(name, '(absent)')}" for name in odd))
