@@ -78,8 +78,8 @@ class OpenVLAArchitecture:
     cameras: tuple[str, ...] = ()
     image_size: int = 0
     patch: int = 16
-    dino: Tower = Tower(96, 4, 4, 192)
-    siglip: Tower = Tower(96, 4, 4, 192)
+    dino: Tower = Tower(64, 4, 4, 128)
+    siglip: Tower = Tower(64, 4, 4, 128)
     whole_towers: bool = False
     """Whether the towers have what the published files hold and features never pass: last block, norms, pooling."""
     crop_area: float = 1.0

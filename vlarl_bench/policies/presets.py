@@ -18,7 +18,7 @@ OPENVLA_TINY = PolicySpec(
 )
 OPENVLA_TINY_PIXELS = PolicySpec(
     name="openvla-tiny-pixels",
-    summary="OpenVLA-OFT scaled down to 1.6 M parameters: instruction, cameras (64 x 64) and proprioception",
+    summary="OpenVLA-OFT scaled down to 1.2 M parameters: instruction, cameras (64 x 64) and proprioception",
     capabilities=TOKENS,
     observation="pixels",
     image_size=64,
