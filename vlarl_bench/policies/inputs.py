@@ -61,6 +61,10 @@ class Rows:
         """The rows of all parts, one after another."""
         return cls(**{field.name: torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)})
 
+    def clone(self) -> Self:
+        """The same rows in memory of their own."""
+        return type(self)(**{field.name: getattr(self, field.name).clone() for field in fields(self)})
+
     def detach(self) -> Self:
         """The same rows, cut from the graph that made them."""
         return type(self)(**{field.name: getattr(self, field.name).detach() for field in fields(self)})

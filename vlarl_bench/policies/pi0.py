@@ -152,6 +152,13 @@ class Pi0(Standardised, StochasticFlow, NoisePolicy):
     @batch_invariant
     def encode(self, batch: Batch) -> Context:
         """Runs the vision-language prefix once; gradients flow unless the caller forbids them."""
+        if torch.is_grad_enabled():
+            return self._encode(batch)
+        with torch.inference_mode():  # less overhead than without gradients alone; the caller gets a copy from outside
+            found = self._encode(batch)
+        return found.clone()
+
+    def _encode(self, batch: Batch) -> Context:
         language = self.model.model.vlm.language_model
         mask, embeddings, positions = self._tokens(batch)
         rotated = rotation(language, positions, embeddings.dtype)
