@@ -19,7 +19,6 @@ MISSING = dict.fromkeys(
         "pi0-fast-tiny/aloha",
         "openvla-tiny/aloha",
         "openvla-tiny-pixels/libero",
-        "pi0-tiny-pixels/aloha",
     ),
     pytest.mark.xfail(strict=True, reason="not trained yet"),
 )
