@@ -76,6 +76,15 @@ def test_a_page_of_impossible_pairs_is_told_in_short(tmp_path):
         assert ("'openvla-tiny' is trained by: ar-ppo" in told) == shown
         assert ("`vlarl-bench list` shows what runs on what" in told) != shown
         assert "dppo on openvla-tiny, libero_object: policy: 'openvla-tiny' lacks chain" in told
+    axes = {
+        "algorithms": ["sft", "fpo", "dppo", "rwfm"],
+        "policies": ["openvla-tiny-pixels"],
+        "suites": ["libero", "aloha"],
+    }
+    file.write_text(toml({**axes, "seeds": [0]}))
+    told = here("sweep", file, "--dry-run")
+    assert "sft on openvla-tiny-pixels, aloha: base: 'prior'; 'openvla-tiny-pixels' ships no prior for aloha" in told
+    assert "train one with" not in told
 
 
 def test_cells_of_a_pack_are_done_wherever_they_were_run(calm, monkeypatch):

@@ -114,6 +114,6 @@ def _attention(sweep: Sweep, states: Sequence[State]) -> list[str]:
     reasons = {row.impossible: f"{row.algorithm} on {row.policy}, {row.suite}" for row in reversed(sweep.rows)}
     told = [f"impossible: {who}: {why}" for why, who in reversed(reasons.items()) if why]
     if len(told) > 3:  # a page of them would hide the rest; each goes on with what would be possible instead
-        told = [*(line.split("; ")[0] for line in told), "`vlarl-bench list` shows what runs on what"]
+        told = [*(line.rsplit("; ", 1)[0] for line in told), "`vlarl-bench list` shows what runs on what"]
     lines += told
     return [*lines[:MOST_LINES], f"... and {len(lines) - MOST_LINES} more"] if len(lines) > MOST_LINES else lines
