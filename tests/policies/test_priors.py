@@ -53,13 +53,17 @@ def test_it_leaves_room_to_learn_and_is_stored_in_half_precision(name):
 
 
 @pytest.mark.parametrize(
-    "policies",
-    [("pi0-tiny", "octo-tiny"), ("pi0-fast-tiny", "openvla-tiny")],
-    ids=["the first of each task", "all three of each task"],
+    ("suites", "policies"),
+    [
+        ("libero", ("pi0-tiny", "octo-tiny")),  # the first of each task
+        ("libero", ("pi0-fast-tiny", "openvla-tiny")),  # all three; tokens need more (docs/policies.md)
+        ("aloha", [name.split("/")[0] for name in SHIPPED if name.endswith("-tiny/aloha")]),
+    ],
 )
-def test_on_libero_families_have_learned_from_the_same_demonstrations(policies):
-    """Of one set; tokens need more of it (docs/policies.md)."""
-    configs = [read_policy(PRIORS / policy / "libero")[0] for policy in policies]
+def test_families_have_learned_from_the_same_demonstrations(suites, policies):
+    """In `state` mode, of one set."""
+    configs = [read_policy(PRIORS / policy / suites)[0] for policy in policies]
+    assert len(configs) > 1
     (digest,) = {config["trained"]["settings"]["demonstrations"] for config in configs}
     assert re.fullmatch("[0-9a-f]{12}", digest)
 
