@@ -18,6 +18,8 @@ _TASKS = {
 }
 
 TINY_STATES = tuple(range(50))
+MORE_STATES = tuple(range(50, 125))
+"""For training in `state` mode: tokens interpolate between poses too badly to learn from 25."""
 PUBLISHED_STATES = tuple(range(1000, 1050))
 """LeRobot's evaluation seeds its environments with 1000, 1001, ... and plays 50 episodes."""
 
@@ -59,7 +61,8 @@ class AlohaSuite(Suite):
         return tuple(_TASKS[suite] for suite in self.members)
 
     def protocol(self, observation: str, name: str = "tiny") -> Protocol:
-        """`tiny` learns from states 0-24 and is judged on 25-49; the published ones are judged on LeRobot's 50."""
+        """`tiny` learns from states 0-24, in `state` mode also from 50-124, and is judged on 25-49; the published ones
+        are judged on LeRobot's 50."""
         check_choice(observation, name, PUBLISHED, whose="ALOHA")
         if name in ("tiny", "tuning"):
             tiny = _tiny(observation)
@@ -100,12 +103,12 @@ def _tiny(observation: str) -> Protocol:
     pixels = observation == "pixels"
     return Protocol(
         name=f"tiny-{observation}",
-        version=1 if pixels else 2,  # 2 shows the hands among the objects
+        version=1 if pixels else 3,  # 2 shows the hands among the objects, 3 has more states to learn from
         observation="pixels" if pixels else "state",
         horizon=dict.fromkeys(_TASKS, 400),
         settle_steps=0,
         execute=20,
-        train_states=TINY_STATES[:25],
+        train_states=TINY_STATES[:25] + (() if pixels else MORE_STATES),
         eval_states=TINY_STATES[25:],
         cameras=("top", "angle") if pixels else (),
         image_size=64 if pixels else 0,
